@@ -1,0 +1,20 @@
+"""What every test runs under: set before anything imports torch or transformers, and inherited by child processes."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# One thread: pinned numbers do not depend on how many cores a machine has, and tensors this small gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A test that would reach for a hub fails at once and the same way everywhere.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def store_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Teacher responses go to a temporary folder: no test reads or writes the user's own store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILL_STORE", str(tmp_path_factory.mktemp("store")))
+        yield
