@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# One thread: pinned numbers do not depend on how many cores a machine has, and tensors this small gain nothing from more.
+# One thread: pinned numbers do not depend on how many cores a machine has, and tensors this small need no more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test that would reach for a hub fails at once and the same way everywhere.
