@@ -1,0 +1,255 @@
+"""One configuration for the command line, Python, recipes and scheduled jobs.
+
+``RunConfig`` is frozen and strict: an unknown key is an error that names its nearest neighbour. The text under a field
+is its documentation. Defaults are the settings that the literature supports at real sizes; the recipes change what
+their scale needs. The dump of a run (``config.yaml``) is itself a recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from distill.types import Mode, Sampling
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Settings(BaseModel):
+    """Base of every block: frozen, strict, documented by the strings under its fields."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class SamplingSettings(Settings):
+    """How a model's responses are drawn in one mode."""
+
+    max_new_tokens: PositiveInt = 4096
+    """Longest response, in tokens; a response that reaches it is truncated."""
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token the response already holds."""
+    thinking_budget: PositiveInt | None = None
+    """Response tokens after which an open thinking block is closed by the early-stop string; null never forces."""
+
+    def sampling(self) -> Sampling:
+        return Sampling(**self.model_dump())
+
+
+class ModeSampling(Settings):
+    """Sampling for each mode."""
+
+    think: SamplingSettings = SamplingSettings()
+    no_think: SamplingSettings = SamplingSettings()
+
+    def of(self, mode: Mode) -> Sampling:
+        return (self.think if mode == "think" else self.no_think).sampling()
+
+
+class TeacherSettings(Settings):
+    """The model that is distilled."""
+
+    model: str = "235B"
+    """A size name (235B, 32B, ...), an embedded name (tiny), a hub id or a local directory."""
+    revision: str | None = None
+    """Hub revision; null takes the hub's default branch. The resolved commit is recorded."""
+    backend: Literal["local"] = "local"
+    """``local``: in this process, through transformers."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    batch_tokens: PositiveInt = 65536
+    """Most tokens, padding included, in one scoring forward pass."""
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters instead of full fine-tuning (peft); merged into the weights on export."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveFloat = 128.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class StudentSettings(Settings):
+    """The model that is trained."""
+
+    model: str = "4B"
+    """A size name (4B means Qwen/Qwen3-4B-Base), an embedded name (nano, nano-moe), a hub id or a local directory."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    lora: LoraSettings | None = None
+    """Null trains every weight."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    micro_batch_tokens: PositiveInt | None = 32768
+    """Most tokens, padding included, in one forward-backward pass; gradients accumulate over a step's passes. Null
+    trains a step in one pass."""
+
+
+class EmbeddedPrompts(Settings):
+    """Fresh questions of the embedded arithmetic task."""
+
+    kind: Literal["embedded"] = "embedded"
+    max_operations: Annotated[int, Field(ge=1, le=8)] = 8
+    """Difficulty: the longest chain of operations."""
+
+
+class FilePrompts(Settings):
+    """Prompts from a local JSONL or parquet file, or a folder of such files."""
+
+    kind: Literal["file"] = "file"
+    path: str
+    prompt_column: str = "prompt"
+    """The column that holds the prompt, as text or as a list of messages."""
+
+
+class HubSet(Settings):
+    """One data set on the Hugging Face hub."""
+
+    id: str
+    revision: str
+    """A commit, so that the same recipe reads the same data next year."""
+    licence: str
+    """Shown before the download; yours to check against your use."""
+    split: str = "train"
+    subset: str | None = None
+    prompt_column: str = "prompt"
+    answer_column: str | None = None
+    language_column: str | None = None
+    domain: str | None = None
+    """Recorded with every prompt of the set."""
+    limit: PositiveInt | None = None
+    """The first rows that are used; null uses all."""
+
+
+class HubPrompts(Settings):
+    """Prompts from sets on the hub, downloaded on first use, shuffled together by the run's seed."""
+
+    kind: Literal["hub"] = "hub"
+    sets: Annotated[tuple[HubSet, ...], Field(min_length=1)]
+
+
+PromptSettings = Annotated[EmbeddedPrompts | FilePrompts | HubPrompts, Field(discriminator="kind")]
+
+
+class Optimiser(Settings):
+    """AdamW and its schedule."""
+
+    learning_rate: PositiveFloat
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to zero along a cosine at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class Mixture(Settings):
+    """Which modes a stage works in, and how a mode is asked for."""
+
+    think_share: Share = 0.5
+    """Share of prompts in thinking mode, among those that leave the choice to the stage."""
+    soft_switch_share: Share = 0.1
+    """Share of prompts whose mode is asked for by a flag in the last user message (/think, /no_think)."""
+
+
+class OffPolicyStage(Settings):
+    """Cross-entropy on the teacher's responses in both modes (Qwen3 report, section 4.5, first stage)."""
+
+    kind: Literal["off_policy"] = "off_policy"
+    num_prompts: PositiveInt = 20000
+    """Questions the teacher answers; a question is asked in one mode."""
+    samples_per_prompt: PositiveInt = 1
+    epochs: PositiveInt = 2
+    batch_size: PositiveInt = 64
+    """Responses in an optimiser step."""
+    mixture: Mixture = Mixture()
+    sampling: ModeSampling = ModeSampling(
+        think=SamplingSettings(max_new_tokens=16384, temperature=0.6, top_p=0.95, top_k=20),
+        no_think=SamplingSettings(max_new_tokens=4096, temperature=0.7, top_p=0.8, top_k=20),
+    )
+    keep_truncated: bool = False
+    """Train on responses that reached the token limit too."""
+    optimiser: Optimiser = Optimiser(learning_rate=1e-5, schedule="cosine")
+
+
+class DivergenceSettings(Settings):
+    """What on-policy distillation minimises at every response token."""
+
+    kind: Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"] = "reverse_kl"
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Mixture weight of the Jensen-Shannon and the skewed divergences."""
+    temperature: PositiveFloat = 1.0
+    merge_stop_ids: bool = True
+    """Treat the family's stop tokens as one action; apart, a base student and its teacher disagree on which one ends
+    a response and its length explodes."""
+
+
+class OnPolicyStage(Settings):
+    """The student speaks, the teacher judges every token (Qwen3 report, section 4.5, second stage)."""
+
+    kind: Literal["on_policy"] = "on_policy"
+    steps: PositiveInt = 150
+    prompts_per_step: PositiveInt = 64
+    samples_per_prompt: PositiveInt = 4
+    mixture: Mixture = Mixture()
+    sampling: ModeSampling = ModeSampling()
+    divergence: DivergenceSettings = DivergenceSettings()
+    optimiser: Optimiser = Optimiser(learning_rate=2e-6)
+
+
+StageSettings = Annotated[OffPolicyStage | OnPolicyStage, Field(discriminator="kind")]
+
+
+class EvaluationSettings(Settings):
+    """How every checkpoint is examined. The sampling is the report's, mode by mode (section 4.6)."""
+
+    tasks: tuple[str, ...] = ("embedded",)
+    """Names of tasks; ``prompts`` is the held-out part of one's own prompts that have an answer."""
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("think", "no_think")
+    num_questions: PositiveInt | None = None
+    """The first questions of a task; null takes all."""
+    samples: PositiveInt = 1
+    """Responses to each question."""
+    sampling: ModeSampling = ModeSampling(
+        think=SamplingSettings(max_new_tokens=32768, temperature=0.6, top_p=0.95, top_k=20),
+        no_think=SamplingSettings(max_new_tokens=32768, temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),
+    )
+
+
+class RunConfig(Settings):
+    """Everything a run depends on besides the code and the data."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "strong-to-weak"
+    """Also the run directory's name where ``--out`` is not given."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    teacher: TeacherSettings = TeacherSettings()
+    student: StudentSettings = StudentSettings()
+    prompts: PromptSettings = EmbeddedPrompts()
+    stages: dict[str, StageSettings] = {"off_policy": OffPolicyStage(), "on_policy": OnPolicyStage()}
+    """The stages by name, in the order in which they run; each one starts from the student the last one left."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    max_prompt_tokens: PositiveInt = 8192
+    """A longer prompt is refused, with the line it came from."""
+    sampler_batch: PositiveInt = 256
+    """Most responses that are decoded together."""
+    checkpoint_every: PositiveInt = 25
+    """Optimiser steps between two checkpoints."""
+    store: str | None = None
+    """Folder of the teacher-response store; null takes DISTILL_STORE or a folder under the user's cache."""
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        if not self.stages:
+            raise ValueError("stages is empty; name at least one stage, for example off_policy")
+        reserved = {"teacher", "start"} & set(self.stages)
+        if reserved:
+            raise ValueError(f"a stage may not be called {sorted(reserved)[0]!r}: reports use that name")
+        return self

@@ -1,0 +1,140 @@
+"""Recipes: a run's configuration as YAML, read strictly, layered and checked.
+
+A run's configuration is a recipe, then ``--set`` assignments and flags on top, then ``RunConfig``'s defaults below.
+Everything that is wrong with it is one sentence that names the key, what it got and what would do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from distill.config import RunConfig, Settings
+from distill.errors import UserError
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where ``no`` is a boolean and ``1e-5`` a string; recipes follow YAML 1.2."""
+
+
+_Yaml12Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+0123456789."),
+):
+    _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """The value that a YAML 1.2 text stands for. Raises UserError with the place of a syntax error."""
+    try:
+        return yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def dump_yaml(config: Settings) -> str:
+    """The configuration as YAML that ``parse_yaml`` and ``validate`` turn into an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def assign(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested dictionaries, making the ones that are missing."""
+    *parents, last = path.split(".")
+    for position, key in enumerate(parents):
+        branch = tree.setdefault(key, {})
+        if branch is None:
+            branch = tree[key] = {}
+        if not isinstance(branch, dict):
+            raise UserError(f"--set {path}: {'.'.join(parents[: position + 1])} is a value, it has no key below it")
+        tree = branch
+    tree[last] = value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the keys of ``over`` laid on top; a block whose ``kind`` changes is replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = merge(old, value) if both and value.get("kind", old.get("kind")) == old.get("kind") else value
+    return merged
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """``a.b=c`` as path and value (the value is YAML)."""
+    path, equals, value = text.partition("=")
+    if not equals or not path or not all(path.split(".")):
+        raise UserError(f"--set takes a.b=value, got {text!r}; for example --set stages.on_policy.steps=100")
+    return path, parse_yaml(value, where=f"the value in --set {text!r}")
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file as nested dictionaries, not yet validated."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} cannot be read: {error}") from None
+    tree = parse_yaml(text, where=f"the recipe {path}")
+    if not isinstance(tree, dict):
+        raise UserError(f"the recipe {path} holds {type(tree).__name__}, not keys and values")
+    return tree
+
+
+def validate(tree: Mapping[str, Any], *, where: str = "the configuration") -> RunConfig:
+    """A checked ``RunConfig``. Raises UserError with one line for each thing that is wrong."""
+    try:
+        return RunConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        problems = [_sentence(details) for details in error.errors(include_url=False)]
+        raise UserError(f"{where} is not valid: " + "; ".join(problems)) from None
+
+
+def _sentence(details: Any) -> str:
+    location: Sequence[str | int] = details["loc"]
+    keys, known = _walk(location)
+    shown = ".".join(keys)
+    if details["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+        hint = f"did you mean {near[0]}?" if near else "it takes no keys"
+        return f"unknown key {shown} ({hint} known here: {', '.join(known)})"
+    if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{shown}: kind must be one of {details['ctx'].get('expected_tags', 'the known kinds')}"
+    return f"{shown or 'configuration'}: {details['msg'].removeprefix('Value error, ')} (got {details['input']!r})"
+
+
+def _walk(location: Sequence[str | int]) -> tuple[list[str], list[str]]:
+    """The keys of ``location`` without pydantic's union tags, and the keys that the block around its end knows."""
+    schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
+    node: Any = schema
+    keys: list[str] = []
+    known: list[str] = []
+    for part in location:
+        node = _dereference(node, definitions)
+        tags = node.get("discriminator", {}).get("mapping", {})
+        if part in tags:
+            node = {"$ref": tags[part]}
+            continue
+        keys.append(str(part))
+        known = list(node.get("properties", {}))
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
+    return keys, known
+
+
+def _dereference(node: Any, definitions: Any) -> Any:
+    if "anyOf" in node:
+        node = next(option for option in node["anyOf"] if option.get("type") != "null")
+    return definitions[node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
