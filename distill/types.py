@@ -132,6 +132,10 @@ class Rollout:
         return self.request.mode
 
     @property
+    def switch(self) -> Switch:
+        return self.request.switch
+
+    @property
     def loss_mask(self) -> tuple[bool, ...]:
         """True for the tokens that the speaker chose itself; forced tokens teach nothing about its policy."""
         return tuple(not forced for forced in self.forced)

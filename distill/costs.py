@@ -1,0 +1,84 @@
+"""What a run spends: tokens, FLOPs and seconds, by role and by the stage that caused them.
+
+A token's forward pass costs 2 N + 4 L heads head_dim c FLOPs at context c (``Shape.forward_flops``); over a sequence
+the mean context is P/2 for its P prompt tokens and P + R/2 for its R response tokens. Scoring is one forward pass of
+all of a sequence's tokens, training three (LoRA two: frozen weights get no gradient). Recomputed activations are not
+counted: the figures are model FLOPs, comparable between machines and settings. Responses that come from the store cost
+nothing again; the run that made them was charged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from distill.family import Shape
+from distill.types import Rollout
+
+Role = Literal["teacher_generate", "teacher_score", "student_sample", "student_train", "evaluate"]
+
+
+def sequence_flops(shape: Shape, num_prompt: int, num_response: int) -> float:
+    """FLOPs of one forward pass over P prompt and R response tokens (sampling with a cache costs the same)."""
+    prompt = num_prompt * shape.forward_flops(num_prompt / 2)
+    return prompt + num_response * shape.forward_flops(num_prompt + num_response / 2)
+
+
+def rollout_flops(shape: Shape, rollouts: Iterable[Rollout]) -> float:
+    """FLOPs of one forward pass over all ``rollouts``."""
+    return sum(sequence_flops(shape, len(rollout.prompt_ids), len(rollout.response_ids)) for rollout in rollouts)
+
+
+@dataclass
+class Cost:
+    """``tokens`` are the ones the role worked on: sampled ones, or all that were scored or trained."""
+
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    reused_tokens: int = 0
+    """Response tokens that came from the store and were charged to the run that made them."""
+
+    def add(self, other: Cost) -> None:
+        self.tokens += other.tokens
+        self.flops += other.flops
+        self.seconds += other.seconds
+        self.reused_tokens += other.reused_tokens
+
+
+@dataclass
+class CostAccount:
+    """Costs by role and stage; survives a resume through ``state``."""
+
+    entries: dict[str, dict[str, Cost]] = field(default_factory=dict)
+
+    def charge(self, role: Role, stage: str, cost: Cost) -> None:
+        self.entries.setdefault(role, {}).setdefault(stage, Cost()).add(cost)
+
+    def total_flops(self, stage: str) -> float:
+        """All roles' FLOPs of one stage, evaluation left out."""
+        return sum(
+            stages[stage].flops for role, stages in self.entries.items() if stage in stages and role != "evaluate"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """``{role: {tokens, flops, seconds, tokens_per_second, reused_tokens, stages: {stage: {...}}}}``."""
+        document: dict[str, Any] = {}
+        for role, stages in self.entries.items():
+            total = Cost()
+            for cost in stages.values():
+                total.add(cost)
+            document[role] = {**_shown(total), "stages": {stage: _shown(cost) for stage, cost in stages.items()}}
+        return document
+
+    def state(self) -> dict[str, Any]:
+        return {role: {stage: asdict(cost) for stage, cost in stages.items()} for role, stages in self.entries.items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> CostAccount:
+        return cls({role: {stage: Cost(**cost) for stage, cost in stages.items()} for role, stages in state.items()})
+
+
+def _shown(cost: Cost) -> dict[str, Any]:
+    return {**asdict(cost), "tokens_per_second": cost.tokens / cost.seconds if cost.seconds else None}

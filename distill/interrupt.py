@@ -1,0 +1,44 @@
+"""Stopping on request: SIGTERM and Ctrl-C become an exception at the next safe place.
+
+A signal only leaves a note. Long work calls ``check`` between two tokens, passes or files; it raises there, never in
+the middle of an optimiser step or a write, so the state on disk and in memory is that of the last finished step.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from distill.errors import StoppedError
+
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+
+_received: signal.Signals | None = None
+
+
+def check() -> None:
+    """Raise StoppedError if a signal has asked this process to stop."""
+    if _received is not None:
+        raise StoppedError(f"stopped by {_received.name}", exit_code=EXIT_CODES[_received])
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Within the block, SIGTERM and SIGINT are noted for ``check``; a second Ctrl-C interrupts at once."""
+    global _received
+
+    def note(number: int, frame: FrameType | None) -> None:
+        global _received
+        if _received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _received = signal.Signals(number)
+
+    previous = {number: signal.signal(number, note) for number in EXIT_CODES}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _received = None

@@ -1,0 +1,222 @@
+"""The run directory: what a run writes, and how it finds its place again.
+
+    config.yaml     the resolved configuration, itself a recipe
+    manifest.json   versions, seeds, revisions and hashes of what went in, the command, keys of the responses used
+    metrics.jsonl   one object an optimiser step
+    costs.json      tokens, FLOPs and seconds by role
+    checkpoints/    step_N/: a plain transformers checkpoint, and beside it what a resumed run needs
+    student/        the result
+    eval/           scores and samples
+    summary.json    written last: its presence means that the run is finished
+    report.html
+
+Every file is written under another name and renamed, so a file that is there is whole; metrics.jsonl alone grows in
+place, and lines after the last checkpoint are dropped when a run resumes. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.config import RunConfig
+from distill.errors import DistillError, UserError
+from distill.recipe import dump_yaml, parse_yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEPT_CHECKPOINTS = 2
+"""Newest checkpoints that stay beside those at the stages' ends."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the file system says while ``path`` is written into a sentence (exit code 1)."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+        raise DistillError(
+            f"{path} could not be written: {reason}. The run so far is safe up to its last checkpoint; "
+            "make room (or mend the folder) and give the same command again"
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one step: readers see the old file or the new one, never a half."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def write_json(path: Path, document: object) -> None:
+    """``write_atomically`` for JSON; NaN is refused, readers of strict JSON could not open it."""
+    write_atomically(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class Journal:
+    """A run directory that this process may write to.
+
+    Raises UserError where the directory cannot be used: it holds something that is no run, a run of another
+    configuration (the differences are named), a run that another process is working on, or cannot be written.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self._lock = _claim(path)
+        stored = path / "config.yaml"
+        if stored.exists():
+            _refuse_other(path, config)
+        else:
+            write_atomically(stored, dump_yaml(config))
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        self._lock.close()
+
+    def manifest(self, entries: Mapping[str, Any]) -> None:
+        """Record what went in. On a resumed run, raises UserError where an input is no longer the same."""
+        path = self.path / "manifest.json"
+        if path.exists():
+            old = read_json(path)
+            for key in ("teacher", "student", "prompts"):
+                if key in entries and old.get(key) != entries[key]:
+                    raise UserError(
+                        f"{self.path} was begun with another {key}: {old.get(key)}, now {entries[key]}; "
+                        "restore it, or give another --out"
+                    )
+            entries = {**old, **entries, "command": old["command"], "resumed": [*old["resumed"], entries["command"]]}
+        else:
+            entries = {**entries, "resumed": []}
+        write_json(path, entries)
+
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Append one step's metrics."""
+        path = self.path / "metrics.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+
+    def keep_metrics(self, num_steps: int) -> None:
+        """Drop every line after the first ``num_steps``: they belong to steps that are done again."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if len(lines) > num_steps:
+            write_atomically(path, "".join(f"{line}\n" for line in lines[:num_steps]))
+
+    def write_checkpoint(
+        self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor], export: Callable[[Path], None]
+    ) -> Path:
+        """Write ``checkpoints/step_N`` whole or not at all.
+
+        ``export`` writes a model that transformers can load; ``tensors`` and ``state`` are what a resume needs.
+        """
+        from safetensors.torch import save_file
+
+        target = self.path / "checkpoints" / f"step_{step}"
+        temporary = target.with_name(f".{target.name}.tmp")
+        with writing(target):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _export_or_oserror(export, temporary)
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                temporary / "training.safetensors",
+            )
+            write_json(temporary / "state.json", {**state, "global_step": step})
+            _sync(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+            self._prune()
+        return target
+
+    def last_checkpoint(self) -> tuple[dict[str, Any], Path] | None:
+        """State and folder of the newest checkpoint, if there is one."""
+        found = self._checkpoints()
+        return (read_json(found[-1] / "state.json"), found[-1]) if found else None
+
+    def _checkpoints(self) -> list[Path]:
+        folders = (self.path / "checkpoints").glob("step_*/state.json")
+        return sorted((state.parent for state in folders), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+    def _prune(self) -> None:
+        for folder in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            if not read_json(folder / "state.json").get("stage_end"):
+                shutil.rmtree(folder)
+
+
+def _export_or_oserror(export: Callable[[Path], None], folder: Path) -> None:
+    """safetensors reports a full disk as its own error; it is the file system's."""
+    from safetensors import SafetensorError
+
+    try:
+        export(folder)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from error
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _claim(path: Path) -> Any:
+    """The directory, made if need be, for this process alone; an open lock file."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists():
+        shown = ", ".join(sorted(entry.name for entry in path.iterdir())[:3])
+        if {entry.name for entry in path.iterdir()} != {".lock"}:
+            raise UserError(
+                f"--out {path} holds something that is no run ({shown}, ...); name a new or an empty folder"
+            )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}; name another folder") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"another process is working in {path}; wait for it, stop it, or name another --out") from None
+    return lock
+
+
+def _refuse_other(path: Path, config: RunConfig) -> None:
+    tree = parse_yaml((path / "config.yaml").read_text(encoding="utf-8"), where=f"{path}/config.yaml")
+    differences = list(_differences(tree, config.model_dump(mode="json"), ""))
+    if differences:
+        shown = "; ".join(differences[:5])
+        raise UserError(f"{path} holds another run: {shown}. Give that run's settings to resume it, or another --out")
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif old != new:
+        yield f"{where} is {old!r} there and {new!r} here"

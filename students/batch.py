@@ -1,0 +1,119 @@
+"""Examples to tensors: padding, and which row of the hidden states predicts which token.
+
+Legend: B sequences, T their padded length, N response tokens of all sequences together, d a teacher's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.types import Advantage, Example, HiddenStates, SampledLogprobs, TopK
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some examples as one forward pass.
+
+    ``row_N`` indexes the flattened [B * T] positions: entry n is where response token ``target_N[n]`` is predicted,
+    rows P-1 .. P+R-2 of its sequence. ``weight_N`` is 0 for forced tokens. ``last_N`` marks each response's last token.
+    ``signal`` is what the judge said, concatenated over the sequences; None where nobody judged.
+    """
+
+    input_BT: Tensor
+    mask_BT: Tensor
+    row_N: Tensor
+    target_N: Tensor
+    weight_N: Tensor
+    think_N: Tensor
+    last_N: Tensor
+    sampled_logprob_N: Tensor
+    signal: HiddenStates | TopK | SampledLogprobs | Tensor | None
+
+    @property
+    def num_weighted(self) -> float:
+        """Tokens that carry loss."""
+        return float(self.weight_N.sum())
+
+
+def collate(examples: Sequence[Example], device: torch.device) -> Batch:
+    """One batch of all ``examples``, padded on the right."""
+    rollouts = [example.rollout for example in examples]
+    sequences = [rollout.prompt_ids + rollout.response_ids for rollout in rollouts]
+    width = max(len(sequence) for sequence in sequences)
+    rows: list[int] = []
+    for place, rollout in enumerate(rollouts):
+        first = place * width + len(rollout.prompt_ids) - 1
+        rows.extend(range(first, first + len(rollout.response_ids)))
+
+    def per_token(dtype: torch.dtype, values: list[float] | list[int] | list[bool]) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    return Batch(
+        input_BT=torch.tensor([ids + (0,) * (width - len(ids)) for ids in map(tuple, sequences)], device=device),
+        mask_BT=torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=device),
+        row_N=per_token(torch.long, rows),
+        target_N=per_token(torch.long, [token for rollout in rollouts for token in rollout.response_ids]),
+        weight_N=per_token(torch.float32, [float(kept) for rollout in rollouts for kept in rollout.loss_mask]),
+        think_N=per_token(
+            torch.bool,
+            [rollout.mode == "think" for rollout, r in zip(rollouts, lengths, strict=True) for _ in range(r)],
+        ),
+        last_N=per_token(torch.bool, [i == r - 1 for r in lengths for i in range(r)]),
+        sampled_logprob_N=per_token(torch.float32, [value for rollout in rollouts for value in rollout.logprobs]),
+        signal=_join(examples, device),
+    )
+
+
+def _join(examples: Sequence[Example], device: torch.device) -> HiddenStates | TopK | SampledLogprobs | Tensor | None:
+    """All examples' signals as one; every example of a batch was judged in the same way."""
+    signals = [example.signal for example in examples]
+    kinds = {type(signal) for signal in signals}
+    assert len(kinds) == 1, f"a batch mixes signals: {sorted(kind.__name__ for kind in kinds)}"
+    match signals[0]:
+        case None:
+            return None
+        case HiddenStates(teacher=teacher):
+            judged = [signal for signal in signals if isinstance(signal, HiddenStates)]
+            assert {signal.teacher for signal in judged} == {teacher}, "a batch mixes teachers"
+            for example, signal in zip(examples, judged, strict=True):
+                assert len(signal.states_Rd) == len(example.rollout.response_ids)
+            return HiddenStates(torch.cat([signal.states_Rd for signal in judged]).to(device), teacher)
+        case TopK():
+            top = [signal for signal in signals if isinstance(signal, TopK)]
+            return TopK(
+                torch.cat([signal.ids_RK for signal in top]).to(device),
+                torch.cat([signal.logprobs_RK for signal in top]).to(device),
+                torch.cat([signal.tail_logprob_R for signal in top]).to(device),
+            )
+        case SampledLogprobs():
+            sampled = [signal.logprobs_R for signal in signals if isinstance(signal, SampledLogprobs)]
+            return SampledLogprobs(torch.cat(sampled).to(device))
+        case Advantage():
+            values = [
+                signal.value
+                for example, signal in zip(examples, signals, strict=True)
+                if isinstance(signal, Advantage)
+                for _ in example.rollout.response_ids
+            ]
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def micro_batches(examples: Sequence[Example], max_tokens: int | None) -> list[list[Example]]:
+    """``examples`` in groups of at most ``max_tokens`` padded tokens, sequences of like length together.
+
+    A single longer sequence is a group of its own. None keeps everything in one group.
+    """
+    ordered = sorted(examples, key=lambda example: len(example.rollout.prompt_ids) + len(example.rollout.response_ids))
+    groups: list[list[Example]] = []
+    for example in ordered:
+        length = len(example.rollout.prompt_ids) + len(example.rollout.response_ids)
+        if groups and (max_tokens is None or (len(groups[-1]) + 1) * length <= max_tokens):
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    return groups

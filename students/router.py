@@ -1,0 +1,37 @@
+"""Keeping a mixture of experts balanced: the model's own auxiliary loss, and a number that shows the balance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLoad:
+    """``loss`` is differentiable; ``max_load`` is the busiest expert's share of tokens times the number of experts,
+    the mean over layers: 1 is perfect balance."""
+
+    loss: Tensor
+    max_load: float
+
+
+def load_balancing(router_logits: Sequence[Tensor], config: PretrainedConfig, mask_BT: Tensor) -> RouterLoad:
+    """The load-balancing loss of transformers' Qwen3-MoE (Switch Transformer, 2101.03961, equations 4 to 6).
+
+    ``router_logits`` are one [B * T, experts] tensor a layer. Padding takes no part.
+    """
+    num_experts, chosen = config.num_experts, config.num_experts_per_tok
+    loss = load_balancing_loss_func(tuple(router_logits), num_experts, chosen, mask_BT)
+    assert isinstance(loss, Tensor)
+    kept = mask_BT.flatten().bool()
+    loads: list[float] = []
+    for logits_NE in router_logits:
+        experts = logits_NE.detach()[kept].topk(chosen, dim=-1).indices.flatten()
+        counts_E = torch.bincount(experts, minlength=num_experts).float()
+        loads.append(float(counts_E.max() / counts_E.sum() * num_experts))
+    return RouterLoad(loss, sum(loads) / len(loads))
