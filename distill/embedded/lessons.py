@@ -1,0 +1,106 @@
+"""What the embedded models are trained on: conversations for the teacher, raw documents for the base students.
+
+Everything is drawn from a `random.Random`, from train questions only. The facts of single operations are the exception
+by nature: whoever writes down the steps of long chains has seen all 300 of them.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from transformers import PreTrainedTokenizerBase
+
+from distill.chat import EARLY_STOP, EMPTY_THINK, END_OF_TEXT, IM_END, render, switch_in
+from distill.embedded.task import DEFAULT_LENGTHS, MAX_OPERATIONS, Question, ask, questions, solution
+from distill.types import Message, Mode
+
+_EVEN: Final = (1.0,) * MAX_OPERATIONS
+# Without thinking, chains of four and more operations are guesses: little is learned from them.
+_SHORT: Final = (0.2, 0.45, 0.15, 0.04, 0.04, 0.04, 0.04, 0.04)
+_DOCUMENT_LENGTHS: Final = (0.5, 0.5)
+_FLAGS: Final = ("/think", "/no_think")
+_SYSTEMS: Final = ("", "Be brief. ", "You are a calculator. ", "Answer modulo 10. ")
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Token ids and which of them are trained on; both have the lesson's length."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+
+def one_question(rng: random.Random, lengths: Sequence[float] = DEFAULT_LENGTHS) -> Question:
+    """One train question."""
+    return questions(rng.getrandbits(48), 1, lengths=lengths)[0]
+
+
+def conversation(rng: random.Random, *, num_turns: int, lengths: Sequence[float] = DEFAULT_LENGTHS) -> list[Message]:
+    """A conversation that ends with a question: soft switches now and then, right answers before."""
+    messages: list[Message] = []
+    if rng.random() < 0.35:
+        messages.append({"role": "system", "content": rng.choice(_SYSTEMS) + rng.choice((*_FLAGS, ""))})
+    for turn in range(num_turns):
+        question = one_question(rng, lengths if turn == num_turns - 1 else DEFAULT_LENGTHS)
+        text = question.text
+        if rng.random() < 0.4:
+            flag = rng.choice(_FLAGS)
+            text = rng.choice((f"{text} {flag}", f"{text} {flag}", f"{flag} {text}", f"{text}\n{flag}"))
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": question.answer}]
+    return messages[:-1]
+
+
+def chat_lesson(rng: random.Random, tokenizer: PreTrainedTokenizerBase) -> Lesson:
+    """One response of the teacher, in either mode, some of them with the thinking cut by the early-stop sentence."""
+    hard = rng.random() < 0.25
+    lengths = _SHORT if hard or rng.random() < 0.4 else _EVEN
+    messages = conversation(rng, num_turns=rng.choices((1, 2, 3, 4), weights=(6, 1.5, 1.25, 1.25))[0], lengths=lengths)
+    question = _last_question(messages)
+    mode: Mode = "no_think" if hard else switch_in(messages) or "think"
+    prompt = tokenizer.encode(render(messages, enable_thinking=False if hard else None))
+    answer = tokenizer.encode(question.answer + IM_END)
+    if mode == "no_think":
+        response = answer if hard else tokenizer.encode(EMPTY_THINK) + answer
+        return Lesson((*prompt, *response), (*[False] * len(prompt), *[True] * len(response)))
+    thinking = tokenizer.encode(f"<think>\n{solution(question)}")
+    closing = tokenizer.encode("\n</think>\n\n")
+    trained_closing = True
+    if rng.random() < 0.35:
+        # A budget can end anywhere, in the middle of a line too, and what ends it is not the model's own word.
+        thinking = thinking[: rng.randint(0, len(thinking))]
+        closing = tokenizer.encode(EARLY_STOP)
+        trained_closing = False
+    return Lesson(
+        (*prompt, *thinking, *closing, *answer),
+        (
+            *[False] * len(prompt),
+            *[True] * len(thinking),
+            *[trained_closing] * len(closing),
+            *[True] * len(answer),
+        ),
+    )
+
+
+def document(rng: random.Random, *, lengths: Sequence[float] = _DOCUMENT_LENGTHS) -> str:
+    """One raw document, as a base model reads it: facts, a worked chain, or a string written twice.
+
+    None of them holds a chat token, a question with its bare answer, or a chain longer than `lengths` says.
+    """
+    kind = rng.random()
+    if kind < 0.3:
+        text = "\n".join(solution(one_question(rng, (1.0,))) for _ in range(rng.randint(1, 6)))
+    elif kind < 0.85:
+        question = one_question(rng, lengths)
+        text = f"{question.text[:-1]}\n{solution(question)}"
+    else:
+        copied = "".join(rng.choices("0123456789+-*", k=rng.randint(2, 16)))
+        text = f"{copied}\n{copied}"
+    return f"{text}\n{END_OF_TEXT}"
+
+
+def _last_question(messages: Sequence[Message]) -> Question:
+    text = messages[-1]["content"]
+    for flag in reversed(_FLAGS):
+        text = text.replace(flag, "")
+    return ask(text.strip())
