@@ -1,0 +1,386 @@
+"""A model on disk: opened, checked and identified before any of its weights are read into memory.
+
+``open_checkpoint`` turns what the user named into a folder whose configuration describes a Qwen3 model and whose
+safetensors files are whole. Left out on purpose: pickled weights, code that comes with a model, and files that were
+never asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.cache import cache_home
+from distill.errors import DistillError, UserError
+from distill.family import ModelSource, Shape
+from distill.progress import say
+from distill.types import content_hash
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+"""What is downloaded of a model on the hub."""
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_REMEMBER_FROM_BYTES = 64 * 1024**2  # below, hashing a file anew takes less than a tenth of a second
+_SETTLED_SECONDS = 2.0  # a file changed more recently than this can change again without a new time stamp
+
+_ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
+_ITEM_BITS |= {"I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's folder that was found whole.
+
+    ``revision`` is the hub's commit, or for a local folder a SHA-256 of its configuration and weights: equal weights
+    have an equal revision wherever they lie. ``weight_files`` maps each tensor's name to the file that holds it.
+    ``stop_ids`` are the token ids on which the model's own generation configuration ends a response.
+    """
+
+    source: ModelSource
+    path: Path
+    config: Mapping[str, Any]
+    shape: Shape
+    revision: str
+    stop_ids: tuple[int, ...]
+    max_positions: int
+    weight_files: Mapping[str, Path]
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        return self.source.name
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """The checked checkpoint that ``source`` names, downloaded first where it is on the hub.
+
+    Raises UserError for a model that cannot be had, is not of the Qwen3 family or is incomplete; DistillError where
+    a download breaks off.
+    """
+    path = _download(source.location, source.revision) if source.kind == "hub" else Path(source.location)
+    config = _read_object(path / "config.json", f"{path} is no model folder")
+    shape = _shape(path, config)
+    weight_files = validate_safetensors(path)
+    return Checkpoint(
+        source=source,
+        path=path,
+        config=config,
+        shape=shape,
+        # The hub's cache names the folder of a snapshot after its commit.
+        revision=path.name if source.kind == "hub" else _fingerprint(config, weight_files),
+        stop_ids=_stop_ids(path, config),
+        max_positions=_positive(path, config, "max_position_embeddings"),
+        weight_files=weight_files,
+    )
+
+
+def validate_safetensors(path: Path) -> dict[str, Path]:
+    """The file of every tensor of the model in ``path``, once all its files are known to be whole.
+
+    Reads headers only. Raises UserError that names the file: missing, cut off (with the bytes it has and should
+    have), damaged, or without a tensor that the index promises.
+    """
+    if (path / _INDEX).is_file():
+        promised = _weight_map(path / _INDEX)
+    elif (path / _SINGLE).is_file():
+        promised = dict.fromkeys(_header(path / _SINGLE), _SINGLE)
+    else:
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        raise UserError(
+            f"{path} has neither {_SINGLE} nor {_INDEX}"
+            + (f" but {pickled[0]}, and pickled weights are never read; " if pickled else "; ")
+            + "save the model with transformers' save_pretrained, which writes safetensors"
+        )
+    held = {name: _header(path / name) for name in sorted(set(promised.values()))}
+    for tensor, name in promised.items():
+        if tensor not in held[name]:
+            raise UserError(
+                f"{path / name} does not hold the tensor {tensor}, which {_INDEX} says it does; "
+                f"the files belong to different models or versions: copy or download the folder again"
+            )
+    return {tensor: path / name for tensor, name in promised.items()}
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer. Raises UserError where it has none that can be read."""
+    from transformers import AutoTokenizer
+
+    # Without these files transformers would make up an empty tokenizer of the model's type.
+    forms = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    if not any(all((checkpoint.path / name).is_file() for name in form) for form in forms):
+        raise UserError(f"{checkpoint.path} has no tokenizer.json; save the model's tokenizer there too")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    # `tokenizers` reports what it cannot parse as a bare Exception.
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer in {checkpoint.path} cannot be read ({_first_line(error)}); "
+            f"copy or download its tokenizer files again"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{checkpoint.path} has no tokenizer.json; save the tokenizer there in its fast form")
+    return tokenizer
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+    """The whole model in evaluation mode, every weight from the checkpoint.
+
+    Raises UserError where the files and the configuration do not describe the same model: a weight is never left at
+    random.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{checkpoint.path / 'config.json'} is refused by transformers: {why}") from None
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.path,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    problems = {
+        "lacks": info["missing_keys"],
+        "has no place for": info["unexpected_keys"],
+        "has in another shape": info["mismatched_keys"],
+    }
+    found = [f"{verb} {_some(names)}" for verb, names in problems.items() if names]
+    if found:
+        raise UserError(
+            f"the weights in {checkpoint.path} do not fit its config.json: the model {', and '.join(found)}; "
+            f"copy or download the folder again, or point to the folder that was saved whole"
+        )
+    return model
+
+
+def lm_head(checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
+    """The matrix [vocabulary rows, width] that makes logits of hidden states, read alone from its file.
+
+    For tied models this is the embedding. Raises UserError where the checkpoint lacks it or it is quantised.
+    """
+    from safetensors import safe_open
+
+    name = "model.embed_tokens.weight" if checkpoint.shape.tied else "lm_head.weight"
+    if name not in checkpoint.weight_files:
+        raise UserError(f"the weights in {checkpoint.path} lack {name}; copy or download the folder again")
+    file = checkpoint.weight_files[name]
+    with safe_open(file, framework="pt", device="cpu") as shard:
+        head: Tensor = shard.get_tensor(name)
+    expected = (checkpoint.shape.vocabulary, checkpoint.shape.width)
+    if tuple(head.shape) != expected or head.dtype.itemsize < 2:
+        raise UserError(
+            f"{name} in {file} is {tuple(head.shape)} of {head.dtype}, and {expected} in 16 or 32 bits is needed; "
+            f"take a checkpoint whose head is not quantised"
+        )
+    return head.to(dtype)
+
+
+def family_stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of ``<|endoftext|>`` and ``<|im_end|>``, 151643 and 151645 in Qwen3; together they are one action."""
+    from distill.chat import END_OF_TEXT, IM_END
+
+    vocabulary = tokenizer.get_vocab()
+    for token in (END_OF_TEXT, IM_END):
+        if token not in vocabulary:
+            raise UserError(f"the tokenizer has no token {token}; models of the Qwen3 family do: take one of those")
+    return vocabulary[END_OF_TEXT], vocabulary[IM_END]
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    what = hub_id if revision is None else f"{hub_id} at revision {revision}"
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED_FILES)))
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{what} is gated: accept its licence on https://huggingface.co/{hub_id}, then log in with "
+            f"`hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"the hub has no model {hub_id}, or does not show it to you; check the spelling, "
+            f"or log in with `hf auth login` if it is private"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{hub_id} has no revision {revision}; name a branch, a tag or a commit of it") from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{hub_id!r} is no hub id ({_first_line(error)}); write owner/name or a folder") from None
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{what} is not complete in the cache and the hub cannot be reached ({_first_line(error.__cause__)}); "
+            f"give a local folder instead, point HF_HOME to a cache that holds the model, "
+            f"or run once with a connection (for a gated model after `hf auth login`)"
+        ) from None
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        raise DistillError(
+            f"the download of {what} failed: {_first_line(error)}; what has arrived is kept and the same command "
+            f"goes on from there, and with HF_HUB_OFFLINE=1 a model in the cache is used without asking the hub"
+        ) from error
+
+
+def _read_object(file: Path, if_missing: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{if_missing}: there is no {file.name} in it; name the folder that holds it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({_first_line(error)}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a {type(value).__name__}, not an object; copy or download it again")
+    return value
+
+
+def _shape(path: Path, config: Mapping[str, Any]) -> Shape:
+    try:
+        shape = Shape.from_config(config)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / 'config.json'} does not describe a whole model: {error} is missing") from None
+    for field in fields(Shape):
+        value = getattr(shape, field.name)
+        is_zero_fine = field.name in ("num_experts", "experts_per_token")
+        if not isinstance(value, int) or value < (0 if is_zero_fine or field.name == "tied" else 1):
+            raise UserError(f"{path / 'config.json'} gives {value!r} for the model's {field.name}, not a whole number")
+    return shape
+
+
+def _positive(path: Path, config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{path / 'config.json'} gives {value!r} for {key}; it is a whole number of tokens")
+    return value
+
+
+def _stop_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """``eos_token_id`` of generation_config.json; where that says nothing, of config.json, as transformers does it."""
+    file = path / "generation_config.json"
+    generation = _read_object(file, str(path)) if file.is_file() else {}
+    found = generation.get("eos_token_id")
+    if found is None:
+        found = config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(value, int) for value in ids):
+        raise UserError(f"{path} gives {found!r} as eos_token_id; it is a token id or a list of them")
+    return tuple(ids)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_object(index, str(index.parent)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map from tensors to files; copy or download it again")
+    for name in weight_map.values():
+        # A name with a folder in it could point out of the model's own folder.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {name!r} as a file; it names safetensors files beside itself")
+    return weight_map
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """A safetensors file's tensors by name, once header and data are known to be as long as the file."""
+    again = "copy or download it again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            start = 8 + (header_bytes if size >= 8 else 0)
+            if size < start and header_bytes <= _MAX_HEADER_BYTES:
+                raise UserError(f"{file} is cut off: it has {size} bytes, and its header alone needs {start}; {again}")
+            text = stream.read(min(header_bytes, _MAX_HEADER_BYTES))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing, and the model's index names it; {again}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(text)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((_checked_end(entry) for entry in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{file} is no safetensors file: its header cannot be read; {again}") from None
+    if size != start + end:
+        what = "is cut off" if size < start + end else "is too long"
+        raise UserError(f"{file} {what}: it has {size} bytes and should have {start + end}; {again}")
+    return tensors
+
+
+def _checked_end(entry: Mapping[str, Any]) -> int:
+    """Where a tensor's data end. Raises ValueError for data of another length than its shape and type need."""
+    begin, end = entry["data_offsets"]
+    item_bits = _ITEM_BITS.get(entry["dtype"])
+    is_known = item_bits is not None
+    if not 0 <= begin <= end or (is_known and (end - begin) * 8 != item_bits * math.prod(entry["shape"])):
+        raise ValueError(entry)
+    return int(end)
+
+
+def _fingerprint(config: Mapping[str, Any], weight_files: Mapping[str, Path]) -> str:
+    files = sorted(set(weight_files.values()))
+    # What transformers was called when it saved the model says nothing about the model.
+    described = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
+    return content_hash([described, [[file.name, _file_hash(file)] for file in files]])
+
+
+def _file_hash(file: Path) -> str:
+    """SHA-256 of a file; that of a large file is remembered under the user's cache until the file changes."""
+    status = file.stat()
+    identity = [str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    note = cache_home() / "fingerprints" / content_hash(identity)
+    is_large = status.st_size >= _REMEMBER_FROM_BYTES
+    if is_large and note.is_file():
+        return note.read_text(encoding="ascii")
+    if status.st_size >= 16 * _REMEMBER_FROM_BYTES:
+        say(f"hashing {file} ({status.st_size / 1e9:.1f} GB) to identify the model; done once for each file")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if is_large and time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS:
+        _remember(note, digest)
+    return digest
+
+
+def _remember(note: Path, digest: str) -> None:
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        draft = note.with_name(f"{note.name}.{os.getpid()}")
+        draft.write_text(digest, encoding="ascii")
+        draft.replace(note)
+    except OSError:
+        # Nothing but time is lost: the file is hashed again the next time.
+        return
+
+
+def _some(names: object) -> str:
+    """The first few names of a set that may be long; a mismatch comes as (name, shape, shape)."""
+    assert isinstance(names, set | list | tuple)
+    shown = sorted(str(name) for name in names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+
+
+def _first_line(error: BaseException | None) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
