@@ -1,0 +1,276 @@
+"""Graders on real reference solutions, on answers that are equal but written otherwise, and on noise."""
+
+import json
+import random
+import re
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from distill.errors import UserError
+from eval import graders
+from eval.graders import GRADERS, as_number, final_answer, grade, grader_of
+
+needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
+
+# The first 40 test questions of GSM8K (OpenAI, MIT licence), as published.
+GSM8K = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "gsm8k_test_first40.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+def styles(solution: str) -> tuple[str, list[str]]:
+    """The reference number of a GSM8K solution, and the solution as a model would write it in several styles."""
+    body, _, number = solution.partition("####")
+    body, number = re.sub(r"<<.*?>>", "", body).strip(), number.strip()
+    thought = "<think>\nThe answer is 999999. \\boxed{999999}\n</think>\n\n"
+    return number, [
+        f"{thought}{body}\n\nThe answer is $\\boxed{{{number}}}$.<|im_end|>",
+        f"{thought}{body}\n#### {number}<|im_end|>",
+        f"{body}\n{number}",
+        f"{body}\nThe answer is {number}.",
+        f"{body}\n\n**Answer:** ${number}.00 dollars",
+    ]
+
+
+@pytest.mark.parametrize("grader", ["gsm8k", "number"])
+def test_every_style_of_a_reference_solution_is_right_and_its_neighbour_wrong(grader: str) -> None:
+    for row in GSM8K:
+        number, responses = styles(row["answer"])
+        for response in responses:
+            assert grade(grader, response, number), response
+            # The reference may be the whole worked solution, as the data set has it.
+            assert grade(grader, response, row["answer"]), response
+            assert not grade(grader, response, f"{number}1"), response
+
+
+def test_only_what_follows_the_thinking_is_graded() -> None:
+    assert grade("number", "<think>\n\\boxed{7}\n</think>\n\n\\boxed{8}", "8")
+    assert not grade("number", "<think>\n\\boxed{7}\n</think>\n\n\\boxed{8}", "7")
+    for grader in ("number", "math", "choice", "exact", "embedded"):
+        assert not grade(grader, "<think>\n\\boxed{A} 7 A", "7")
+        assert not grade(grader, "<think>\nA", "A")
+
+
+def test_the_embedded_grader_is_the_tasks_own() -> None:
+    assert grade("embedded", "<think>\n3+4=7\n</think>\n\n7<|im_end|>", "7")
+    assert grade("embedded-4", "7<|im_end|>", "7")
+    assert not grade("embedded", "<think>\n3+4=7\n</think>\n\n8<|im_end|>", "7")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18", "18"),
+        ("$70,000.00", "70000"),
+        ("\\$32,\\!348", "32348"),
+        ("-3/4", "-3/4"),
+        ("\\dfrac{1}{2}", "1/2"),
+        (".5", "1/2"),
+        ("18 dollars per day.", "18"),
+        ("x = 5", "5"),
+        ("90^\\circ", "90"),
+        ("12\\text{ cm}^2", "12"),
+        ("33%", "33"),
+        ("5x", None),
+        ("2^{10}", None),
+        ("x \\geq 5", None),
+        ("1, 2", None),
+        ("a=1,b=2", None),
+        ("1/0", None),
+        ("", None),
+        ("9" * 5000, None),
+        ("1e999999999", None),
+    ],
+)
+def test_numbers_are_read_exactly(text: str, value: str | None) -> None:
+    number = as_number(text)
+    assert (None if number is None else str(number)) == value
+
+
+def test_the_final_answer_is_the_last_one_that_is_marked() -> None:
+    found = final_answer("First \\boxed{1}, no: \\boxed{\\frac{1}{2}}.\nThat is 3.")
+    assert found is not None and found.text == "\\frac{1}{2}"
+    found = final_answer("\\boxed{1}\n#### 2\nbye")
+    assert found is not None and found.text == "2"
+    assert final_answer(" \n**\n") is None
+    assert grade("number", "So the total is $400 + $60 = $460 for this week's work.", "460")
+    assert grade("number", "It is 3 + 4.\nThe answer is -7 because 3 is left.", "-7") is False
+    assert grade("number", "\\boxed{5", "5"), "a box cut off by the token limit leaves the last line"
+
+
+def test_a_rounded_fraction_is_not_the_fraction() -> None:
+    assert grade("number", "\\boxed{0.5}", "1/2")
+    assert not grade("number", "\\boxed{0.333}", "1/3")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ('```json\n{"answer": "C"}\n```', "C"),
+        ("\\boxed{C}", "C"),
+        ("\\boxed{\\text{(C)}}", "C"),
+        ("The answer is (C).", "C"),
+        ("**Answer: C**", "C"),
+        ("A is wrong.\n\nC", "C"),
+        ("It must be this one:\n(C) Paris", "C"),
+        ("The answer is A. No, wait. The answer is C", "C"),
+        ("The answer is Clear", None),
+        ("I think Paris", None),
+        ("", None),
+    ],
+)
+def test_choices(text: str, letter: str | None) -> None:
+    assert [option for option in "ABCD" if grade("choice", text, option)] == ([letter] if letter else [])
+
+
+def test_exact_match_forgives_white_space_only() -> None:
+    assert grade("exact", "<think>\n\n</think>\n\n New  York\n", "New York")
+    assert not grade("exact", "new york", "New York")
+
+
+EQUAL = [
+    ("\\frac{3}{56}", "3/56"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
+    ("x^2+2x", "2x + x^2"),
+    ("6 - 5i", "6-5i"),
+    ("10\\%", "10"),
+    ("1,-2", "-2,1"),
+    ("(-\\infty, 5]", "\\left(-\\infty,5\\right]"),
+    ("3\\sqrt{13}", "\\sqrt{117}"),
+    ("\\text{Evelyn}", "Evelyn"),
+    ("073", "73"),
+    ("\\begin{pmatrix} -1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}-1\\\\2\\end{pmatrix}"),
+]
+DIFFERENT = [("(3,4)", "(4,3)"), ("5", "-5"), ("1/3", "0.333"), ("x^2", "x^3"), ("\\pi", "3.14"), ("1,2", "1")]
+
+
+@needs_math_verify
+@pytest.mark.parametrize(("reference", "written"), EQUAL)
+def test_equal_mathematics_is_right(reference: str, written: str) -> None:
+    assert grade("math", f"<think>\n3\n</think>\n\nSo it is $\\boxed{{{written}}}$.", reference)
+    assert grade("math", f"Some steps.\nThe answer is ${written}$.", reference)
+
+
+@needs_math_verify
+@pytest.mark.parametrize(("reference", "written"), DIFFERENT)
+def test_different_mathematics_is_wrong(reference: str, written: str) -> None:
+    assert not grade("math", f"\\boxed{{{written}}}", reference)
+
+
+@needs_math_verify
+def test_a_comparison_that_never_ends_is_wrong_and_the_next_one_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graders, "COMPARE_SECONDS", 1)
+    begun = time.monotonic()
+    assert not grade("math", "\\boxed{9^{9^{9^{9}}}+x}", "x+1")
+    assert time.monotonic() - begun < 60
+    monkeypatch.undo()
+    assert grade("math", "\\boxed{1+x}", "x+1")
+
+
+@needs_math_verify
+def test_nothing_a_model_wrote_is_executed(tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    code = f"__import__('pathlib').Path('{mark}').touch()"
+    for form in (code, f"$ {code} $", f"\\boxed{{{code}}}", f"#### {code}"):
+        assert not grade("math", form, "x+1")
+        assert not grade("math", form, "5")
+    assert not mark.exists()
+
+
+def test_no_response_makes_a_grader_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The comparing process has its own limits and its own tests; here it says no at once.
+    monkeypatch.setattr(graders, "_compare", lambda reference, candidate: False)
+    pieces = [
+        *("<think>", "</think>", "<|im_end|>", "\\boxed{", "\\boxed", "{", "}", "####", "\n", "\\frac{1}{", "/", "/0"),
+        *(
+            "answer is",
+            "answer: ",
+            '"answer": "',
+            "A",
+            "(B)",
+            "$",
+            "\\(",
+            "\\)",
+            "**",
+            "=",
+            "-",
+            "1,000",
+            "3.5",
+            ".",
+            "%",
+        ),
+        *(
+            "\u0663",
+            "\u00b2",
+            "\ud83d",
+            "\x00",
+            "\U0001f600",
+            "9" * 400,
+            "^",
+            "\\circ",
+            " ",
+            "inf",
+            "nan",
+            "1e9",
+            "\\text{",
+        ),
+    ]
+    source = random.Random(0)
+    names = sorted(GRADERS)
+    for trial in range(10_000):
+        response = "".join(source.choices(pieces, k=source.randrange(12)))
+        answer = source.choice(["18", "1/3", "x+1", "A", "", "\\frac{1}{2}", response])
+        assert grade(names[trial % len(names)], response, answer) in (True, False)
+
+
+@needs_math_verify
+def test_noise_is_no_mathematics_for_the_real_worker_either() -> None:
+    source = random.Random(1)
+    pieces = [
+        "\\frac",
+        "{",
+        "}",
+        "x",
+        "1",
+        "^",
+        "_",
+        "\\sqrt",
+        "(",
+        ")",
+        "\\int",
+        "=",
+        ",",
+        "\\",
+        "\\left",
+        "\x00",
+        "\u00e9",
+    ]
+    for _ in range(200):
+        candidate = "".join(source.choices(pieces, k=source.randrange(1, 10)))
+        assert grade("math", f"\\boxed{{{candidate}}}", "x+17") is False
+
+
+def test_long_responses_are_graded_in_linear_time() -> None:
+    begun = time.monotonic()
+    for noise in (
+        "\\boxed{" * 200_000,
+        "#### " * 200_000,
+        "1," * 500_000,
+        "answer is " * 100_000,
+        "$" * 500_000,
+        "(" * 500_000,
+    ):
+        for grader in ("number", "choice", "exact"):
+            grade(grader, noise, "5")
+    assert time.monotonic() - begun < 20
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="math500"):
+        grader_of("math_500")
+    with pytest.raises(UserError, match="embedded"):
+        grade("embedded-9", "7", "7")
