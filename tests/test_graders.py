@@ -53,6 +53,7 @@ def test_only_what_follows_the_thinking_is_graded() -> None:
     for grader in ("number", "math", "choice", "exact", "embedded"):
         assert not grade(grader, "<think>\n\\boxed{A} 7 A", "7")
         assert not grade(grader, "<think>\nA", "A")
+    assert not grade("exact", "<think>\nA", ""), "open thinking is wrong even where saying nothing would be right"
 
 
 def test_the_embedded_grader_is_the_tasks_own() -> None:
