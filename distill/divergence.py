@@ -1,0 +1,508 @@
+"""The divergence between student and teacher over the whole vocabulary, without ever holding an [N, V] tensor.
+
+Both models end in a linear head, so their logits need not exist all at once. For a tile of rows, the heads are
+projected, each row's loss and its gradient to the student's logits are formed, the gradient overwrites the student's
+logits, and two more products add it to the gradients of the hidden states and of the head. All of it happens in the
+forward pass ("gradient in forward"): each head is projected once, and ``backward`` only scales what is already there.
+One step costs 6*d_s*V + 2*d_t*V FLOPs a token.
+
+Reading order: the per-row mathematics (``KINDS``), the two losses that put it on a tile (``_TeacherLoss``,
+``_TargetLoss``), the loop over tiles (``_sweep``), and the public functions at the end.
+
+Shapes: N rows (response tokens), V vocabulary rows, D student width, E teacher width; a tile has C rows, and a block,
+the part of a tile that fits in the cache, has B; G ids count as one action.
+
+The vocabulary rule: student and teacher heads have the same number of rows and every row takes part, also the padded
+rows behind the tokenizer's last id, because the models' own softmax covers them and the sampler can draw them. Whoever
+wants them out slices both heads (``head[:num_real]``); that is the same rule on a smaller vocabulary.
+
+Left out on purpose: second derivatives (a gradient is a constant), logit softcapping and head biases (no
+Qwen3 model has them), and casting: a head and its hidden states have one dtype, and the caller chooses it.
+
+Sources: the directions and the generalised Jensen-Shannon divergence are those of GKD (arXiv 2306.13649, section 2 and
+equation 1), the skewed ones those of DistiLLM (arXiv 2402.03898, section 3.1). No T^2 factor is applied.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distill.errors import UserError
+
+TILE_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
+"""Memory for the tiles of logits that live at once. Every tile reads and writes the head's gradient once, [V, D] in
+fp32, so that small tiles cost bandwidth; larger ones than these gain nothing measurable."""
+
+BLOCK_BYTES = 2 * 2**20
+"""On a CPU, the mathematics of a tile is done in blocks of this size, so that its handful of temporaries stay in the
+last-level cache. On a GPU a block is the whole tile: there a launch costs more than a trip to memory."""
+
+LOG_ZERO = -1e4
+"""The log-probability of what has no probability: finite, so that 0 * LOG_ZERO is 0, and exp(LOG_ZERO) is 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """What ``linear_divergence`` returns: one differentiable number, and detached per-token facts of shape [N] in nats.
+
+    ``values`` are the divergences of the requested kind, unweighted, also where the weight is 0. ``reverse_kl``,
+    ``forward_kl`` and the entropies are of the tempered and merged distributions, whatever the kind.
+    ``sampled_logprob`` is the student's log-probability of the sampled ids at temperature 1, unmerged (None without
+    ``sampled_ids``).
+    """
+
+    total: Tensor
+    values: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    sampled_logprob: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """What ``linear_cross_entropy`` returns: a differentiable total, and detached ``values`` and ``entropy`` [N]."""
+
+    total: Tensor
+    values: Tensor
+    entropy: Tensor
+
+
+# --- The mathematics of a row -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Student p and teacher q of a block of rows, and ratio = log p - log q, which every divergence is made of.
+
+    Log-ratios of finite logits are finite, so p * ratio is 0, not 0 * inf, where p underflows.
+    """
+
+    p_BV: Tensor
+    q_BV: Tensor
+    ratio_BV: Tensor
+    reverse_kl_B: Tensor
+    forward_kl_B: Tensor
+
+
+def _reverse_kl(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+    return pair.reverse_kl_B, pair.ratio_BV.mul_(pair.p_BV)
+
+
+def _forward_kl(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+    return pair.forward_kl_B, torch.neg(pair.q_BV, out=pair.ratio_BV)
+
+
+def _jsd(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+    teacher_BV = _log_share_(pair.ratio_BV.neg(), beta)
+    student_BV = _log_share_(pair.ratio_BV, 1 - beta)
+    slope_BV = student_BV.mul_(pair.p_BV).mul_(1 - beta)
+    return beta * _row_dot(pair.q_BV, teacher_BV) + slope_BV.sum(-1), slope_BV
+
+
+def _skew_forward_kl(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+    teacher_BV = _log_share_(pair.ratio_BV.neg_(), beta)
+    values_B = _row_dot(pair.q_BV, teacher_BV)
+    return values_B, teacher_BV.exp_().mul_(pair.p_BV).mul_(beta - 1)
+
+
+def _skew_reverse_kl(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+    student_BV = _log_share_(pair.ratio_BV, beta)
+    values_B = _row_dot(pair.p_BV, student_BV)
+    return values_B, student_BV.sub_(student_BV.exp(), alpha=beta).mul_(pair.p_BV)
+
+
+def _log_share_(ratio_BV: Tensor, alpha: float) -> Tensor:
+    """log x - log(alpha x + (1 - alpha) y) in the memory of the ratio log x - log y.
+
+    0 where x = y, never above -log alpha, and exact where either underflows: only the ratio is exponentiated.
+    """
+    ratio_BV.neg_().add_(math.log1p(-alpha))
+    return torch.logaddexp(ratio_BV, ratio_BV.new_tensor(math.log(alpha)), out=ratio_BV).neg_()
+
+
+KINDS: dict[str, Callable[[_Pair, float], tuple[Tensor, Tensor]]] = {
+    "reverse_kl": _reverse_kl,  # KL(p || q)
+    "forward_kl": _forward_kl,  # KL(q || p)
+    "jsd": _jsd,  # beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
+    "skew_forward_kl": _skew_forward_kl,  # KL(q || beta q + (1 - beta) p)
+    "skew_reverse_kl": _skew_reverse_kl,  # KL(p || beta p + (1 - beta) q)
+}
+"""The catalogue. Each returns the values D [B] and the slope p * dD/dp [B, V], the latter up to a multiple of p: the
+gradient to the logits, slope - p * sum(slope), cancels it. The slope may take the ratio's memory."""
+
+
+def _row_dot(x_BV: Tensor, y_BV: Tensor) -> Tensor:
+    return cast(Tensor, torch.linalg.vecdot(x_BV, y_BV))
+
+
+def _merge_(log_probs_BV: Tensor, group_G: Tensor) -> Tensor:
+    """Adds the probabilities of a group into its first id, in place; returns each member's share of the sum [B, G].
+
+    The logsumexp of the members acts as the logit of the merged action, and its gradient flows to a member by that
+    member's share.
+    """
+    members_BG = log_probs_BV[:, group_G]
+    merged_B1 = members_BG.logsumexp(-1, keepdim=True)
+    log_probs_BV[:, group_G] = LOG_ZERO
+    log_probs_BV[:, group_G[:1]] = merged_B1
+    return members_BG.sub_(merged_B1).exp_()
+
+
+# --- The losses on a tile ---------------------------------------------------------------------------------------------
+
+
+class _TileLoss(Protocol):
+    """A loss as the loop sees it. ``values_N`` is filled block by block."""
+
+    values_N: Tensor
+
+    def start_tile(self, rows: slice) -> None:
+        """Prepares the rows of one tile."""
+
+    def form_(self, rows: slice, logits_BV: Tensor, weights_B1: Tensor) -> None:
+        """Records the facts of these rows, and overwrites their logits by the weighted gradient to the logits."""
+
+
+class _TeacherLoss:
+    """Divergence to the teacher's distribution."""
+
+    def __init__(
+        self,
+        hidden_NE: Tensor,
+        head_VE: Tensor,
+        *,
+        like: Tensor,
+        kind: str,
+        beta: float,
+        temperature: float,
+        groups: list[Tensor],
+        sampled_ids_N: Tensor | None,
+        chunk_rows: int,
+    ) -> None:
+        self.hidden_NE, self.head_VE, self.sampled_ids_N = hidden_NE, head_VE, sampled_ids_N
+        self.kind, self.beta, self.temperature, self.groups = KINDS[kind], beta, temperature, groups
+        num_rows, self.calc = len(hidden_NE), like.dtype
+        self.logits_CV = hidden_NE.new_empty(min(chunk_rows, num_rows), len(head_VE))
+        self.values_N, self.reverse_kl_N, self.forward_kl_N = (like.new_empty(num_rows) for _ in range(3))
+        self.student_entropy_N, self.teacher_entropy_N, self.sampled_logprob_N = (
+            like.new_empty(num_rows) for _ in range(3)
+        )
+
+    def start_tile(self, rows: slice) -> None:
+        self.first_row = rows.start
+        torch.mm(self.hidden_NE[rows], self.head_VE.t(), out=self.logits_CV[: rows.stop - rows.start])
+
+    def form_(self, rows: slice, logits_BV: Tensor, weights_B1: Tensor) -> None:
+        teacher_BV = self.logits_CV[rows.start - self.first_row : rows.stop - self.first_row].to(self.calc)
+        if self.sampled_ids_N is not None:
+            self.sampled_logprob_N[rows] = _pick(logits_BV, self.sampled_ids_N[rows]) - logits_BV.logsumexp(-1)
+        _log_softmax_(logits_BV, self.temperature)
+        _log_softmax_(teacher_BV, self.temperature)
+        shares = [_merge_(logits_BV, group_G) for group_G in self.groups]
+        for group_G in self.groups:
+            _merge_(teacher_BV, group_G)
+
+        p_BV, q_BV = logits_BV.exp(), teacher_BV.exp()
+        self.student_entropy_N[rows] = -_row_dot(p_BV, logits_BV)
+        self.teacher_entropy_N[rows] = -_row_dot(q_BV, teacher_BV)
+        ratio_BV = torch.sub(logits_BV, teacher_BV, out=teacher_BV)
+        self.reverse_kl_N[rows] = reverse_kl_B = _row_dot(p_BV, ratio_BV)
+        self.forward_kl_N[rows] = forward_kl_B = -_row_dot(q_BV, ratio_BV)
+        self.values_N[rows], slope_BV = self.kind(_Pair(p_BV, q_BV, ratio_BV, reverse_kl_B, forward_kl_B), self.beta)
+
+        torch.sub(slope_BV, p_BV.mul_(slope_BV.sum(-1, keepdim=True)), out=logits_BV)
+        logits_BV.mul_(weights_B1 / self.temperature)
+        for group_G, share_BG in zip(self.groups, shares, strict=True):
+            logits_BV[:, group_G] = share_BG * logits_BV[:, group_G[:1]]
+
+
+class _TargetLoss:
+    """Cross-entropy to one target id a row."""
+
+    def __init__(self, target_ids_N: Tensor, like: Tensor) -> None:
+        self.target_ids_N = target_ids_N
+        self.values_N, self.entropy_N = (like.new_empty(len(target_ids_N)) for _ in range(2))
+
+    def start_tile(self, rows: slice) -> None:
+        pass
+
+    def form_(self, rows: slice, logits_BV: Tensor, weights_B1: Tensor) -> None:
+        _log_softmax_(logits_BV, 1.0)
+        target_ids_B = self.target_ids_N[rows]
+        self.values_N[rows] = -_pick(logits_BV, target_ids_B)
+        p_BV = logits_BV.exp()
+        self.entropy_N[rows] = -_row_dot(p_BV, logits_BV)
+        torch.mul(p_BV, weights_B1, out=logits_BV)
+        logits_BV.scatter_add_(-1, target_ids_B[:, None], -weights_B1)
+
+
+def _log_softmax_(logits_BV: Tensor, temperature: float) -> None:
+    if temperature != 1:
+        logits_BV.div_(temperature)
+    torch.log_softmax(logits_BV, -1, out=logits_BV)
+
+
+def _pick(x_BV: Tensor, ids_B: Tensor) -> Tensor:
+    return x_BV.gather(-1, ids_B[:, None]).squeeze(-1)
+
+
+# --- The loop over tiles ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What the loop does: which loss, which weights, tiles of how many rows, and which gradients are wanted."""
+
+    loss: _TileLoss
+    weights_N: Tensor
+    chunk_rows: int
+    wants_hidden: bool
+    wants_head: bool
+
+
+def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None, Tensor | None]:
+    """Fills ``job.loss`` tile by tile; returns the gradients of sum(weights * values) to the hidden states and head.
+
+    For a gradient that is not wanted, no product is done and None is returned.
+    """
+    num_rows, num_vocab, chunk_rows, calc = len(hidden_ND), len(head_VD), job.chunk_rows, job.weights_N.dtype
+    logits_CV = hidden_ND.new_empty(min(chunk_rows, num_rows), num_vocab)
+    grad_hidden_ND = torch.empty_like(hidden_ND) if job.wants_hidden else None
+    grad_head_VD = torch.empty_like(head_VD, dtype=calc) if job.wants_head else None
+    if grad_head_VD is not None and num_rows == 0:
+        grad_head_VD.zero_()
+    block_rows = max(1, BLOCK_BYTES // (num_vocab * calc.itemsize)) if hidden_ND.device.type == "cpu" else chunk_rows
+    for tile in _slices(0, num_rows, chunk_rows):
+        tile_CV, tile_hidden_CD = logits_CV[: tile.stop - tile.start], hidden_ND[tile]
+        torch.mm(tile_hidden_CD, head_VD.t(), out=tile_CV)
+        job.loss.start_tile(tile)
+        for rows in _slices(tile.start, tile.stop, block_rows):
+            stored_BV = tile_CV[rows.start - tile.start : rows.stop - tile.start]
+            block_BV = stored_BV.to(calc)  # the same memory where the tile has this dtype already
+            job.loss.form_(rows, block_BV, job.weights_N[rows, None])
+            if job.wants_hidden or job.wants_head:
+                stored_BV.copy_(block_BV)
+        if grad_hidden_ND is not None:
+            torch.mm(tile_CV, head_VD, out=grad_hidden_ND[tile])
+        if grad_head_VD is not None:
+            _add_product_(grad_head_VD, tile_CV.t(), tile_hidden_CD, fresh=tile.start == 0)
+    return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
+
+
+def _add_product_(sum_VD: Tensor, gradient_VC: Tensor, hidden_CD: Tensor, *, fresh: bool) -> None:
+    """sum += gradient @ hidden; where ``fresh``, what the sum holds is not read."""
+    if sum_VD.dtype == hidden_CD.dtype:
+        torch.addmm(sum_VD, gradient_VC, hidden_CD, beta=0 if fresh else 1, out=sum_VD)
+    elif fresh:
+        sum_VD.copy_(gradient_VC @ hidden_CD)
+    else:
+        sum_VD.add_(gradient_VC @ hidden_CD)
+
+
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+class _GradientInForward(torch.autograd.Function):
+    """sum(weights * values) whose gradients are formed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> Tensor:
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            ctx.save_for_backward(*_sweep(hidden_ND, head_VD, job))
+            return job.weights_N.dot(job.loss.values_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        # A caller that puts its denominator into the weights gets here with 1 and pays no second copy of [V, D].
+        unit = bool(grad_total == 1)
+        scaled = (grad if unit or grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
+        return (*scaled, None)
+
+
+def _total(hidden: Tensor, head: Tensor, loss: _TileLoss, weights_N: Tensor, chunk_rows: int) -> Tensor:
+    wants_hidden, wants_head = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, head))
+    job = _Job(loss, weights_N, chunk_rows, wants_hidden, wants_head)
+    return cast(Tensor, _GradientInForward.apply(hidden, head, job))  # type: ignore[no-untyped-call]
+
+
+# --- The public functions ---------------------------------------------------------------------------------------------
+
+Params = ParamSpec("Params")
+Returns = TypeVar("Returns")
+
+
+def _eager(call: Callable[Params, Returns]) -> Callable[Params, Returns]:
+    """Keeps torch.compile out: the loop has as many rounds as a batch has tiles, and would compile anew for each."""
+    return cast(Callable[Params, Returns], torch.compiler.disable(call))  # type: ignore[no-untyped-call]
+
+
+@_eager
+def linear_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    kind: str,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    merged_ids: Sequence[Sequence[int]] | None = None,
+    sampled_ids: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> Divergence:
+    """Weighted sum over tokens of the divergence between softmax(student / T) and softmax(teacher / T), in nats.
+
+    ``student_hidden`` [N, d_s] and ``teacher_hidden`` [N, d_t] are the states after the final norm that predict the
+    same N tokens; ``student_head`` [V, d_s] and ``teacher_head`` [V, d_t] are the models' ``lm_head`` weights. Only the
+    student's two can receive gradients, and an input that does not require one costs no gradient work.
+
+    ``kind`` is a key of ``KINDS``; ``beta`` in (0, 1) is the weight of the mixture in the jsd and skewed kinds.
+    ``weights`` [N] (default ones) are constants: put the mask and the division by the number of tokens there.
+    ``merged_ids`` are groups of ids that count as one action, such as two stop ids: their probabilities are added
+    before the divergence is taken. ``sampled_ids`` [N] asks for the student's log-probabilities of these tokens.
+    ``chunk_rows`` rows are projected at a time (default: what fits ``TILE_BYTES``); results do not depend on it.
+
+    Arithmetic is in float32, in float64 for float64 inputs; gradients are summed so and come in the inputs' dtype.
+    A head sharded by FSDP2 is gathered once by the caller, and the gathered tensor is passed.
+
+    Raises ``UserError`` for an unknown kind, a parameter out of range or shapes that do not fit together.
+    """
+    _check_linear("student", student_hidden, student_head)
+    _check_linear("teacher", teacher_hidden, teacher_head)
+    _check_choices(kind, beta, temperature)
+    num_rows, num_vocab = len(student_hidden), len(student_head)
+    if len(teacher_head) != num_vocab:
+        raise UserError(
+            f"student_head has {num_vocab} vocabulary rows and teacher_head {len(teacher_head)}; the distributions"
+            " must cover the same ids. Slice both heads to the tokenizer's number of ids if only the padding differs."
+        )
+    if len(teacher_hidden) != num_rows:
+        raise UserError(f"student_hidden has {num_rows} rows and teacher_hidden {len(teacher_hidden)}; give one each.")
+    weights_N = _weights(weights, student_hidden)
+    groups = [torch.tensor(ids, device=student_hidden.device) for ids in _check_groups(merged_ids or (), num_vocab)]
+    if sampled_ids is not None:
+        _check_ids("sampled_ids", sampled_ids, num_rows, num_vocab)
+    chunk_rows = _chunk_rows(chunk_rows, student_hidden, num_vocab, num_tiles=2)
+    loss = _TeacherLoss(
+        teacher_hidden.detach(),
+        teacher_head.detach(),
+        like=weights_N,
+        kind=kind,
+        beta=beta,
+        temperature=temperature,
+        groups=groups,
+        sampled_ids_N=sampled_ids,
+        chunk_rows=chunk_rows,
+    )
+    return Divergence(
+        total=_total(student_hidden, student_head, loss, weights_N, chunk_rows),
+        values=loss.values_N,
+        reverse_kl=loss.reverse_kl_N,
+        forward_kl=loss.forward_kl_N,
+        student_entropy=loss.student_entropy_N,
+        teacher_entropy=loss.teacher_entropy_N,
+        sampled_logprob=None if sampled_ids is None else loss.sampled_logprob_N,
+    )
+
+
+@_eager
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    target_ids: Tensor,
+    *,
+    weights: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> CrossEntropy:
+    """Weighted sum over tokens of -log softmax(hidden @ head.T)[target], in nats.
+
+    ``hidden`` [N, d], ``head`` [V, d] and ``target_ids`` [N]; a token that must not count has weight 0 and any id of
+    the vocabulary. ``weights``, ``chunk_rows``, dtypes and errors are those of ``linear_divergence``.
+    """
+    _check_linear("the model", hidden, head)
+    _check_ids("target_ids", target_ids, len(hidden), len(head))
+    weights_N = _weights(weights, hidden)
+    loss = _TargetLoss(target_ids, weights_N)
+    total = _total(hidden, head, loss, weights_N, _chunk_rows(chunk_rows, hidden, len(head), num_tiles=1))
+    return CrossEntropy(total=total, values=loss.values_N, entropy=loss.entropy_N)
+
+
+@torch.no_grad()
+def linear_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, *, chunk_rows: int | None = None) -> Tensor:
+    """log softmax(hidden @ head.T)[ids] for ``hidden`` [N, d], ``head`` [V, d] and ``ids`` [N]; [N], no gradient."""
+    return -linear_cross_entropy(hidden, head, ids, chunk_rows=chunk_rows).values
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+def _check_linear(whose: str, hidden: Tensor, head: Tensor) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise UserError(
+            f"{whose}: hidden states of shape {list(hidden.shape)} do not fit a head of shape {list(head.shape)};"
+            " they must be [N, d] and [V, d]."
+        )
+    if hidden.dtype != head.dtype:
+        raise UserError(f"{whose}: hidden states are {hidden.dtype} and the head is {head.dtype}; cast one of them.")
+
+
+def _check_choices(kind: str, beta: float, temperature: float) -> None:
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0)[0]
+        raise UserError(f"There is no divergence kind {kind!r}; did you mean {near!r}? There are: {', '.join(KINDS)}.")
+    if not 0 < beta < 1:
+        raise UserError(
+            f"beta is {beta} and must lie between 0 and 1; its limits are the kinds forward and reverse_kl."
+        )
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature is {temperature} and must be a positive number; 1 is the model's own.")
+
+
+def _check_ids(name: str, ids: Tensor, num_rows: int, num_vocab: int) -> None:
+    if ids.shape != (num_rows,) or ids.dtype != torch.int64:
+        raise UserError(f"{name} is {ids.dtype} of shape {list(ids.shape)}; it must be int64 of shape [{num_rows}].")
+    if num_rows and not 0 <= int(ids.min()) <= int(ids.max()) < num_vocab:
+        raise UserError(f"{name} holds ids {int(ids.min())} to {int(ids.max())}; the head has {num_vocab} rows.")
+
+
+def _check_groups(groups: Sequence[Sequence[int]], num_vocab: int) -> list[list[int]]:
+    ids = [token for group in groups for token in group]
+    if not all(groups) or len(set(ids)) != len(ids) or not all(0 <= token < num_vocab for token in ids):
+        raise UserError(
+            f"merged_ids is {groups}; it must be groups of distinct ids below {num_vocab},"
+            " none empty, none overlapping."
+        )
+    return [list(group) for group in groups]
+
+
+def _weights(weights: Tensor | None, hidden: Tensor) -> Tensor:
+    """The weights in the dtype that all arithmetic is done in."""
+    calc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if weights is None:
+        return torch.ones(len(hidden), dtype=calc, device=hidden.device)
+    if weights.shape != (len(hidden),):
+        raise UserError(f"weights has shape {list(weights.shape)}; there are {len(hidden)} rows, one weight each.")
+    return weights.detach().to(calc)
+
+
+def _chunk_rows(chunk_rows: int | None, hidden: Tensor, num_vocab: int, num_tiles: int) -> int:
+    """The rows of a tile: as many as the budget holds, spread evenly over the tiles that are needed."""
+    if chunk_rows is None:
+        most = max(1, TILE_BYTES[hidden.device.type] // (num_tiles * num_vocab * hidden.dtype.itemsize))
+        return max(1, math.ceil(len(hidden) / math.ceil(max(1, len(hidden)) / most)))
+    if chunk_rows < 1:
+        raise UserError(f"chunk_rows is {chunk_rows}; a tile has at least one row.")
+    return chunk_rows
