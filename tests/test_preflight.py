@@ -1,0 +1,212 @@
+"""Pairs that must not be distilled: each is refused by the check that is there for it, with the cure."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from distill.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from distill.embedded.tokenizer import VOCAB_ROWS, build_tokenizer
+from distill.errors import UserError
+from distill.family import ModelSource
+from pipelines.preflight import CHECKS, Finding, check_pair
+
+
+def save_model(folder: Path, rows: int = VOCAB_ROWS) -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": rows,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+    }
+    Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "whole"
+    save_model(folder)
+    build_tokenizer().save_pretrained(folder)
+    edit(folder / "generation_config.json", lambda content: content.update(eos_token_id=[281, 282]))
+    return folder
+
+
+@pytest.fixture
+def pair(whole: Path, tmp_path: Path) -> tuple[Path, Path]:
+    for name in ("teacher", "student"):
+        shutil.copytree(whole, tmp_path / name)
+    return tmp_path / "teacher", tmp_path / "student"
+
+
+def edit(file: Path, change: Callable[[Any], object]) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def opened(folder: Path) -> Checkpoint:
+    return open_checkpoint(ModelSource(folder.name, "directory", str(folder)))
+
+
+def check(
+    pair: tuple[Path, Path], *, max_prompt_tokens: int = 28, max_new_tokens: int = 100, skip: tuple[str, ...] = ()
+) -> list[Finding]:
+    teacher, student = (opened(folder) for folder in pair)
+    lengths = {"max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens}
+    return check_pair(teacher, load_tokenizer(teacher), student, load_tokenizer(student), **lengths, skip=skip)
+
+
+def failed_check(pair: tuple[Path, Path], **lengths: int) -> tuple[str, str]:
+    """The name of the check that refuses the pair (each one before it skipped or passed), and its sentence."""
+    skip: list[str] = []
+    for name in CHECKS:
+        try:
+            check(pair, skip=tuple(other for other in CHECKS if other != name), **lengths)
+        except UserError as error:
+            with pytest.raises(UserError):
+                check(pair, skip=tuple(skip), **lengths)
+            return name, str(error)
+        skip.append(name)
+    raise AssertionError("no check refused the pair")
+
+
+def test_a_pair_of_one_family_passes_every_check(pair: tuple[Path, Path]) -> None:
+    findings = check(pair)
+    assert [finding.check for finding in findings] == list(CHECKS)
+    assert not any(finding.skipped for finding in findings)
+    assert "251 tokens" not in findings[0].text
+
+
+def test_serialisations_may_differ(pair: tuple[Path, Path]) -> None:
+    """tokenizer.json against the older pair of files, and merges written as text."""
+    student = pair[1]
+    content = json.loads((student / "tokenizer.json").read_text())
+    model = content["model"]
+    (student / "tokenizer.json").unlink()
+    (student / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (student / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(merge) for merge in model["merges"]))
+    added = {str(token.pop("id")): token for token in content["added_tokens"]}
+    edit(student / "tokenizer_config.json", lambda content: content.update(added_tokens_decoder=added))
+    assert len(check(pair)) == len(CHECKS)
+    edit(pair[0] / "tokenizer.json", lambda content: content["model"].update(merges=[*map(" ".join, model["merges"])]))
+    assert len(check(pair)) == len(CHECKS)
+
+
+def test_special_flag_of_an_added_token_is_no_difference(pair: tuple[Path, Path]) -> None:
+    edit(pair[1] / "tokenizer.json", lambda content: content["added_tokens"][2].update(special=False))
+    assert len(check(pair)) == len(CHECKS)
+
+
+def swap_tokens(content: Any) -> None:
+    vocabulary = content["model"]["vocab"]
+    vocabulary["3"], vocabulary["4"] = vocabulary["4"], vocabulary["3"]
+
+
+def swap_merges(content: Any) -> None:
+    """(as, s) before (a, s): `ass` can then no longer be built the same way."""
+    merges = content["model"]["merges"]
+    merges.insert(0, merges.pop(merges.index(["us", "e"])))
+
+
+def lower_case(content: Any) -> None:
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "sentence"),
+    [
+        (swap_tokens, "vocabulary", "token 18 is '3' for teacher and '4' for student"),
+        (lambda content: content["added_tokens"].pop(3), "added_tokens", "'<think>' differs: teacher has id 284"),
+        (lambda content: content["added_tokens"][3].update(lstrip=True), "added_tokens", "has id 284 (lstrip)"),
+        (swap_merges, "merges", "merge 0 joins"),
+        (lambda content: content["model"]["merges"].pop(), "merges", "and absent for student"),
+        (lower_case, "encoding", 'tokenise differently: the text "The quick'),
+    ],
+)
+def test_tokenizers_that_differ_are_refused(
+    pair: tuple[Path, Path], change: Callable[[Any], object], name: str, sentence: str
+) -> None:
+    edit(pair[1] / "tokenizer.json", change)
+    # transformers rebuilds the splitting rules of a known class; the plain one takes the file as it is.
+    for folder in pair:
+        edit(
+            folder / "tokenizer_config.json", lambda content: content.update(tokenizer_class="PreTrainedTokenizerFast")
+        )
+    refused_by, text = failed_check(pair)
+    assert (refused_by, sentence in text) == (name, True), text
+    assert "--teacher 4B --student 0.6B" in text
+
+
+def test_vocabulary_rows_that_differ_are_refused(pair: tuple[Path, Path]) -> None:
+    save_model(pair[1], VOCAB_ROWS + 64)
+    name, text = failed_check(pair)
+    assert name == "vocabulary_rows"
+    assert "320 vocabulary rows and student 384" in text
+    assert "resize_token_embeddings(384)" in text
+
+
+def test_fewer_rows_than_tokens_are_refused(pair: tuple[Path, Path]) -> None:
+    for folder in pair:
+        save_model(folder, 280)
+    name, text = failed_check(pair)
+    assert name == "vocabulary_rows"
+    assert "280 vocabulary rows and the tokenizer's ids go up to 286" in text
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_stop_ids_outside_the_family_are_refused(pair: tuple[Path, Path], who: int) -> None:
+    edit(pair[who] / "generation_config.json", lambda content: content.update(eos_token_id=[281, 5]))
+    name, text = failed_check(pair)
+    assert name == "stop_ids"
+    assert f"the {('teacher', 'student')[who]} " in text
+    assert "token 5" in text
+    assert "<|endoftext|> (282) and <|im_end|> (281)" in text
+    assert f"{pair[who] / 'generation_config.json'}" in text
+
+
+@pytest.mark.parametrize("ids", [281, 282, [282, 281]])
+def test_any_of_the_stop_ids_is_one_action(pair: tuple[Path, Path], ids: object) -> None:
+    edit(pair[1] / "generation_config.json", lambda content: content.update(eos_token_id=ids))
+    assert len(check(pair)) == len(CHECKS)
+
+
+def test_a_tokenizer_that_ends_elsewhere_is_refused(pair: tuple[Path, Path]) -> None:
+    edit(pair[1] / "tokenizer_config.json", lambda content: content.update(eos_token="<think>"))
+    name, text = failed_check(pair)
+    assert (name, "'<think>' (284)" in text) == ("stop_ids", True), text
+
+
+def test_lengths_beyond_the_context_are_refused(pair: tuple[Path, Path]) -> None:
+    name, text = failed_check(pair, max_prompt_tokens=29)
+    assert name == "context"
+    assert "128 tokens" in text
+    assert "29 + max_new_tokens 100 = 129" in text
+
+
+def test_a_teacher_without_a_chat_template_is_refused(pair: tuple[Path, Path]) -> None:
+    (pair[0] / "chat_template.jinja").unlink()
+    assert failed_check(pair)[0] == "rendering"
+    (pair[1] / "chat_template.jinja").unlink()
+    assert failed_check(pair)[0] == "rendering"
+
+
+def test_the_student_needs_no_chat_template(pair: tuple[Path, Path]) -> None:
+    (pair[1] / "chat_template.jinja").unlink()
+    assert len(check(pair)) == len(CHECKS)
+
+
+def test_a_skipped_check_is_recorded_and_an_unknown_one_refused(pair: tuple[Path, Path]) -> None:
+    edit(pair[1] / "generation_config.json", lambda content: content.update(eos_token_id=5))
+    assert [finding.check for finding in check(pair, skip=("stop_ids",)) if finding.skipped] == ["stop_ids"]
+    with pytest.raises(UserError, match=r"no check 'stop_id' to skip; did you mean stop_ids\?"):
+        check(pair, skip=("stop_id",))
