@@ -1,0 +1,435 @@
+"""Where prompts come from: the embedded task, one's own files, or sets on the hub.
+
+A row is a JSON object or a parquet row: ``prompt`` as text or as a list of messages, and optionally ``answer`` (the
+reference for grading), ``mode``, ``language``, ``domain``. Everything is read and checked before a run starts, so that
+what is wrong with line 70,000 is known at once; afterwards prompts are drawn by position.
+
+Held out: of the distinct prompts that have an answer, 5 % (at least one, at most 500) are for evaluation and are never
+trained on. They are those with the smallest content hashes, whatever the seed and the order of the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from distill.chat import switch_in
+from distill.config import EmbeddedPrompts, FilePrompts, HubPrompts, HubSet, PromptSettings
+from distill.errors import DistillError, UserError
+from distill.progress import say
+from distill.seeding import derive
+from distill.types import MODES, Message, Prompt, content_hash
+
+HELD_OUT_SHARE = 0.05
+HELD_OUT_MOST = 500
+
+CountTokens = Callable[[Sequence[Message]], int]
+"""How many tokens a conversation is, rendered and ready to be answered."""
+
+ROLES = ("system", "user", "assistant", "tool")
+_FIELDS = ("answer", "mode", "language", "domain")
+_CHUNK_ROWS = 4096
+_TEMPLATE_TOKENS = 128  # tokens that a chat template puts around one message, generously
+
+
+class PromptSource(Protocol):
+    """Prompts by position. What stands at a position depends on the source's data and its seed alone."""
+
+    @property
+    def content_hash(self) -> str:
+        """What the data is, for the manifest."""
+
+    @property
+    def num_train(self) -> int | None:
+        """Different prompts to train on; None where they never run out."""
+
+    def at(self, position: int) -> Prompt:
+        """The training prompt at a position, counted from the start of training and past the end of the data."""
+
+    def batch(self, start: int, num: int) -> list[Prompt]:
+        """The training prompts at ``start`` .. ``start + num - 1``."""
+
+    def held_out(self) -> list[Prompt]:
+        """Prompts with an answer that are never trained on."""
+
+
+class EmbeddedSource:
+    """Fresh train questions of the embedded task; its test questions are the evaluation's own affair."""
+
+    num_train = None
+
+    def __init__(self, settings: EmbeddedPrompts, *, seed: int) -> None:
+        from distill.embedded.task import lengths_up_to
+
+        self._lengths = lengths_up_to(settings.max_operations)
+        self._seed = seed
+        self.content_hash = content_hash(["distill.embedded.task", self._lengths])
+
+    def at(self, position: int) -> Prompt:
+        from distill.embedded.task import questions
+
+        (question,) = questions(derive(self._seed, "prompts", position), 1, lengths=self._lengths, split="train")
+        return Prompt(messages=({"role": "user", "content": question.text},), answer=question.answer)
+
+    def batch(self, start: int, num: int) -> list[Prompt]:
+        return [self.at(position) for position in range(start, start + num)]
+
+    def held_out(self) -> list[Prompt]:
+        return []
+
+
+class TableSource:
+    """Checked prompts in columns of text, shuffled anew by the seed in every epoch."""
+
+    def __init__(self, prompts: Iterator[Prompt], *, seed: int) -> None:
+        import pyarrow as pa
+
+        self._seed = seed
+        columns = ("messages", *_FIELDS)
+        schema = pa.schema([(name, pa.large_string()) for name in columns])
+        digest = hashlib.sha256()
+        ids: list[str] = []
+        answered: set[str] = set()
+        chunks: list[Any] = []
+        rows: list[dict[str, str | None]] = []
+        for prompt in prompts:
+            fields = {name: getattr(prompt, name) for name in _FIELDS}
+            rows.append({"messages": json.dumps([dict(message) for message in prompt.messages]), **fields})
+            ids.append(prompt.id)
+            if prompt.answer is not None:
+                answered.add(prompt.id)
+            digest.update(content_hash([prompt.id, fields]).encode())
+            if len(rows) == _CHUNK_ROWS:
+                chunks.append(pa.RecordBatch.from_pylist(rows, schema=schema))
+                rows = []
+        chunks.append(pa.RecordBatch.from_pylist(rows, schema=schema))
+        self.content_hash = digest.hexdigest()
+        self._chunks = chunks
+        held = set(sorted(answered)[: _num_held_out(len(answered), len(set(ids)))])
+        self._train = [row for row, id_ in enumerate(ids) if id_ not in held]
+        # One row of each held-out question, in the order of the hashes.
+        first_rows = {id_: row for row, id_ in reversed(list(enumerate(ids))) if id_ in held}
+        self._held_out = [first_rows[id_] for id_ in sorted(held)]
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    @property
+    def num_train(self) -> int:
+        return len(self._train)
+
+    def at(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self._train))
+        return self._row(self._order(epoch)[place])
+
+    def batch(self, start: int, num: int) -> list[Prompt]:
+        return [self.at(position) for position in range(start, start + num)]
+
+    def held_out(self) -> list[Prompt]:
+        return [self._row(row) for row in self._held_out]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(self._train)
+        random.Random(derive(self._seed, "prompts", epoch)).shuffle(order)
+        return order
+
+    def _row(self, row: int) -> Prompt:
+        chunk, place = divmod(row, _CHUNK_ROWS)
+        found = self._chunks[chunk].slice(place, 1).to_pylist()[0]
+        return Prompt(messages=tuple(json.loads(found.pop("messages"))), **found)
+
+
+def load_prompts(
+    settings: PromptSettings, *, seed: int, max_prompt_tokens: int, count_tokens: CountTokens
+) -> PromptSource:
+    """The prompts that ``settings`` describe, all of them read and checked.
+
+    Raises UserError for data that cannot be used, with the file and line; DistillError where a download breaks off.
+    A row of a hub set that cannot be used (it is not the user's to correct) is left out and counted aloud.
+    """
+    limit = _Limit(max_prompt_tokens, count_tokens)
+    if isinstance(settings, EmbeddedPrompts):
+        return EmbeddedSource(settings, seed=seed)
+    if isinstance(settings, FilePrompts):
+        return TableSource(_of_files(settings, limit), seed=seed)
+    return TableSource(_of_hub(settings, limit), seed=seed)
+
+
+class _Limit:
+    """Refuses a prompt that is too long, counting tokens only where the bytes leave a doubt."""
+
+    def __init__(self, max_tokens: int, count_tokens: CountTokens) -> None:
+        self._max_tokens = max_tokens
+        self._count_tokens = count_tokens
+
+    def check(self, messages: Sequence[Message]) -> None:
+        text = "".join(str(value) for message in messages for value in message.values())
+        # A token is at least one byte, and normalisation makes at most three bytes of one.
+        most_bytes = len(text) if text.isascii() else 3 * len(text.encode())
+        if most_bytes + _TEMPLATE_TOKENS * (1 + len(messages)) <= self._max_tokens:
+            return
+        num_tokens = self._count_tokens(messages)
+        if num_tokens > self._max_tokens:
+            raise UserError(
+                f"the prompt is {num_tokens} tokens long and max_prompt_tokens is {self._max_tokens}; "
+                f"shorten or remove it, or raise the limit with --set max_prompt_tokens={num_tokens}"
+            )
+
+
+def _num_held_out(num_answered: int, num_prompts: int) -> int:
+    if num_answered == 0:
+        return 0
+    wanted = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * num_answered)))
+    # Something is left to train on.
+    return min(wanted, num_prompts - 1)
+
+
+def _of_files(settings: FilePrompts, limit: _Limit) -> Iterator[Prompt]:
+    path = Path(settings.path).expanduser()
+    num_prompts, ignored = 0, set[str]()
+    for file in _files(path):
+        rows = _parquet_rows(file, settings.prompt_column) if file.suffix == ".parquet" else _json_rows(file)
+        for where, row in rows:
+            if settings.prompt_column not in row:
+                columns = _names(row)
+                raise UserError(
+                    f"{where}: there is no column {settings.prompt_column!r}; the columns are {columns}; rename one, "
+                    f"or name it with --set prompts.prompt_column=NAME"
+                )
+            ignored |= row.keys() - {settings.prompt_column, *_FIELDS}
+            try:
+                prompt = _prompt(row[settings.prompt_column], {name: row.get(name) for name in _FIELDS})
+                limit.check(prompt.messages)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            num_prompts += 1
+            yield prompt
+    if num_prompts == 0:
+        raise UserError(f"{path} holds no prompt; write one JSON object a line, such as {_EXAMPLE}")
+    if ignored:
+        say(f"{path}: not used: {_names(sorted(ignored))} (used: {settings.prompt_column}, {', '.join(_FIELDS)})")
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the prompt files of a folder by name."""
+    try:
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".ndjson", ".parquet"))
+            if not found:
+                raise UserError(f"the folder {path} holds no .jsonl or .parquet file; put one there, or name the file")
+            return found
+        if path.exists():
+            return [path]
+        there = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else None
+    except OSError as error:
+        raise UserError(f"the prompts {path} cannot be read: {error.strerror}") from None
+    if there is None:
+        raise UserError(f"there is no file {path}: its folder {path.parent} does not exist either; check the spelling")
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.4)
+    raise UserError(f"there is no file {path}; " + (f"did you mean {near[0]}?" if near else "check the spelling"))
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                where = f"{file}, line {number}"
+                try:
+                    row = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(
+                        f"{where} is not JSON ({_short(error)}); write one JSON object a line, such as {_EXAMPLE}"
+                    ) from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{where} holds {_kind(row)}; write one JSON object a line, such as {_EXAMPLE}")
+                yield where, row
+    except OSError as error:
+        raise UserError(f"the prompts {file} cannot be read: {error.strerror}") from None
+
+
+def _parquet_rows(file: Path, prompt_column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            wanted = [name for name in (prompt_column, *_FIELDS) if name in names]
+            if prompt_column not in names:
+                yield f"{file}", dict.fromkeys(names)
+            number = 0
+            for batch in table.iter_batches(batch_size=_CHUNK_ROWS, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    # Arrow fills in None for what a message of the list does not have.
+                    yield f"{file}, row {number}", row
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read as parquet ({_short(error)}); write it again, or use JSONL") from None
+
+
+def _of_hub(settings: HubPrompts, limit: _Limit) -> Iterator[Prompt]:
+    for hub_set in settings.sets:
+        num_prompts = 0
+        left_out = Counter[str]()
+        for row in _hub_rows(hub_set):
+            domain = hub_set.domain
+            columns = {"answer": hub_set.answer_column, "language": hub_set.language_column}
+            fields = {name: row[column] for name, column in columns.items() if column is not None}
+            try:
+                value = _up_to_last_question(row[hub_set.prompt_column])
+                prompt = _prompt(value, {**fields, "domain": domain})
+                limit.check(prompt.messages)
+            except UserError as error:
+                left_out[str(error).partition(";")[0][:100]] += 1
+                continue
+            num_prompts += 1
+            yield prompt
+        if left_out:
+            reason, _ = left_out.most_common(1)[0]
+            say(f"{hub_set.id}: {left_out.total()} rows are left out, for example because {reason}")
+        if num_prompts == 0:
+            raise UserError(
+                f"{hub_set.id} holds no prompt that can be used; check its prompt_column and max_prompt_tokens"
+            )
+
+
+def _hub_rows(hub_set: HubSet) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    say(f"prompts from {hub_set.id} at {hub_set.revision[:12]}, licence {hub_set.licence}")
+    way_out = (
+        "give prompts of your own with --prompts FILE, point HF_HOME to a cache that holds the set, "
+        "or run once with a connection (for a gated set after `hf auth login`)"
+    )
+    try:
+        table = datasets.load_dataset(hub_set.id, hub_set.subset, split=hub_set.split, revision=hub_set.revision)
+    except (datasets.exceptions.DatasetsError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise UserError(f"the data set {hub_set.id} cannot be had: {_short(error)}; {way_out}") from None
+    except OSError as error:
+        raise DistillError(f"the data set {hub_set.id} could not be read: {_short(error)}; {way_out}") from error
+    named = (hub_set.prompt_column, hub_set.answer_column, hub_set.language_column)
+    columns = [column for column in named if column is not None]
+    for column in columns:
+        if column not in table.column_names:
+            raise UserError(
+                f"the data set {hub_set.id} has no column {column!r}; its columns are {', '.join(table.column_names)}"
+            )
+    yield from table.select_columns(columns).select(range(min(len(table), hub_set.limit or len(table))))
+
+
+def _up_to_last_question(value: Any) -> Any:
+    """A hub set's conversation without the answer it ends with: the teacher and the student write their own."""
+    if isinstance(value, list):
+        roles = [message.get("role") if isinstance(message, dict) else None for message in value]
+        return value[: len(roles) - roles[::-1].index("user")] if "user" in roles else value
+    return value
+
+
+def _prompt(value: Any, fields: Mapping[str, Any]) -> Prompt:
+    """The prompt of one row. Raises UserError without the place, which the caller knows."""
+    messages = _messages(value)
+    mode, switch = fields.get("mode"), switch_in(messages)
+    if mode is not None and mode not in MODES:
+        raise UserError(f"mode is {mode!r}; it is think, no_think, or left out where the stage may choose")
+    if mode is not None and switch is not None and mode != switch:
+        raise UserError(f"mode is {mode} and a message says /{switch}; leave one of them out")
+    for name in ("language", "domain"):
+        found = fields.get(name)
+        if found is not None and not (isinstance(found, str) and _is_text(found)):
+            raise UserError(f"{name} is {_kind(found)}; it is a text or left out")
+    return Prompt(
+        messages=messages,
+        answer=_answer(fields.get("answer")),
+        mode=switch or mode,
+        language=fields.get("language"),
+        domain=fields.get("domain"),
+    )
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise UserError(f"the prompt is {_kind(value)}; it is a text or a list of messages")
+    if not value:
+        raise UserError("the prompt is an empty list; it needs at least one message of the user")
+    messages = tuple(_message(number, message) for number, message in enumerate(value, start=1))
+    last = messages[-1]["role"]
+    if last != "user":
+        raise UserError(f"the last message is from {last!r}; the last one must be from the user, who is answered")
+    return messages
+
+
+def _message(number: int, message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise UserError(f"message {number} is {_kind(message)}; it is an object with role and content")
+    given = {key: value for key, value in message.items() if value is not None}
+    if not {"role", "content"} <= given.keys():
+        raise UserError(f"message {number} has the keys {_names(given)}; it needs role and content")
+    role, content = given["role"], given["content"]
+    if role not in ROLES:
+        raise UserError(f"message {number} has the role {role!r}; it is one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise UserError(f"the content of message {number} is {_kind(content)}; only text is supported")
+    if not content.strip():
+        raise UserError(f"the text of message {number} is empty; write something or remove the row")
+    if not _is_text(content):
+        raise UserError(f"the text of message {number} holds half of a surrogate pair, which no encoding can write")
+    # What a template does not read (names, scores) is no part of the prompt.
+    kept = {"role": role, "content": content}
+    thinking = given.get("reasoning_content")
+    if thinking is not None and not (isinstance(thinking, str) and _is_text(thinking)):
+        raise UserError(f"the reasoning_content of message {number} is {_kind(thinking)}; it is a text or left out")
+    if thinking is not None:
+        kept["reasoning_content"] = thinking
+    if given.get("tool_calls"):
+        raise UserError(f"message {number} calls tools; write the call into its content as text")
+    return kept
+
+
+def _answer(value: Any) -> str | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, str) and value.strip() and _is_text(value):
+        return value
+    shown = "empty" if isinstance(value, str) else _kind(value)
+    raise UserError(f"answer is {shown}; it is a text, a number, or left out where there is none")
+
+
+def _is_text(text: str) -> bool:
+    """Whether every encoding can write it; JSON's escapes can smuggle in half a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+
+
+def _names(keys: Iterable[str]) -> str:
+    """The first of some names, fit for printing."""
+    shown = [key.encode(errors="backslashreplace").decode()[:60] for key in keys]
+    return (", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")) or "none"
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+_EXAMPLE = '{"prompt": "What is 3+4?", "answer": "7"}'
