@@ -1,5 +1,6 @@
 """What every test runs under: set before anything imports torch or transformers, and inherited by child processes."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test that would reach for a hub fails at once and the same way everywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A plain `pytest` says which tests it left out, and why, where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("server"):
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed: ./do setup-server"))
 
 
 @pytest.fixture(scope="session", autouse=True)
