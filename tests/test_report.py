@@ -1,0 +1,304 @@
+"""The report of a synthetic run: what it says, that it says nothing it should not, and that it needs no network."""
+
+import dataclasses
+import json
+import math
+import random
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.embedded.task import ask, solution
+from distill.embedded.tokenizer import build_tokenizer
+from distill.encode import Encoder
+from distill.errors import UserError
+from distill.family import Shape
+from distill.sampler import OnFinished
+from distill.types import MODES, Prompt, Request, Rollout, Sampling
+from eval.figure import Series, line_chart, short
+from eval.report import count, duration, render, verdict, write_report
+from eval.runner import evaluate
+from eval.tasks import Task, load_task
+
+HOSTILE = "<script>alert('x')</script> & \"quotes\""
+SHAPE = Shape(3, 4, 2, 32, 128, 384, 320, True)
+SKILL = {
+    "teacher": {"think": 0.99, "no_think": 0.45},
+    "start": {"think": 0.02, "no_think": 0.1},
+    "off_policy": {"think": 0.45, "no_think": 0.31},
+    "on_policy": {"think": 0.95, "no_think": 0.42},
+}
+
+
+class Pretender:
+    """Answers the embedded task with a given skill."""
+
+    def __init__(self, encoder: Encoder, skill: float) -> None:
+        self.encoder, self.skill = encoder, skill
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Rollout:
+        source = random.Random(request.seed)
+        text, answer = request.prompt.messages[0]["content"], str(request.prompt.answer)
+        if source.random() > self.skill:
+            answer = source.choice([digit for digit in "0123456789" if digit != answer])
+        thought = solution(ask(text)) if text.endswith("=") else f"Hm. {HOSTILE}"
+        ids = self.encoder.tokenizer.encode(
+            f"<think>\n{thought}\n</think>\n\n{answer}<|im_end|>" if request.mode == "think" else f"{answer}<|im_end|>",
+            add_special_tokens=False,
+        )
+        if request.mode == "think" and source.random() > self.skill + 0.4:
+            ids = ids[: len(ids) // 2]
+        stop = "stop" if ids[-1] in self.encoder.stop_ids else "length"
+        return Rollout(request, tuple(ids), (False,) * len(ids), (0.0,) * len(ids), stop, speaker="x")  # type: ignore[arg-type]
+
+
+def metrics() -> list[dict[str, Any]]:
+    """What 128 off-policy and 60 on-policy steps would record."""
+    source = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    for stage, num_steps in (("off_policy", 128), ("on_policy", 60)):
+        for step in range(num_steps):
+            share = (step + 1) / num_steps
+            row: dict[str, Any] = {"stage": stage, "step": step, "global_step": len(rows) + 1}
+            if stage == "off_policy":
+                row |= {"loss": 5.5 * math.exp(-6 * share) + 0.2 + 0.02 * source.random(), "reverse_kl": None}
+                row |= {"forward_kl": None, "student_entropy": 0.3 + 3 * math.exp(-5 * share)}
+            else:
+                row |= {"loss": 0.4 * math.exp(-3 * share) + 0.02 * source.random()}
+                row |= {
+                    "reverse_kl": row["loss"],
+                    "forward_kl": row["loss"] * 1.4,
+                    "student_entropy": 0.4 - 0.2 * share,
+                }
+                row |= {"teacher_entropy": 0.21 + 0.01 * source.random()}
+            row |= {"grad_norm": 1.5 + source.random(), "num_tokens": 2000 + source.randrange(300), "seconds": 0.8}
+            row |= {"seconds.sample": 0.3, "seconds.score": 0.1, "length": 20.0}
+            for mode, length in (("think", 31.0), ("no_think", 2.1)):
+                seen = mode == "think" or source.random() > 0.2
+                row |= {
+                    f"{mode}.length": length + source.random() if seen else None,
+                    f"{mode}.closure": 1 - 0.1 * source.random() if seen else None,
+                    f"{mode}.truncation": 0.05 * source.random() if seen else None,
+                }
+            rows.append(row)
+    return rows
+
+
+def cost(tokens: int, flops: float, seconds: float, *stages: str, reused: int = 0) -> dict[str, Any]:
+    shown = {"tokens": tokens, "flops": flops, "seconds": seconds, "reused_tokens": reused}
+    shown["tokens_per_second"] = tokens / seconds if seconds else None
+    return {**shown, "stages": {stage: dict(shown) for stage in stages}}
+
+
+def make_run(run: Path, *, num_questions: int = 60, samples: int = 4) -> Path:
+    """A run directory as a finished run leaves it."""
+    encoder = Encoder(build_tokenizer())
+    task = load_task("embedded", num_questions=num_questions)
+    odd = Prompt(messages=({"role": "user", "content": f"What is {HOSTILE}?\n" + "Very long. " * 30},), answer="7")
+    task = Task(task.name, (odd, *task.prompts), task.grader)
+    scores = []
+    for checkpoint, skill in SKILL.items():
+        for mode in MODES:
+            found = evaluate(
+                task,
+                mode,
+                sampler=Pretender(encoder, skill[mode]),
+                encoder=encoder,
+                sampling=Sampling(max_new_tokens=96, temperature=0.6, top_p=0.95, top_k=20),
+                samples=samples,
+                seed=0,
+                checkpoint=checkpoint,
+                out=run / "eval",
+                shape=SHAPE,
+            )
+            scores += found.entries
+    costs = {
+        "teacher_generate": cost(0, 0.0, 0.0, "off_policy", reused=61_000),
+        "student_sample": cost(112_000, 1.2e11, 31.0, "on_policy"),
+        "teacher_score": cost(180_000, 4.4e11, 9.5, "on_policy"),
+        "student_train": cost(310_000, 9.9e11, 96.0, "off_policy", "on_policy"),
+        "evaluate": cost(52_000, 6.0e10, 24.0, *SKILL),
+    }
+    summary = {
+        "run": str(run),
+        "scores": scores,
+        "gap_closed": {"think": 0.926, "no_think": None},
+        "costs": costs,
+        "peak_memory_bytes": {"student_train": 812_000_000, "student_sample": 3_300_000_000},
+    }
+    manifest = {
+        "command": f"distill run --out {run} --seed 0 --set 'name={HOSTILE}'",
+        "seed": 0,
+        "teacher": {"name": "tiny", "revision": "a" * 40},
+        "versions": {"torch": "2.13.0", "transformers": "5.19.0", "python": "3.11.7"},
+        "preflight": [{"name": "vocabulary", "same": True}],
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "costs.json").write_text(json.dumps(costs))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics()))
+    (run / "config.yaml").write_text(f"name: tiny-to-nano\nseed: 0\n# {HOSTILE}\n")
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny-to-nano")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    """Collects elements and checks that they nest."""
+
+    VOID = ("meta", "br", "line", "path", "circle", "polyline")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.stack: list[str] = []
+        self.feed(page)
+        assert not self.stack, f"left open: {self.stack}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.stack.pop() == tag, f"{tag} closes something else"
+
+
+def test_the_page_nests_and_needs_nothing_from_outside(page: str) -> None:
+    elements = Elements(page).found
+    tags = {tag for tag, _ in elements}
+    assert not tags & {"script", "link", "img", "iframe", "object"}
+    for _, attributes in elements:
+        assert not {"src", "href", "onclick", "onload"} & attributes.keys()
+    assert "http" not in re.sub(r"HTTP|httpx", "", page)
+    assert "@import" not in page and "url(" not in page
+    assert "prefers-color-scheme: dark" in page and "@media print" in page and 'name="viewport"' in page
+
+
+def test_what_models_and_people_wrote_is_escaped(page: str) -> None:
+    assert "<script>" not in page
+    # Question, thinking, command and configuration all hold the hostile text.
+    assert page.count("&lt;script&gt;alert(") >= 4
+
+
+def test_the_verdict_says_what_was_reached_in_each_mode(page: str) -> None:
+    assert (
+        "In thinking mode the on-policy student closed 93 % of the gap to the teacher; in non-thinking mode the "
+        "teacher leads by no more than chance, so there is no gap to close."
+    ) in page
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(1.02, "reached the teacher (102 % of the gap closed)"), (0.5, "closed 50 % of"), (-0.25, "fell back by 25 %")],
+)
+def test_the_verdict_is_as_plain_about_failure(share: float, words: str) -> None:
+    assert words in verdict({"gap_closed": {"think": share}}, [{"checkpoint": "on_policy"}])
+
+
+def test_every_checkpoint_is_there_in_both_modes_with_its_interval(page: str, run: Path) -> None:
+    entries = json.loads((run / "summary.json").read_text())["scores"]
+    assert len(entries) == 16
+    for entry in entries:
+        low, high = entry["ci95"]
+        interval = f'<span class="range95">{100 * low:.1f} to {100 * high:.1f}</span>'
+        assert f"<strong>{100 * entry['mean']:.1f} %</strong> {interval}" in page
+    places = [page.index(f"<strong>{name}</strong>") for name in ("teacher", "start", "off-policy", "on-policy")]
+    assert places == sorted(places), "checkpoints stand in the order of the run"
+
+
+def test_curves_costs_and_samples_are_there(page: str) -> None:
+    for title in ("Loss", "Divergence to the teacher", "Entropy", "Response length", "Share with closed thinking"):
+        assert f"<figcaption>{title}" in page
+    assert "grad norm</figcaption>" in page, "a metric that the page does not know is shown all the same"
+    assert page.count('class="boundary"') >= 6
+    assert "61,000" in page and "student train" in page and "774 MiB" in page and "9.90e+11" in page
+    assert "pass@k against k: embedded, thinking" in page
+    assert page.count('class="badge">last student wrong') >= 1 and page.count('class="badge">learned') >= 1
+    assert "transformers 5.19.0" in page
+
+
+def test_the_page_is_a_function_of_the_files(run: Path) -> None:
+    assert render(run) == render(run)
+
+
+def test_an_unfinished_run_gets_a_page_of_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    assert "not finished" in write_report(tmp_path).read_text()
+    lines = [json.dumps(row) for row in metrics()[:5]]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"stage": "off_po']))
+    page = write_report(tmp_path).read_text()
+    Elements(page)
+    assert "<figcaption>Loss" in page
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "{", lines[1]]))
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        write_report(tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run directory"):
+        write_report(tmp_path)
+
+
+def test_a_line_stands_where_its_numbers_are() -> None:
+    line = Series("a", (((0.0, 0.0), (10.0, 1.0)),), 2)
+    svg = line_chart("t", [line])
+    # The frame is x from 48 to 390 and y from 196 (lowest tick) up to 14 (highest tick).
+    assert '<polyline class="s2" points="48.0,196.0 390.0,14.0">' in svg
+    logarithmic = line_chart("t", [Series("a", (((0.0, 1.0), (1.0, 10.0), (2.0, 100.0)),), 0)])
+    assert "219.0,105.0" in logarithmic, "ten lies in the middle of 1 and 100"
+
+
+def test_charts_survive_constants_single_points_and_many_points() -> None:
+    assert "<circle" in line_chart("t", [Series("a", (((3.0, 0.0),),), 0)])
+    for value in (0.0, 5.0, -2.0, 1e-12, 1e15):
+        svg = line_chart("t", [Series("a", (((1.0, value), (2.0, value)),), 0)])
+        assert "nan" not in svg and "inf" not in svg
+    many = line_chart("t", [Series("a", (tuple((float(n), float(n % 7)) for n in range(50_000)),), 0)])
+    assert many.count(",") < 400
+    assert "&lt;b&gt;" in line_chart("<b>", [Series("<b>", (((1.0, 1.0), (2.0, 2.0)),), 0)])
+
+
+def test_numbers_for_readers() -> None:
+    assert [short(value) for value in (0, 0.25, 1500, 25_000, 3.2e9, 0.0004)] == [
+        *("0", "0.25", "1500", "25k", "3.2G", "4e-4")
+    ]
+    assert [count(value) for value in (1234.6, 1.5e12)] == ["1,235", "1.50e+12"]
+    assert [duration(value) for value in (4.21, 200, 7500)] == ["4.2 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_a_thinking_budget_is_a_row_of_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_questions=4, samples=1)
+    encoder = Encoder(build_tokenizer())
+    sampling = Sampling(max_new_tokens=96, thinking_budget=24)
+    task = load_task("embedded", num_questions=4)
+    evaluate(
+        task,
+        "think",
+        sampler=Pretender(encoder, 0.5),
+        encoder=encoder,
+        sampling=dataclasses.replace(sampling, top_k=20),
+        samples=1,
+        seed=0,
+        checkpoint="on_policy",
+        out=run / "eval",
+    )
+    page = write_report(run).read_text()
+    Elements(page)
+    assert "on-policy (budget 24)" in page
