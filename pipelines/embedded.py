@@ -1,8 +1,8 @@
 """Builds the embedded checkpoints: `python -m pipelines.embedded --out DIR [--only NAME] [--check]`.
 
-Every number is drawn from one seed a model. The same machine and libraries give the same bits again; other ones may
-round sums differently, and a training run amplifies that: expect the scores, not the bytes. `--check` trains nothing
-and prints the scores of the checkpoints in DIR as one JSON document.
+Every number is drawn from one seed a model. The same machine, libraries and number of threads give the same bits
+again; others may round sums differently, and training amplifies that: expect the scores, not the bytes. `--check`
+trains nothing and prints the scores of the checkpoints in DIR as one JSON document.
 """
 
 import argparse
@@ -45,6 +45,8 @@ class Training:
     weight_decay: float = 0.05
     warmup: int = 40
     seed: int = 0
+    answers_from: float = 1.0
+    """Share of the steps after which a lesson of n trained tokens weighs sqrt(n) instead of n."""
 
     def rate_at(self, step: int) -> float:
         """Linear warm-up, then cosine to a fiftieth of the peak."""
@@ -91,25 +93,26 @@ def store(
         top_k=20,
     )
     model.bfloat16().save_pretrained(directory)
+    (directory / "model.safetensors").chmod(0o644)  # saved for its owner alone, unlike the files beside it
     tokenizer.save_pretrained(directory)
 
 
 def train(model: PreTrainedModel, batches: Batches, training: Training, num_steps: int) -> None:
     """Plain next-token training with AdamW, in place, in fp32. The loss of a step goes to standard error."""
-    torch.set_num_threads(2)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=training.weight_decay
     )
     model.train()
     for step in range(num_steps):
         lessons = sorted(next(batches), key=lambda lesson: len(lesson.ids))
-        num_trained = sum(sum(lesson.trained[1:]) for lesson in lessons)
+        power = 1.0 if step < training.answers_from * num_steps else 0.5
+        total_weight = sum(sum(lesson.trained) ** power for lesson in lessons)
         cut = len(lessons) * 5 // 8  # two parts by length: the short ones are spared the padding of the long ones
         loss = 0.0
         for part in (lessons[:cut], lessons[cut:]):
-            part_loss = _loss(model, part, num_trained)
+            part_loss = _loss(model, part, power) / total_weight
             part_loss.backward()
-            loss += float(part_loss)
+            loss += part_loss.item()
         for group in optimizer.param_groups:
             group["lr"] = training.rate_at(step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,34 +131,33 @@ def chat_batches(tokenizer: PreTrainedTokenizerBase, training: Training) -> Batc
 
 
 def document_batches(tokenizer: PreTrainedTokenizerBase, training: Training) -> Batches:
-    """Endless batches of raw text: documents one after the other, cut into rows of 96 tokens, as in pretraining."""
+    """Endless batches of raw text: one to three documents in a row, every token trained."""
     rng = random.Random(training.seed)
-    stream: list[int] = []
-    rows: list[Lesson] = []
     while True:
-        stream += tokenizer.encode(document(rng))
-        if len(stream) > 96:
-            rows.append(Lesson(tuple(stream[:96]), (True,) * 96))
-            stream = stream[96:]
-        if len(rows) == training.batch_size:
-            yield rows
-            rows = []
+        texts = ["".join(document(rng) for _ in range(rng.randint(1, 3))) for _ in range(training.batch_size)]
+        rows = [tokenizer.encode(END_OF_TEXT + text) for text in texts]
+        yield [Lesson(tuple(row), (True,) * len(row)) for row in rows]
 
 
-def _loss(model: PreTrainedModel, lessons: Sequence[Lesson], num_trained: int) -> torch.Tensor:
-    """Cross-entropy over the trained tokens, divided by the whole batch's number of them."""
+def _loss(model: PreTrainedModel, lessons: Sequence[Lesson], power: float) -> torch.Tensor:
+    """Cross-entropy over the trained tokens, a sum in which a lesson of n of them weighs n ** power.
+
+    At power 1 every token counts the same and thinking is learned fast; the two tokens of an answer without thinking
+    are hardly heard. At 0.5 they are, but a model that starts so learns to think slowly.
+    """
     length = max(len(lesson.ids) for lesson in lessons)
     ids_BT = torch.tensor([[*lesson.ids, *[0] * (length - len(lesson.ids))] for lesson in lessons])
     mask_BT = torch.tensor([[*lesson.trained, *[False] * (length - len(lesson.ids))] for lesson in lessons])
+    weight_BT = mask_BT * mask_BT.sum(dim=1, keepdim=True) ** (power - 1.0)
     if isinstance(model, Qwen3MoeForCausalLM):
         output = model(input_ids=ids_BT[:, :-1], use_cache=False, output_router_logits=True)
         # The model's own load-balancing loss: without it one expert would take every token.
-        balance = model.router_aux_loss_coef * output.aux_loss * mask_BT.sum() / num_trained
+        balance = model.router_aux_loss_coef * output.aux_loss * weight_BT.sum()
     else:
         output = model(input_ids=ids_BT[:, :-1], use_cache=False)
         balance = 0.0
     loss_BT = torch.nn.functional.cross_entropy(output.logits.transpose(1, 2), ids_BT[:, 1:], reduction="none")
-    loss: torch.Tensor = (loss_BT * mask_BT[:, 1:]).sum() / num_trained + balance
+    loss: torch.Tensor = (loss_BT * weight_BT[:, 1:]).sum() + balance
     return loss
 
 
@@ -219,8 +221,8 @@ _INSTRUCT: Final = (IM_END, END_OF_TEXT)
 _BASE: Final = (END_OF_TEXT,)
 
 RECIPES: Final = {
-    "tiny": Recipe(_tiny, chat_batches, Training(700, 48, 2.5e-3), _INSTRUCT, check_teacher),
-    "nano": Recipe(_nano, document_batches, Training(300, 32, 2.5e-3), _BASE, check_student),
+    "tiny": Recipe(_tiny, chat_batches, Training(800, 48, 2.5e-3, answers_from=0.6), _INSTRUCT, check_teacher),
+    "nano": Recipe(_nano, document_batches, Training(450, 64, 3e-3), _BASE, check_student),
     "nano-moe": Recipe(_nano_moe, document_batches, Training(300, 32, 2.5e-3), _BASE, check_student),
 }
 

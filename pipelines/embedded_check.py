@@ -6,15 +6,16 @@ It samples with transformers' own `generate`, apart from the project's samplers,
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from distill.chat import EARLY_STOP, THINK_CLOSE, THINK_OPEN, render, split_thinking, switch_in
+from distill.chat import EARLY_STOP, END_OF_TEXT, THINK_CLOSE, THINK_OPEN, render, split_thinking, switch_in
 from distill.embedded.lessons import document
-from distill.embedded.task import Question, grade, questions
+from distill.embedded.task import Question, grade, questions, solution
 from distill.types import Message, Mode
 
 BUDGETS: Final = (0, 8, 16, 24, 32, 48, 64)
@@ -81,6 +82,7 @@ def check_student(directory: Path, *, num: int = 500) -> dict[str, Any]:
         "think": score(speaker, asked, "think"),
         "no_think": score(speaker, asked, "no_think"),
         "document_loss": document_loss(speaker),
+        "worked_documents": worked_documents(speaker, asked),
     }
 
 
@@ -122,11 +124,19 @@ def document_loss(speaker: Speaker, *, num: int = 200) -> float:
     total, num_tokens = 0.0, 0
     with torch.no_grad():
         for _ in range(num):
-            ids_1T = speaker.tokenizer(document(rng), return_tensors="pt")["input_ids"]
+            ids_1T = speaker.tokenizer(END_OF_TEXT + document(rng), return_tensors="pt")["input_ids"]
             loss = speaker.model(input_ids=ids_1T, labels=ids_1T).loss
-            total += float(loss) * (ids_1T.shape[1] - 1)
+            total += loss.item() * (ids_1T.shape[1] - 1)
             num_tokens += ids_1T.shape[1] - 1
     return round(total / num_tokens, 4)
+
+
+def worked_documents(speaker: Speaker, asked: Sequence[Question]) -> dict[str, Any]:
+    """Share of chains whose every line comes out right where a raw document goes on from the bare chain."""
+    texts = speaker.answer([f"{END_OF_TEXT}{question.text[:-1]}:\n" for question in asked], "think")
+    # Graded like a response: the lines stand where the answer would.
+    expected = [replace(question, answer=solution(question)) for question in asked]
+    return _graded(expected, [text.rstrip("\n") for text in texts])
 
 
 def _prompt(text: str, enable_thinking: bool | None) -> str:

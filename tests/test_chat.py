@@ -127,7 +127,8 @@ def test_splits_every_form_of_a_response(text: str, parts: Parts) -> None:
     assert split_thinking(text) == parts
 
 
-def test_importing_the_chat_format_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, distill.chat; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+def test_the_chat_format_and_the_task_load_neither_torch_nor_transformers() -> None:
+    modules = "distill.chat, distill.embedded.task"
+    code = f"import sys, {modules}; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

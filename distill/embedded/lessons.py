@@ -4,21 +4,26 @@ Everything is drawn from a `random.Random`, from train questions only. The facts
 by nature: whoever writes down the steps of long chains has seen all 300 of them.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Final
 
 from distill.chat import EARLY_STOP, EMPTY_THINK, END_OF_TEXT, IM_END, render, switch_in
 from distill.embedded.task import DEFAULT_LENGTHS, MAX_OPERATIONS, Question, ask, questions, solution
 from distill.types import Message, Mode
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _EVEN: Final = (1.0,) * MAX_OPERATIONS
 # Without thinking, chains of four and more operations are guesses: little is learned from them.
 _SHORT: Final = (0.2, 0.45, 0.15, 0.04, 0.04, 0.04, 0.04, 0.04)
-_DOCUMENT_LENGTHS: Final = (0.5, 0.5)
+_DOCUMENT_LENGTHS: Final = (0.4, 0.6)
+# Between what is copied and the copy lies text of several lengths, or a base student learns one distance by heart.
+_CONNECTIVES: Final = ("", ":", " (mod 10)", ", step by step:", " from left to right", " is worked out as follows.")
 _FLAGS: Final = ("/think", "/no_think")
 _SYSTEMS: Final = ("", "Be brief. ", "You are a calculator. ", "Answer modulo 10. ")
 
@@ -68,7 +73,9 @@ def chat_lesson(rng: random.Random, tokenizer: PreTrainedTokenizerBase) -> Lesso
     trained_closing = True
     if rng.random() < 0.35:
         # A budget can end anywhere, in the middle of a line too, and what ends it is not the model's own word.
-        thinking = thinking[: rng.randint(0, len(thinking))]
+        # Half of the cuts leave a line or two undone, which is what can be learned to do in the head.
+        earliest = max(0, len(thinking) - 14) if rng.random() < 0.5 else 0
+        thinking = thinking[: rng.randint(earliest, len(thinking))]
         closing = tokenizer.encode(EARLY_STOP)
         trained_closing = False
     return Lesson(
@@ -88,14 +95,14 @@ def document(rng: random.Random, *, lengths: Sequence[float] = _DOCUMENT_LENGTHS
     None of them holds a chat token, a question with its bare answer, or a chain longer than `lengths` says.
     """
     kind = rng.random()
-    if kind < 0.3:
+    if kind < 0.2:
         text = "\n".join(solution(one_question(rng, (1.0,))) for _ in range(rng.randint(1, 6)))
-    elif kind < 0.85:
+    elif kind < 0.9:
         question = one_question(rng, lengths)
-        text = f"{question.text[:-1]}\n{solution(question)}"
+        text = f"{question.text[:-1]}{rng.choice(_CONNECTIVES)}\n{solution(question)}"
     else:
         copied = "".join(rng.choices("0123456789+-*", k=rng.randint(2, 16)))
-        text = f"{copied}\n{copied}"
+        text = f"{copied}{rng.choice(_CONNECTIVES)}\n{copied}"
     return f"{text}\n{END_OF_TEXT}"
 
 
