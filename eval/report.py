@@ -100,25 +100,24 @@ def render(run: Path) -> str:
     return page
 
 
-def verdict(summary: Mapping[str, Any], evaluations: Sequence[Document]) -> str:
-    """What the run achieved, in one or two sentences."""
+def verdict(summary: Mapping[str, Any], evaluations: Sequence[Document]) -> list[str]:
+    """What the run achieved: a sentence a mode."""
     if not summary:
-        return "This run is not finished; the page shows what is there so far."
+        return ["This run is not finished; the page shows what is there so far."]
     names = list(dict.fromkeys(found["checkpoint"] for found in evaluations))
-    last = _shown(names[-1]) if names else "last stage"
+    student = f"the {_shown(names[-1])} student" if names else "the last student"
     sentences = []
     for mode, share in summary["gap_closed"].items():
-        where = f"in {MODE_NAMES[mode]} mode"
+        where = f"In {MODE_NAMES[mode]} mode"
         if share is None:
-            sentences.append(f"{where} the teacher leads by no more than chance, so there is no gap to close")
+            sentences.append(f"{where} the teacher leads by no more than chance, so there is no gap to close.")
         elif share >= 1:
-            sentences.append(f"{where} the {last} student reached the teacher ({percent(share, 0)} of the gap closed)")
+            sentences.append(f"{where} {student} reached the teacher ({percent(share, 0)} of the gap closed).")
         elif share >= 0:
-            sentences.append(f"{where} the {last} student closed {percent(share, 0)} of the gap to the teacher")
+            sentences.append(f"{where} {student} closed {percent(share, 0)} of the gap to the teacher.")
         else:
-            sentences.append(f"{where} the {last} student fell back by {percent(-share, 0)} of the gap to the teacher")
-    text = "; ".join(sentences)
-    return text[:1].upper() + text[1:] + "."
+            sentences.append(f"{where} {student} fell back by {percent(-share, 0)} of the gap to the teacher.")
+    return sentences
 
 
 def _shown(name: str) -> str:

@@ -198,10 +198,8 @@ def test_what_models_and_people_wrote_is_escaped(page: str) -> None:
 
 
 def test_the_verdict_says_what_was_reached_in_each_mode(page: str) -> None:
-    assert (
-        "In thinking mode the on-policy student closed 93 % of the gap to the teacher; in non-thinking mode the "
-        "teacher leads by no more than chance, so there is no gap to close."
-    ) in page
+    assert "In thinking mode the on-policy student closed 93 % of the gap to the teacher.</p>" in page
+    assert "In non-thinking mode the teacher leads by no more than chance, so there is no gap to close.</p>" in page
 
 
 @pytest.mark.parametrize(
@@ -209,7 +207,8 @@ def test_the_verdict_says_what_was_reached_in_each_mode(page: str) -> None:
     [(1.02, "reached the teacher (102 % of the gap closed)"), (0.5, "closed 50 % of"), (-0.25, "fell back by 25 %")],
 )
 def test_the_verdict_is_as_plain_about_failure(share: float, words: str) -> None:
-    assert words in verdict({"gap_closed": {"think": share}}, [{"checkpoint": "on_policy"}])
+    (sentence,) = verdict({"gap_closed": {"think": share}}, [{"checkpoint": "on_policy"}])
+    assert words in sentence
 
 
 def test_every_checkpoint_is_there_in_both_modes_with_its_interval(page: str, run: Path) -> None:
