@@ -223,7 +223,7 @@ _BASE: Final = (END_OF_TEXT,)
 RECIPES: Final = {
     "tiny": Recipe(_tiny, chat_batches, Training(800, 48, 2.5e-3, answers_from=0.6), _INSTRUCT, check_teacher),
     "nano": Recipe(_nano, document_batches, Training(450, 64, 3e-3), _BASE, check_student),
-    "nano-moe": Recipe(_nano_moe, document_batches, Training(300, 32, 2.5e-3), _BASE, check_student),
+    "nano-moe": Recipe(_nano_moe, document_batches, Training(450, 64, 3e-3), _BASE, check_student),
 }
 
 
