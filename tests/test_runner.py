@@ -13,7 +13,7 @@ from distill.encode import Encoder
 from distill.errors import StoppedError
 from distill.family import Shape
 from distill.sampler import OnFinished
-from distill.types import Prompt, Request, Rollout, Sampling
+from distill.types import MODES, Prompt, Request, Rollout, Sampling
 from eval import runner
 from eval.runner import Evaluation, evaluate
 from eval.tasks import Task, load_task
@@ -258,3 +258,35 @@ def test_the_real_sampler_gives_the_same_samples_in_any_batch(encoder: Encoder) 
     one, other = examine(batch=12, chunk=256), examine(batch=5, chunk=7)
     assert dataclasses.replace(one, seconds=0.0) == dataclasses.replace(other, seconds=0.0)
     assert one.num_tokens > 12
+
+
+def test_the_embedded_teacher_scores_higher_when_it_thinks(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from distill.embedded import checkpoint_dir
+    from distill.sampler import TransformersSampler
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir("tiny"), dtype=torch.float32)
+    encoder = Encoder(AutoTokenizer.from_pretrained(checkpoint_dir("tiny")))
+    task = load_task("embedded", num_questions=64)
+    found = {
+        mode: evaluate(
+            task,
+            mode,
+            sampler=TransformersSampler(model, encoder, speaker="teacher"),
+            encoder=encoder,
+            sampling=dataclasses.replace(SAMPLING, max_new_tokens=96),
+            samples=1,
+            seed=0,
+            checkpoint="teacher",
+            out=tmp_path,
+        )
+        for mode in MODES
+    }
+    think, no_think = found["think"], found["no_think"]
+    assert think.metrics["avg@1"].ci95[0] > no_think.metrics["avg@1"].ci95[1]
+    assert think.metrics["avg@1"].mean > 0.9
+    assert (think.closure, think.nonempty_thinking, think.truncation) == (1.0, 1.0, 0.0)
+    assert no_think.nonempty_thinking == 0.0
+    assert think.mean_thinking_length > 5 > no_think.mean_length
