@@ -209,26 +209,30 @@ StageSettings = Annotated[OffPolicyStage | OnPolicyStage, Field(discriminator="k
 
 
 class EvaluationSettings(Settings):
-    """How every checkpoint is examined. The sampling is the report's, mode by mode (section 4.6)."""
+    """How every checkpoint is examined. The sampling is the report's, mode by mode (section 4.6).
 
-    tasks: tuple[str, ...] = ("embedded",)
-    """Names of tasks; ``prompts`` is the held-out part of one's own prompts that have an answer."""
+    The report allows 32,768 tokens a response; the base models' positions end at 32,768, prompt included.
+    """
+
+    tasks: tuple[str, ...] | None = None
+    """Names of tasks; ``prompts`` is the held-out part of one's own prompts that have an answer. Null examines on the
+    prompts' own kind: the embedded task, one's own answered prompts, or gsm8k where there are none."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("think", "no_think")
     num_questions: PositiveInt | None = None
     """The first questions of a task; null takes all."""
     samples: PositiveInt = 1
     """Responses to each question."""
     sampling: ModeSampling = ModeSampling(
-        think=SamplingSettings(max_new_tokens=32768, temperature=0.6, top_p=0.95, top_k=20),
-        no_think=SamplingSettings(max_new_tokens=32768, temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),
+        think=SamplingSettings(max_new_tokens=30720, temperature=0.6, top_p=0.95, top_k=20),
+        no_think=SamplingSettings(max_new_tokens=30720, temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),
     )
 
 
 class RunConfig(Settings):
     """Everything a run depends on besides the code and the data."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "strong-to-weak"
-    """Also the run directory's name where ``--out`` is not given."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    """Also the run directory's name where ``--out`` is not given; null becomes TEACHER-to-STUDENT."""
     seed: Annotated[int, Field(ge=0)] = 0
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
@@ -236,7 +240,7 @@ class RunConfig(Settings):
     stages: dict[str, StageSettings] = {"off_policy": OffPolicyStage(), "on_policy": OnPolicyStage()}
     """The stages by name, in the order in which they run; each one starts from the student the last one left."""
     evaluation: EvaluationSettings = EvaluationSettings()
-    max_prompt_tokens: PositiveInt = 8192
+    max_prompt_tokens: PositiveInt = 2048
     """A longer prompt is refused, with the line it came from."""
     sampler_batch: PositiveInt = 256
     """Most responses that are decoded together."""
@@ -244,6 +248,12 @@ class RunConfig(Settings):
     """Optimiser steps between two checkpoints."""
     store: str | None = None
     """Folder of the teacher-response store; null takes DISTILL_STORE or a folder under the user's cache."""
+
+    @property
+    def longest_response(self) -> int:
+        """Most tokens that any part of the run lets a model say."""
+        blocks = [self.evaluation.sampling, *(stage.sampling for stage in self.stages.values())]
+        return max(sampling.max_new_tokens for block in blocks for sampling in (block.think, block.no_think))
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:

@@ -10,7 +10,7 @@ nothing again; the run that made them was charged.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from distill.family import Shape
@@ -74,6 +74,17 @@ class CostAccount:
 
     def state(self) -> dict[str, Any]:
         return {role: {stage: asdict(cost) for stage, cost in stages.items()} for role, stages in self.entries.items()}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> CostAccount:
+        """The account that ``to_json`` showed."""
+        names = [entry.name for entry in fields(Cost)]
+        return cls.from_state(
+            {
+                role: {stage: {name: cost[name] for name in names} for stage, cost in shown["stages"].items()}
+                for role, shown in document.items()
+            }
+        )
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> CostAccount:

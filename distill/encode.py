@@ -7,11 +7,11 @@ renderings would measure the rendering.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.chat import EARLY_STOP, END_OF_TEXT, IM_END, THINK_CLOSE, THINK_OPEN, switch_in, with_switch
 from distill.errors import UserError
-from distill.types import Mode, Prompt, Request, Rollout, Sampling, Switch, content_hash
+from distill.types import Message, Mode, Prompt, Request, Rollout, Sampling, Switch, content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ class Encoder:
         self.vocabulary_hash = content_hash(tokenizer.get_vocab())
 
     def _id_of(self, token: str) -> int:
-        ids = self.tokenizer.encode(token, add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(token, add_special_tokens=False)
         if len(ids) != 1:
             raise UserError(
                 f"the tokenizer has no single token {token} (it splits into {len(ids)}); models of the Qwen3 family do"
@@ -56,12 +56,9 @@ class Encoder:
             text = self._render(prompt.messages, enable_thinking=mode == "think")
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _render(self, messages: Sequence[object], **options: bool) -> str:
+    def _render(self, messages: Sequence[Message], **options: Any) -> str:
         text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],  # type: ignore[call-overload]
-            tokenize=False,
-            add_generation_prompt=True,
-            **options,
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
         )
         assert isinstance(text, str)
         return text

@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,9 +108,10 @@ class Journal:
                         f"{self.path} was begun with another {key}: {old.get(key)}, now {entries[key]}; "
                         "restore it, or give another --out"
                     )
-            entries = {**old, **entries, "command": old["command"], "resumed": [*old["resumed"], entries["command"]]}
+            resumed = [entries["command"]] if "command" in entries else []
+            entries = {**old, **entries, "command": old["command"], "resumed": [*old["resumed"], *resumed]}
         else:
-            entries = {**entries, "resumed": []}
+            entries = {**entries, "id": uuid.uuid4().hex, "resumed": []}
         write_json(path, entries)
 
     def record(self, metrics: Mapping[str, Any]) -> None:

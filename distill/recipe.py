@@ -68,9 +68,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = merge(old, value) if both and value.get("kind", old.get("kind")) == old.get("kind") else value
+        if isinstance(old, dict) and isinstance(value, dict) and _same_kind(old, value):
+            value = merge(old, value)
+        merged[key] = value
     return merged
+
+
+def _same_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "kind" not in new or new["kind"] == old.get("kind")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

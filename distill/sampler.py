@@ -10,7 +10,7 @@ Shapes: B rows decoded together, V vocabulary rows, P prompt tokens (left-padded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -63,8 +63,7 @@ class TransformersSampler:
         try:
             for start in range(0, len(order), self.batch):
                 rows = [_Row(index, requests[index], self.encoder) for index in order[start : start + self.batch]]
-                self._decode(rows)
-                for row in rows:
+                for row in self._decode(rows):
                     rollouts[row.index] = row.rollout(self.speaker, self.weight_version)
                     if on_finished is not None:
                         on_finished(rollouts[row.index])
@@ -72,7 +71,8 @@ class TransformersSampler:
             self.model.train(training)
         return [rollouts[index] for index in range(len(requests))]
 
-    def _decode(self, rows: list[_Row]) -> None:
+    def _decode(self, rows: list[_Row]) -> Iterator[_Row]:
+        """Decode ``rows`` together; each is yielded when it ends."""
         device = self.model.device
         width = max(len(row.request.prompt_ids) for row in rows)
         padding = [width - len(row.request.prompt_ids) for row in rows]
@@ -100,7 +100,10 @@ class TransformersSampler:
             logprob_B = logprob_BV.gather(1, token_B[:, None])[:, 0]
             draw.remember(token_B)
             for row, token, logprob in zip(rows, token_B.tolist(), logprob_B.tolist(), strict=True):
-                row.append(token, logprob)
+                if not row.finished:
+                    row.append(token, logprob)
+                    if row.finished:
+                        yield row
             num_active = sum(not row.finished for row in rows)
             if num_active == 0:
                 return
@@ -146,8 +149,6 @@ class _Row:
         return self._uniforms.pop()
 
     def append(self, token: int, logprob: float) -> None:
-        if self.finished:
-            return
         forced = bool(self.pending)
         if forced:
             self.pending.pop(0)

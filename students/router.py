@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def load_balancing(router_logits: Sequence[Tensor], config: PretrainedConfig, ma
     ``router_logits`` are one [B * T, experts] tensor a layer. Padding takes no part.
     """
     num_experts, chosen = config.num_experts, config.num_experts_per_tok
-    loss = load_balancing_loss_func(tuple(router_logits), num_experts, chosen, mask_BT)
+    loss = load_balancing_loss_func(cast(Any, tuple(router_logits)), num_experts, chosen, mask_BT)
     assert isinstance(loss, Tensor)
     kept = mask_BT.flatten().bool()
     loads: list[float] = []

@@ -23,7 +23,7 @@ from distill.errors import NonFiniteError
 from distill.types import Example
 from students.batch import Batch, collate, micro_batches
 from students.optimiser import MasterAdamW
-from students.router import load_balancing
+from students.router import RouterLoad, load_balancing
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,17 @@ class Student:
         self.optimiser = MasterAdamW(self.model.named_parameters(), settings)
 
     @property
+    def passes(self) -> int:
+        """Forward-pass equivalents of a training step: forward, and backward to activations and to the weights."""
+        return 3 if self.settings.lora is None else 2
+
+    @property
     def head_VD(self) -> Tensor:
         """The LM head's weight."""
         return cast(nn.Linear, self.model.get_output_embeddings()).weight
 
-    def rows(self, batch: Batch) -> tuple[Rows, Tensor | None]:
-        """The student's states for ``batch``, and the router's auxiliary loss where the student has a router."""
+    def rows(self, batch: Batch) -> tuple[Rows, RouterLoad | None]:
+        """The student's states for ``batch``, and its router's load where it has a router."""
         body = cast(nn.Module, self.model.get_decoder())
         is_moe = hasattr(self.model.config, "router_aux_loss_coef")
         options = {"output_router_logits": True} if is_moe else {}

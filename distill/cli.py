@@ -1,0 +1,201 @@
+"""The door: ``distill run``, ``distill eval``, ``distill report``.
+
+Standard output carries results only (with ``--json``, one JSON document); progress and errors go to standard error.
+A user's error is one sentence and exit code 2, a failure 1, a clean stop 75, Ctrl-C 130. Heavy modules are imported by
+the command that needs them, so that ``--help`` answers at once. The one module of this package that may import the
+packages above it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distill.errors import DistillError, UserError
+from distill.progress import say
+
+if TYPE_CHECKING:
+    from distill.config import RunConfig
+
+app = typer.Typer(
+    help="Make a small Qwen3 strong: distil a large one into it, off-policy and then on-policy.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+
+@app.callback()
+def _root() -> None:
+    """Strong-to-weak distillation (Qwen3 Technical Report, section 4.5)."""
+
+
+@app.command()
+def run(
+    teacher: Annotated[str | None, typer.Option(help="235B, 32B, ..., tiny, a hub id or a folder.")] = None,
+    student: Annotated[str | None, typer.Option(help="4B (its base), ..., nano, a hub id or a folder.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="JSONL or parquet with a column 'prompt'.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name>.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed is another run.")] = None,
+    store: Annotated[str | None, typer.Option(help="Folder of the teacher-response store.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name or a YAML file.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key: --set stages.on_policy.steps=100")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and what would run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Distil TEACHER into STUDENT: both stages, examined before, between and after.
+
+    The same command again resumes an interrupted run; on a finished one it prints the summary.
+
+    Examples:
+
+      distill run                                      the embedded pair, minutes on a CPU
+
+      distill run --teacher 4B --student 0.6B --prompts my.jsonl --out runs/mine
+
+      distill run --seed 1 --out runs/seed1 --set stages.on_policy.steps=100
+    """
+    from pipelines.resolution import resolve_run
+
+    config = resolve_run(
+        recipe=recipe,
+        teacher=teacher,
+        student=student,
+        prompts=prompts,
+        seed=seed,
+        assignments=[*(assignments or []), *([f"store={json.dumps(store)}"] if store else [])],
+    )
+    folder = out or Path("runs") / str(config.name)
+    if dry_run:
+        _print_dry_run(config, folder, as_json)
+        return
+    from distill.interrupt import deferred_signals
+
+    with deferred_signals():
+        from pipelines.strong_to_weak import run as run_pipeline
+
+        try:
+            summary = run_pipeline(config, folder, command=["distill", *sys.argv[1:]])
+        except DistillError as error:
+            if error.exit_code in (75, 130):
+                say(f"The run is safe in {folder}; the same command resumes it.")
+            raise
+    if as_json:
+        print(json.dumps(summary, allow_nan=False))
+    else:
+        from eval.table import print_summary
+
+        print_summary(summary)
+
+
+def _print_dry_run(config: RunConfig, folder: Path, as_json: bool) -> None:
+    from distill.recipe import dump_yaml
+
+    plan = [
+        f"examine the teacher and the start in {' and '.join(config.evaluation.modes)}",
+        *(f"stage {name}: {settings.kind}, then examine" for name, settings in config.stages.items()),
+        f"write {folder}/student, summary.json and report.html",
+    ]
+    if as_json:
+        print(json.dumps({"out": str(folder), "config": config.model_dump(mode="json"), "plan": plan}))
+        return
+    print(dump_yaml(config), end="")
+    print(f"# into {folder}:")
+    for line in plan:
+        print(f"#   {line}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A model folder, a run, an embedded or size name, or a hub id.")],
+    task: Annotated[str, typer.Option(help="A task's name or a JSONL file with prompt and answer.")] = "embedded",
+    mode: Annotated[str, typer.Option(help="think, no_think or both.")] = "both",
+    budget: Annotated[int | None, typer.Option(min=1, help="Thinking budget in tokens.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to each question.")] = 1,
+    questions: Annotated[int | None, typer.Option(min=1, help="Only the task's first questions.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the responses.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores and per-sample parquet.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Examine a checkpoint on a task, in one mode or both, with the report's sampling for each mode.
+
+    Examples:
+
+      distill eval nano --task embedded --mode both --samples 4
+
+      distill eval runs/tiny-to-nano --task embedded --mode think --budget 24 --json
+    """
+    from distill.interrupt import deferred_signals
+
+    with deferred_signals():
+        from pipelines.examination import examine
+
+        scores = examine(
+            checkpoint,
+            task=task,
+            modes=_modes(mode),
+            budget=budget,
+            samples=samples,
+            num_questions=questions,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            out=out,
+        )
+    if as_json:
+        print(json.dumps(scores, allow_nan=False))
+    else:
+        from eval.table import print_scores
+
+        print_scores(scores["scores"])
+
+
+def _modes(mode: str) -> tuple[Any, ...]:
+    from distill.types import MODES
+
+    if mode == "both":
+        return MODES
+    if mode not in MODES:
+        raise UserError(f"--mode {mode!r} is none of {', '.join(MODES)}, both")
+    return (mode,)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    as_json: Json = False,
+) -> None:
+    """Write RUN/report.html again from the run's files.
+
+    Example:
+
+      distill report runs/tiny-to-nano
+    """
+    from eval.report import write_report
+
+    path = write_report(run)
+    print(json.dumps({"report": str(path)}) if as_json else path)
+
+
+def main() -> None:
+    """The console script: sentences instead of tracebacks for what is no bug."""
+    try:
+        app()
+    except DistillError as error:
+        say(f"distill: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("distill: interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Who spent what: a sampler and a phase clock that keep the cost account as they go."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from distill.costs import Cost, CostAccount, Role, rollout_flops
+from distill.family import Shape
+from distill.sampler import OnFinished, Sampler
+from distill.types import Request, Rollout
+
+
+@dataclass
+class Meter:
+    """The account of a run, and the most memory each role's work took."""
+
+    account: CostAccount = field(default_factory=CostAccount)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, role: Role, stage: str) -> Iterator[Cost]:
+        """Charge what the block enters into the cost, and the block's time, to ``role``."""
+        _reset_peak()
+        started = time.perf_counter()
+        cost = Cost()
+        try:
+            yield cost
+        finally:
+            # Time that ended in an interruption was spent all the same.
+            cost.seconds += time.perf_counter() - started
+            self.account.charge(role, stage, cost)
+            self.peak_bytes[role] = max(self.peak_bytes.get(role, 0), _peak())
+
+
+class MeteredSampler:
+    """A sampler whose work is charged to a role and a stage."""
+
+    def __init__(self, sampler: Sampler, meter: Meter, shape: Shape, role: Role, stage: str) -> None:
+        self.sampler, self.meter, self.shape, self.role, self.stage = sampler, meter, shape, role, stage
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        with self.meter.measure(self.role, self.stage) as cost:
+            rollouts = self.sampler.generate(requests, on_finished)
+            cost.tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+            cost.flops = rollout_flops(self.shape, rollouts)
+        return rollouts
+
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def _reset_peak() -> None:
+    """Forget the memory peak so far, where the system can (Linux, CUDA)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")
+
+
+def _peak() -> int:
+    """Most bytes held since ``_reset_peak``: of the GPU where there is one, else of the process.
+
+    Off Linux the process's figure is since its start: an upper bound.
+    """
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

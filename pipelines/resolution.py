@@ -1,0 +1,88 @@
+"""From what was typed to a configuration: the recipe, the assignments and the flags, laid over each other."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from distill.config import RunConfig
+from distill.errors import UserError
+from distill.family import EMBEDDED_NAMES
+from distill.recipe import assign, load_recipe, merge, parse_assignment, validate
+
+EMBEDDED_RECIPE = "embedded"
+REAL_RECIPE = "qwen3"
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _recipes().iterdir() if entry.name.endswith(".yaml"))
+
+
+def _recipes() -> Any:
+    return files("pipelines") / "recipes"
+
+
+def _find(name: str) -> Path:
+    """The file of a shipped recipe, or of one's own."""
+    if name in recipe_names():
+        return Path(str(_recipes() / f"{name}.yaml"))
+    if Path(name).is_file():
+        return Path(name)
+    near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.0)
+    raise UserError(
+        f"--recipe {name!r} is neither a file nor a shipped recipe; did you mean {near[0]}? "
+        f"shipped: {', '.join(recipe_names())}"
+    )
+
+
+def resolve_run(
+    *,
+    recipe: str | None = None,
+    teacher: str | None = None,
+    student: str | None = None,
+    prompts: str | None = None,
+    seed: int | None = None,
+    assignments: Sequence[str] = (),
+) -> RunConfig:
+    """The configuration that these choices mean.
+
+    Without a recipe it is the embedded one if all models named are embedded, else the one for real sizes. Flags win
+    over ``assignments`` (``a.b=c``), assignments over the recipe. Raises UserError for anything that is wrong.
+    """
+    named = [name for name in (teacher, student) if name is not None]
+    if recipe is None:
+        recipe = EMBEDDED_RECIPE if all(name in EMBEDDED_NAMES for name in named) else REAL_RECIPE
+    path = _find(recipe)
+    tree = load_recipe(path)
+    for text in assignments:
+        key, value = parse_assignment(text)
+        over: dict[str, Any] = {}
+        assign(over, key, value)
+        tree = merge(tree, over)
+    flags: dict[str, Any] = {}
+    if teacher is not None:
+        assign(flags, "teacher.model", _absolute(teacher))
+    if student is not None:
+        assign(flags, "student.model", _absolute(student))
+    if seed is not None:
+        assign(flags, "seed", seed)
+    if prompts is not None:
+        assign(flags, "prompts", {"kind": "file", "path": str(Path(prompts).absolute())})
+        # One's own questions are examined on themselves, unless the examination was set by hand.
+        if not any(text.startswith("evaluation.tasks=") for text in assignments):
+            assign(flags, "evaluation.tasks", None)
+    tree = merge(tree, flags)
+    config = validate(tree, where=f"the configuration (recipe {recipe})")
+    if config.name is None:
+        parts = (Path(block.model).name for block in (config.teacher, config.student))
+        config = config.model_copy(update={"name": "-to-".join(parts)})
+    return config
+
+
+def _absolute(model: str) -> str:
+    """A folder's full path, so that the recorded configuration works from anywhere; other names as they are."""
+    return str(Path(model).resolve()) if Path(model).is_dir() and model not in EMBEDDED_NAMES else model

@@ -1,0 +1,341 @@
+"""A whole run: examine the teacher and the start, run the stages, examine after each, report.
+
+One example's way through it: a prompt is rendered by the teacher's template, answered (by the teacher or the student),
+judged (by nobody or the teacher), felt as a loss at the rows that predict the response, and shows up in a line of
+metrics.jsonl, a bar of the cost account and, through the student it changed, in the scores of the report.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from distill.config import RunConfig, StageSettings
+from distill.costs import Cost, CostAccount
+from distill.encode import Encoder
+from distill.errors import DistillError
+from distill.family import resolve
+from distill.journal import Journal, read_json, write_json
+from distill.progress import say
+from distill.prompts import load_prompts
+from distill.sampler import OnFinished, Sampler, TransformersSampler
+from distill.seeding import derive
+from distill.types import Mode, Prompt, Request, Rollout
+from eval.report import write_report
+from eval.runner import Evaluation, evaluate
+from eval.statistics import paired_difference
+from eval.tasks import load_task
+from pipelines.loop import run_stage
+from pipelines.meter import Meter, MeteredSampler
+from pipelines.preflight import Finding, check_pair
+from pipelines.stages import STAGES, Crew, Stage
+from students.student import Student
+from teachers.local import LocalTeacher
+from teachers.store import ResponseStore, TeacherIdentity, default_root
+
+STEP_ROLES = ("student_sample", "teacher_score", "student_train")
+"""Roles whose costs belong to optimiser steps: on a resume they go back to the checkpoint, with the steps."""
+
+
+def run(config: RunConfig, out: Path, *, command: Sequence[str]) -> dict[str, Any]:
+    """Run ``config`` in the run directory ``out``, from wherever it stands; the summary.
+
+    A finished run only gives back its summary. Raises UserError for a configuration or input that cannot work,
+    StoppedError where a signal asked to stop, DistillError for what failed on the way; all leave a run that the same
+    call resumes.
+    """
+    journal = Journal(out, config)
+    try:
+        if journal.finished:
+            if not (out / "report.html").exists():
+                write_report(out)
+            return dict(read_json(out / "summary.json"))
+        return _Run(config, journal, command).finish()
+    finally:
+        journal.close()
+
+
+@dataclass
+class _Position:
+    """Where a run stands: ``step`` finished steps in stage number ``stage``, ``global_step`` in all."""
+
+    stage: int = 0
+    step: int = 0
+    global_step: int = 0
+
+
+class _Run:
+    """The parts of one run, put together once."""
+
+    def __init__(self, config: RunConfig, journal: Journal, command: Sequence[str]) -> None:
+        self.config, self.journal = config, journal
+        torch.manual_seed(derive(config.seed, "torch"))
+        teacher = open_checkpoint(resolve(config.teacher.model, role="teacher", revision=config.teacher.revision))
+        student = open_checkpoint(resolve(config.student.model, role="student", revision=config.student.revision))
+        tokenizer = load_tokenizer(teacher)
+        findings = check_pair(
+            teacher,
+            tokenizer,
+            student,
+            load_tokenizer(student),
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_new_tokens=config.longest_response,
+        )
+        self.encoder = Encoder(tokenizer)
+        self.prompts = load_prompts(
+            config.prompts,
+            seed=config.seed,
+            max_prompt_tokens=config.max_prompt_tokens,
+            count_tokens=lambda messages: len(
+                self.encoder.encode(Prompt(tuple(messages)), mode="no_think", switch="hard")
+            ),
+        )
+        self._write_manifest(teacher, student, command, findings)
+        self.student, self.crew = self._hire(teacher, student)
+        self.stages: list[Stage] = []
+        first_prompt = 0
+        for name, settings in config.stages.items():
+            self.stages.append(STAGES[type(settings)](name, settings, self.crew, first_prompt=first_prompt))
+            first_prompt += self.stages[-1].num_prompts
+        held_out = self.prompts.held_out()
+        self.tasks = [
+            load_task(name, num_questions=config.evaluation.num_questions, held_out=held_out)
+            for name in config.evaluation.tasks or _own_tasks(config, held_out)
+        ]
+        self.evaluations: list[Evaluation] = []
+        self._moments: dict[str, torch.Tensor] = {}
+        """What the optimiser had at the checkpoint that this process resumes from."""
+
+    def _write_manifest(
+        self, teacher: Checkpoint, student: Checkpoint, command: Sequence[str], findings: Sequence[Finding]
+    ) -> None:
+        packages = ("torch", "transformers", "tokenizers", "datasets", "peft", "numpy")
+        self.journal.manifest(
+            {
+                "command": shlex.join(command),
+                "seed": self.config.seed,
+                "teacher": {"name": teacher.source.location, "revision": teacher.revision},
+                "student": {"name": student.source.location, "revision": student.revision},
+                "prompts": self.prompts.content_hash,
+                "preflight": [asdict(finding) for finding in findings],
+                "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+                "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            }
+        )
+
+    def _hire(self, teacher: Checkpoint, student: Checkpoint) -> tuple[Student, Crew]:
+        config = self.config
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        teacher_model = load_model(teacher, getattr(torch, config.teacher.dtype), device)
+        student_model = load_model(student, getattr(torch, config.student.dtype), device)
+        crew = Crew(
+            encoder=self.encoder,
+            teacher=LocalTeacher(teacher_model, name=teacher.name, batch_tokens=config.teacher.batch_tokens),
+            teacher_sampler=self._sampler(teacher_model, "teacher"),
+            teacher_identity=TeacherIdentity(
+                name=teacher.name,
+                revision=teacher.revision,
+                template_hash=self.encoder.template_hash,
+                tokenizer_hash=self.encoder.vocabulary_hash,
+            ),
+            teacher_shape=teacher.shape,
+            student_sampler=self._sampler(student_model, "student"),
+            student_shape=student.shape,
+            prompts=self.prompts,
+            store=ResponseStore(Path(config.store) if config.store else default_root()),
+            meter=Meter(),
+            seed=config.seed,
+            run_id=read_json(self.journal.path / "manifest.json")["id"],
+        )
+        return Student(student_model, config.student, stop_ids=self.encoder.stop_ids), crew
+
+    def _sampler(self, model: Any, speaker: str) -> TransformersSampler:
+        return TransformersSampler(model, self.encoder, speaker=speaker, batch=self.config.sampler_batch)
+
+    def finish(self) -> dict[str, Any]:
+        """Everything that is still to do; the summary."""
+        position = self._resume()
+        self._examine("teacher", self.crew.teacher_sampler)
+        self._examine("start", self._student_at(position, _Position()))
+        for number, (stage, settings) in enumerate(zip(self.stages, self.config.stages.values(), strict=True)):
+            if number >= position.stage:
+                position = self._run_stage(number, stage, settings, position)
+            self._examine(stage.name, self._student_at(position, _Position(number + 1)))
+        self._export(self.journal.path / "student")
+        return self._summarise()
+
+    def _student_at(self, position: _Position, wanted: _Position) -> Sampler:
+        """The student's sampler if its weights are those of ``wanted``; on a resumed run they may be further on."""
+        if (position.stage, position.step) == (wanted.stage, wanted.step):
+            return self.crew.student_sampler
+        return _Gone()
+
+    def _run_stage(self, number: int, stage: Stage, settings: StageSettings, position: _Position) -> _Position:
+        """Run the stage from ``position`` to its end."""
+        stage.prepare()
+        self._write_costs()
+        self.journal.manifest({"stages": {**self._manifest_stages(), stage.name: stage.manifest()}})
+        self.student.begin(settings.optimiser)
+        if self._moments:
+            assert self.student.optimiser is not None
+            self.student.optimiser.load_state(self._moments)
+            self._moments = {}
+        before = position.global_step - position.step
+
+        def checkpoint(done: int) -> None:
+            self._checkpoint(_Position(number, done, before + done), stage_end=done == stage.num_steps)
+
+        self.crew.student_sampler.weight_version = position.global_step
+        run_stage(
+            stage,
+            self.student,
+            self.crew,
+            self.journal,
+            first_step=position.step,
+            global_step=position.global_step,
+            checkpoint=checkpoint,
+            checkpoint_every=self.config.checkpoint_every,
+        )
+        return _Position(number + 1, 0, before + stage.num_steps)
+
+    def _manifest_stages(self) -> dict[str, Any]:
+        return dict(read_json(self.journal.path / "manifest.json").get("stages", {}))
+
+    def _checkpoint(self, position: _Position, *, stage_end: bool) -> None:
+        assert self.student.optimiser is not None
+        tensors = {f"weights/{name}": tensor for name, tensor in self.student.weights().items()}
+        tensors |= {f"optimiser/{name}": tensor for name, tensor in self.student.optimiser.state().items()}
+        state = {
+            "stage": position.stage + stage_end,
+            "step": 0 if stage_end else position.step,
+            "stage_end": stage_end,
+            "stage_name": self.stages[position.stage].name,
+            "costs": self.crew.meter.account.state(),
+        }
+        self.journal.write_checkpoint(position.global_step, state, tensors, self._export)
+        self._write_costs()
+
+    def _resume(self) -> _Position:
+        """Take up the newest checkpoint: weights, moments, costs; drop the metrics of steps that are done again."""
+        costs_file = self.journal.path / "costs.json"
+        account = CostAccount.from_json(read_json(costs_file)) if costs_file.exists() else CostAccount()
+        found = self.journal.last_checkpoint()
+        state, step_costs = (
+            ({}, CostAccount()) if found is None else (found[0], CostAccount.from_state(found[0]["costs"]))
+        )
+        self.crew.meter.account.entries = {
+            role: stages for role, stages in account.entries.items() if role not in STEP_ROLES
+        } | {role: stages for role, stages in step_costs.entries.items() if role in STEP_ROLES}
+        if found is None:
+            self.journal.keep_metrics(0)
+            return _Position()
+        tensors = load_file(found[1] / "training.safetensors")
+        self.student.load_weights(_below("weights/", tensors))
+        if not state["stage_end"]:
+            self._moments = _below("optimiser/", tensors)
+        self.journal.keep_metrics(state["global_step"])
+        say(f"resuming after step {state['global_step']} ({state['stage_name']})")
+        return _Position(state["stage"], state["step"], state["global_step"])
+
+    def _export(self, folder: Path) -> None:
+        """The student as a plain checkpoint, with the teacher's tokenizer and chat template."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.student.export(folder)
+        self.encoder.tokenizer.save_pretrained(folder)
+
+    def _write_costs(self) -> None:
+        write_json(self.journal.path / "costs.json", self.crew.meter.account.to_json())
+
+    def _examine(self, checkpoint: str, sampler: Sampler) -> None:
+        settings = self.config.evaluation
+        shape = self.crew.teacher_shape if checkpoint == "teacher" else self.crew.student_shape
+        for task in self.tasks:
+            for mode in settings.modes:
+                self.evaluations.append(
+                    evaluate(
+                        task,
+                        mode,
+                        sampler=MeteredSampler(sampler, self.crew.meter, shape, "evaluate", checkpoint),
+                        encoder=self.encoder,
+                        sampling=settings.sampling.of(mode),
+                        samples=settings.samples,
+                        # Every checkpoint is asked with the same random numbers: differences are the weights'.
+                        seed=derive(self.config.seed, "evaluate", task.name, mode),
+                        checkpoint=checkpoint,
+                        out=self.journal.path / "eval",
+                        shape=shape,
+                    )
+                )
+        self._charge_evaluation(checkpoint)
+        self._write_costs()
+
+    def _charge_evaluation(self, checkpoint: str) -> None:
+        """From the evaluations themselves: parts of them may have been made by an earlier process of this run."""
+        cost = Cost()
+        for evaluation in self.evaluations:
+            if evaluation.checkpoint == checkpoint:
+                cost.add(Cost(evaluation.num_tokens, evaluation.flops or 0.0, evaluation.seconds))
+        self.crew.meter.account.entries.setdefault("evaluate", {})[checkpoint] = cost
+
+    def _summarise(self) -> dict[str, Any]:
+        summary = {
+            "run": str(self.journal.path),
+            "scores": [entry for evaluation in self.evaluations for entry in evaluation.entries],
+            "gap_closed": {mode: self._gap_closed(mode) for mode in self.config.evaluation.modes},
+            "costs": self.crew.meter.account.to_json(),
+            "peak_memory_bytes": self.crew.meter.peak_bytes,
+        }
+        write_json(self.journal.path / "summary.json", summary)
+        write_report(self.journal.path)
+        return summary
+
+    def _gap_closed(self, mode: Mode) -> float | None:
+        """Share of the distance between the first stage's student and the teacher that the last stage covered.
+
+        Of the first task; null where the teacher's lead is not certain (its paired 95 % interval reaches zero).
+        """
+        by_checkpoint = {
+            evaluation.checkpoint: evaluation
+            for evaluation in self.evaluations
+            if evaluation.mode == mode and evaluation.task == self.tasks[0].name
+        }
+        teacher, first, last = (by_checkpoint[name] for name in ("teacher", self.stages[0].name, self.stages[-1].name))
+        lead = paired_difference(teacher.scores, first.scores)
+        if lead.ci95[0] <= 0:
+            return None
+        return (_mean(last) - _mean(first)) / (_mean(teacher) - _mean(first))
+
+
+class _Gone:
+    """Stands where a checkpoint's scores must be on disk already, because its weights have been trained on."""
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        raise DistillError(
+            "scores of an earlier checkpoint are missing from the run's eval folder, and its weights have been trained "
+            "on; restore the folder, or give another --out"
+        )
+
+
+def _own_tasks(config: RunConfig, held_out: Sequence[Prompt]) -> tuple[str, ...]:
+    """What to examine on where the configuration leaves it open."""
+    if config.prompts.kind == "embedded":
+        return ("embedded",)
+    return ("prompts",) if held_out else ("gsm8k",)
+
+
+def _mean(evaluation: Evaluation) -> float:
+    """The first metric's mean: avg@K."""
+    return next(iter(evaluation.metrics.values())).mean
+
+
+def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

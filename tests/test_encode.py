@@ -1,0 +1,56 @@
+"""The ids that both models see: modes, switches and the empty block, on the embedded tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer
+
+from distill.chat import EARLY_STOP, EMPTY_THINK
+from distill.embedded import checkpoint_dir
+from distill.encode import Encoder
+from distill.errors import UserError
+from distill.types import Prompt, Rollout, Sampling
+
+ASK = Prompt(({"role": "user", "content": "3+4="},))
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(AutoTokenizer.from_pretrained(checkpoint_dir("tiny")))
+
+
+def test_modes_differ_only_where_they_should(encoder: Encoder) -> None:
+    think = encoder.decode(encoder.encode(ASK, mode="think", switch="hard"))
+    hard = encoder.decode(encoder.encode(ASK, mode="no_think", switch="hard"))
+    soft = encoder.decode(encoder.encode(ASK, mode="no_think", switch="soft"))
+    assert think.endswith("<|im_start|>assistant\n")
+    assert hard == think + EMPTY_THINK  # the block is prompt: masked, and in the teacher's context too
+    assert soft == think.replace("3+4=", "3+4= /no_think")  # the model writes the block itself: response
+
+
+def test_a_flag_in_the_prompt_is_left_alone(encoder: Encoder) -> None:
+    flagged = Prompt(({"role": "user", "content": "3+4= /no_think"},))
+    assert "/no_think /no_think" not in encoder.decode(encoder.encode(flagged, mode="no_think", switch="soft"))
+    turned = encoder.decode(encoder.encode(flagged, mode="think", switch="soft"))
+    assert "/no_think /think" in turned
+
+
+def test_early_stop_is_one_token_and_closes_thinking(encoder: Encoder) -> None:
+    assert len(encoder.early_stop_ids) == 1
+    assert encoder.decode(encoder.early_stop_ids) == EARLY_STOP
+    request = encoder.request(ASK, mode="think", sampling=Sampling(9), seed=0)
+    opened, closed = (encoder.think_open_id, 5), (encoder.think_open_id, 5, encoder.think_close_id)
+    for ids, forced, expected in (
+        (opened, (False, False), False),
+        (closed, (False,) * 3, True),
+        ((*opened, *encoder.early_stop_ids), (False, False, True), True),
+    ):
+        rollout = Rollout(request, ids, forced, (0.0,) * len(ids), "length", "student")
+        assert encoder.closed_thinking(rollout) is expected
+
+
+def test_a_tokenizer_without_template_is_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir("tiny"))
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        Encoder(tokenizer)

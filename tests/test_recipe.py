@@ -1,0 +1,112 @@
+"""Configurations: the dump is a recipe, and what is wrong is one sentence with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.config import RunConfig
+from distill.errors import UserError
+from distill.recipe import assign, dump_yaml, load_recipe, merge, parse_assignment, parse_yaml, validate
+from pipelines.resolution import recipe_names, resolve_run
+
+
+def test_dump_of_a_configuration_is_a_recipe_for_it() -> None:
+    config = resolve_run(assignments=["stages.on_policy.optimiser.learning_rate=3e-5", "student.lora={rank: 8}"])
+    assert validate(parse_yaml(dump_yaml(config), where="the dump")) == config
+    assert config.stages["on_policy"].optimiser.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid(name: str) -> None:
+    config = resolve_run(recipe=name)
+    assert list(config.stages) == ["off_policy", "on_policy"]
+
+
+def test_yaml_is_read_as_yaml_1_2() -> None:
+    """PyYAML alone reads no as False and 1e-5 as a string."""
+    text = "a: no\nb: 1e-5\nc: on\nd: 2024-01-01\ne: null\nf: true\ng: 0x10\nh: [1, 2.5, -.5]\n"
+    expected = {
+        "a": "no",
+        "b": 1e-5,
+        "c": "on",
+        "d": "2024-01-01",
+        "e": None,
+        "f": True,
+        "g": "0x10",
+        "h": [1, 2.5, -0.5],
+    }
+    assert parse_yaml(text, where="a test") == expected
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        ({"sede": 1}, r"unknown key sede \(did you mean seed\?"),
+        ({"stages": {"x": {"kind": "on_policy", "stepps": 1}}}, r"unknown key stages.x.stepps \(did you mean steps\?"),
+        ({"stages": {"x": {"kind": "dpo"}}}, r"stages.x: kind must be one of 'off_policy', 'on_policy'"),
+        ({"student": {"lora": {"rnk": 1}}}, r"unknown key student.lora.rnk \(did you mean rank\?"),
+        ({"seed": -1}, r"seed: Input should be greater than or equal to 0 \(got -1\)"),
+        ({"stages": {}}, "stages is empty"),
+        ({"stages": {"start": {"kind": "on_policy"}}}, "may not be called 'start'"),
+        ({"name": "../escape"}, "name: String should match pattern"),
+        ({"stages": {"x": {"kind": "on_policy", "optimiser": {"learning_rate": float("nan")}}}}, "finite number"),
+    ],
+)
+def test_what_is_wrong_is_named(tree: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        validate(tree)
+
+
+def test_layers() -> None:
+    base = {"prompts": {"kind": "embedded", "max_operations": 3}, "seed": 1}
+    assert merge(base, {"prompts": {"max_operations": 4}})["prompts"] == {"kind": "embedded", "max_operations": 4}
+    # Keys of another kind mean nothing to the new one.
+    assert merge(base, {"prompts": {"kind": "file", "path": "x"}})["prompts"] == {"kind": "file", "path": "x"}
+    tree: dict[str, object] = {}
+    assign(tree, "a.b.c", 1)
+    assert tree == {"a": {"b": {"c": 1}}}
+    with pytest.raises(UserError, match="a.b.c is a value"):
+        assign(tree, "a.b.c.d", 2)
+
+
+@pytest.mark.parametrize("text", ["seed", "=3", "a..b=3", "a=[1"])
+def test_an_assignment_needs_a_key_and_a_value(text: str) -> None:
+    with pytest.raises(UserError):
+        parse_assignment(text)
+
+
+def test_recipe_choice_follows_the_models() -> None:
+    assert resolve_run().teacher.model == "tiny"
+    assert resolve_run(student="nano-moe").name == "tiny-to-nano-moe"
+    real = resolve_run(teacher="32B", student="4B")
+    assert real.prompts.kind == "hub" and real.name == "32B-to-4B"
+    with pytest.raises(UserError, match="did you mean embedded"):
+        resolve_run(recipe="embeded")
+
+
+def test_own_prompts_are_examined_on_themselves_unless_told_otherwise(tmp_path: Path) -> None:
+    assert resolve_run(prompts="my.jsonl").evaluation.tasks is None
+    assert resolve_run(prompts="my.jsonl", assignments=["evaluation.tasks=[gsm8k]"]).evaluation.tasks == ("gsm8k",)
+
+
+@given(st.text())
+def test_any_text_is_a_recipe_or_one_sentence(text: str) -> None:
+    try:
+        tree = parse_yaml(text, where="a test")
+        if isinstance(tree, dict):
+            validate(tree)
+    except UserError as error:
+        assert "\n" not in str(error).strip()
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
+    for content in (b"\xff\xfe", b"- a\n- b\n", b"a: [1\n"):
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="recipe"):
+            load_recipe(path)
+    assert RunConfig().longest_response == 30720

@@ -1,0 +1,130 @@
+"""The decoding loop against the model's own forward pass: what it says it drew, it must have drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from distill.sampler import TransformersSampler, _Draw, _inverse_transform, _Row
+from distill.types import Prompt, Request, Sampling
+
+VOCABULARY, STOP, OPEN, CLOSE = 40, 37, 38, 39
+EARLY_STOP = (30, 31, CLOSE, 32)
+
+
+class TinyEncoder:
+    stop_ids = (STOP, 36)
+    think_open_id = OPEN
+    think_close_id = CLOSE
+    early_stop_ids = EARLY_STOP
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.2,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def request(seed: int, length: int = 5, **sampling: object) -> Request:
+    prompt = Prompt(({"role": "user", "content": str(seed)},))
+    ids = tuple(1 + (seed + place) % 20 for place in range(length))
+    return Request(prompt, "think", "hard", ids, Sampling(**{"max_new_tokens": 12, **sampling}), seed)
+
+
+def sampler(model: Qwen3ForCausalLM, batch: int = 64) -> TransformersSampler:
+    return TransformersSampler(model, TinyEncoder(), speaker="student", batch=batch)  # type: ignore[arg-type]
+
+
+def test_a_response_depends_on_its_request_alone(model: Qwen3ForCausalLM) -> None:
+    requests = [request(seed, length=3 + seed % 7) for seed in range(40)]
+    together = sampler(model).generate(requests)
+    apart = [sampler(model).generate([one])[0] for one in requests]
+    shuffled = sampler(model, batch=7).generate(requests[::-1])[::-1]
+    assert [rollout.response_ids for rollout in together] == [rollout.response_ids for rollout in apart]
+    assert [rollout.response_ids for rollout in together] == [rollout.response_ids for rollout in shuffled]
+    assert [rollout.request for rollout in together] == requests
+    assert {rollout.finish_reason for rollout in together} == {"stop", "length"}  # compaction was exercised
+
+
+def test_log_probabilities_are_the_models_own_at_temperature_one(model: Qwen3ForCausalLM) -> None:
+    requests = [request(seed, length=2 + seed, temperature=0.7, top_k=5, top_p=0.9) for seed in range(8)]
+    for rollout in sampler(model).generate(requests):
+        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        logprobs = model(ids).logits[0].log_softmax(-1)
+        first = len(rollout.prompt_ids) - 1
+        expected = [float(logprobs[first + place, token].detach()) for place, token in enumerate(rollout.response_ids)]
+        assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_stop_token_is_part_of_the_response_and_ends_it(model: Qwen3ForCausalLM) -> None:
+    rollouts = sampler(model).generate([request(seed, max_new_tokens=60) for seed in range(30)])
+    for rollout in rollouts:
+        stops = [token in TinyEncoder.stop_ids for token in rollout.response_ids]
+        assert not any(stops[:-1])
+        assert stops[-1] == (rollout.finish_reason == "stop")
+        assert rollout.finish_reason == "stop" or len(rollout.response_ids) == 60
+
+
+def test_thinking_budget_forces_the_early_stop_string_once(model: Qwen3ForCausalLM) -> None:
+    # The prompt cannot hold the opening tag: the response must open its block itself for a budget to count.
+    opened = next(
+        seed
+        for seed in range(2000)
+        if OPEN in sampler(model).generate([request(seed)])[0].response_ids[:3]
+        and CLOSE not in sampler(model).generate([request(seed)])[0].response_ids[:6]
+        and len(sampler(model).generate([request(seed)])[0].response_ids) >= 6
+    )
+    free = sampler(model).generate([request(opened, max_new_tokens=30)])[0]
+    cut = sampler(model).generate([request(opened, max_new_tokens=30, thinking_budget=4)])[0]
+    assert cut.response_ids[:4] == free.response_ids[:4]
+    assert cut.response_ids[4:8] == EARLY_STOP
+    assert cut.forced[:9] == (False,) * 4 + (True,) * 4 + (False,) * (len(cut.forced[:9]) - 8)
+    assert sum(cut.forced) == len(EARLY_STOP)
+    assert cut.loss_mask[4:8] == (False,) * 4
+
+
+def test_drawn_frequencies_follow_temperature_top_k_and_top_p() -> None:
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]))
+    uniform = torch.linspace(0, 1, 20001)[:-1]
+    cases = [
+        ({}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_p": 0.7}, [4 / 7, 3 / 7, 0, 0, 0]),  # the smallest set whose mass reaches 0.7
+        ({"top_p": 0.71}, [8 / 17, 6 / 17, 3 / 17, 0, 0]),
+        ({"temperature": 0.5}, [value**2 / 0.285 for value in (0.4, 0.3, 0.15, 0.1, 0.05)]),
+        ({"top_k": 4, "top_p": 0.9}, [8 / 19, 6 / 19, 3 / 19, 2 / 19, 0]),  # top-p acts on what top-k left
+    ]
+    for sampling, expected in cases:
+        row = _Row(0, request(0, **sampling), TinyEncoder())  # type: ignore[arg-type]
+        draw = _Draw.for_rows([row], 5, torch.device("cpu"))
+        tokens = torch.cat([draw(logits[None], value[None])[0] for value in uniform[:: 20 if not sampling else 10]])
+        observed = torch.bincount(tokens, minlength=5).double() / len(tokens)
+        assert observed.tolist() == pytest.approx(expected, abs=2e-3), sampling
+
+
+def test_presence_penalty_is_subtracted_once_from_what_was_said() -> None:
+    row = _Row(0, request(0, presence_penalty=1.5), TinyEncoder())  # type: ignore[arg-type]
+    draw = _Draw.for_rows([row], 3, torch.device("cpu"))
+    draw.remember(torch.tensor([1]))
+    draw.remember(torch.tensor([1]))
+    logits = torch.tensor([[0.0, 1.5, -40.0]])
+    # After the penalty the first two are equally likely, so the draw changes over at one half; reported is the raw one.
+    assert [int(draw(logits, torch.tensor([u]))[0]) for u in (0.0, 0.49, 0.51, 0.99)] == [0, 0, 1, 1]
+    assert float(draw(logits, torch.tensor([0.0]))[1][0, 1]) == pytest.approx(float(logits.log_softmax(-1)[0, 1]))
+
+
+def test_inverse_transform_never_lands_on_weight_zero() -> None:
+    weights = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    for value, expected in ((0.0, 1), (0.499, 1), (0.501, 3), (1.0, 3), (0.99999999, 3)):
+        assert int(_inverse_transform(weights, torch.tensor([value]))) == expected

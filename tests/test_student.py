@@ -1,0 +1,287 @@
+"""What could be wrong silently in a training step: rows, masks, denominators, accumulation, precision, export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from distill.config import LoraSettings, Optimiser, StudentSettings
+from distill.divergence import linear_cross_entropy, linear_divergence
+from distill.errors import NonFiniteError
+from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
+from students.batch import collate, micro_batches
+from students.student import Felt, Rows, Student
+from teachers.local import LocalTeacher
+
+PLAIN = StudentSettings(dtype="float32", gradient_checkpointing=False, micro_batch_tokens=None)
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.01}
+
+
+def dense(seed: int = 0, **changes: object) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **changes}))
+
+
+def rollout(seed: int, num_prompt: int, num_response: int, *, forced: int = 0) -> Rollout:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 50, (num_prompt + num_response,), generator=generator).tolist()
+    prompt = Prompt(({"role": "user", "content": str(seed)},))
+    request = Request(prompt, "think" if seed % 2 else "no_think", "hard", tuple(ids[:num_prompt]), Sampling(99), seed)
+    return Rollout(
+        request=request,
+        response_ids=tuple(ids[num_prompt:]),
+        forced=(False,) * (num_response - forced) + (True,) * forced,
+        logprobs=(-1.0,) * num_response,
+        finish_reason="stop",
+        speaker="student",
+    )
+
+
+EXAMPLES = [Example(rollout(seed, 3 + seed, 9 - seed, forced=seed % 3)) for seed in range(6)]
+
+
+def cross_entropy(rows: Rows) -> Felt:
+    felt = linear_cross_entropy(rows.hidden_ND, rows.head_VD, rows.batch.target_N, weights=rows.batch.weight_N)
+    return Felt(felt.total, {"sampled_logprob": -felt.values})
+
+
+def student(model: object, settings: StudentSettings = PLAIN, rate: float = 1e-2) -> Student:
+    made = Student(model, settings, stop_ids=(48, 49))  # type: ignore[arg-type]
+    made.begin(Optimiser(learning_rate=rate, warmup_steps=0))
+    return made
+
+
+def step(learner: Student, examples: list[Example] = EXAMPLES, at: int = 0) -> dict[str, float]:
+    return learner.step(examples, cross_entropy, step=at, num_steps=10, where="a test")
+
+
+def gradients(learner: Student, examples: list[Example], groups: list[list[Example]]) -> dict[str, Tensor]:
+    """What a step would accumulate, without stepping."""
+    total = sum(collate(group, torch.device("cpu")).num_weighted for group in groups)
+    for group in groups:
+        rows, _ = learner.rows(collate(group, torch.device("cpu")))
+        (cross_entropy(rows).total / total).backward()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in learner.model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def test_rows_and_mask_match_one_sequence_at_a_time() -> None:
+    model = dense()
+    learner = student(model)
+    batch = collate(EXAMPLES, torch.device("cpu"))
+    rows, _ = learner.rows(batch)
+    expected, weights = [], []
+    for example in EXAMPLES:
+        said = example.rollout
+        logprobs = model(torch.tensor([said.prompt_ids + said.response_ids])).logits[0].log_softmax(-1)
+        first = len(said.prompt_ids) - 1
+        for place, token in enumerate(said.response_ids):
+            expected.append(float(logprobs[first + place, token].detach()))
+            weights.append(0.0 if said.forced[place] else 1.0)
+    assert cross_entropy(rows).per_token_N["sampled_logprob"].tolist() == pytest.approx(expected, abs=1e-4)
+    assert batch.weight_N.tolist() == weights
+    mean = -sum(value * weight for value, weight in zip(expected, weights, strict=True)) / sum(weights)
+    assert step(learner)["loss"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_accumulated_gradients_are_those_of_one_pass() -> None:
+    whole = gradients(student(dense()), EXAMPLES, [EXAMPLES])
+    parts = gradients(student(dense()), EXAMPLES, micro_batches(EXAMPLES, 24))
+    assert len(micro_batches(EXAMPLES, 24)) > 2
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [None, 24])
+def test_a_step_is_the_same_in_one_pass_and_in_several(micro_batch_tokens: int | None) -> None:
+    reference, split = student(dense()), student(dense(), replace_settings(micro_batch_tokens=micro_batch_tokens))
+    for at in range(3):
+        a, b = step(reference, at=at), step(split, at=at)
+        for key in ("loss", "grad_norm", "think.sampled_logprob", "stop_probability"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+def replace_settings(**changes: object) -> StudentSettings:
+    return PLAIN.model_copy(update=changes)
+
+
+def test_gradient_checkpointing_gives_equal_gradients() -> None:
+    plain = gradients(student(dense()), EXAMPLES, [EXAMPLES])
+    recomputed = gradients(student(dense(), replace_settings(gradient_checkpointing=True)), EXAMPLES, [EXAMPLES])
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+def test_stop_probability_is_the_mass_of_the_stop_ids() -> None:
+    model = dense()
+    learner = student(model, rate=1e-9)
+    one = [Example(rollout(1, 4, 5))]
+    said = one[0].rollout
+    probabilities = model(torch.tensor([said.prompt_ids + said.response_ids])).logits[0, 3:8].softmax(-1)
+    expected = float(probabilities[:, [48, 49]].sum(-1).mean().detach())
+    assert step(learner, one)["stop_probability"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_bf16_student_keeps_fp32_masters() -> None:
+    """At this rate an update is below bf16's rounding: without masters the weights would never move."""
+    learner = student(dense().bfloat16(), replace_settings(dtype="bfloat16"), rate=1e-6)
+    before = {name: value.clone() for name, value in learner.optimiser.masters.items()}  # type: ignore[union-attr]
+    for at in range(3):
+        step(learner, at=at)
+    assert learner.optimiser is not None
+    moved = [float((learner.optimiser.masters[name] - value).abs().max()) for name, value in before.items()]
+    assert min(moved) > 0 and max(moved) < 1e-5
+    for name, parameter in learner.model.named_parameters():
+        assert torch.equal(parameter, learner.optimiser.masters[name].bfloat16())
+
+
+def test_resumed_optimiser_goes_on_exactly(tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        make = lambda: student(dense().to(getattr(torch, dtype)), replace_settings(dtype=dtype))  # noqa: B023, E731
+        straight = make()
+        for at in range(4):
+            step(straight, at=at)
+        first = make()
+        for at in range(2):
+            step(first, at=at)
+        assert first.optimiser is not None
+        weights = {name: value.clone() for name, value in first.weights().items()}
+        moments = {name: value.clone() for name, value in first.optimiser.state().items()}
+        second = make()
+        second.load_weights(weights)
+        assert second.optimiser is not None
+        second.optimiser.load_state(moments)
+        for at in range(2, 4):
+            step(second, at=at)
+        for name, value in straight.weights().items():
+            assert torch.equal(value, second.weights()[name]), (dtype, name)
+
+
+def test_not_a_number_stops_before_the_step() -> None:
+    learner = student(dense())
+    before = {name: value.clone() for name, value in learner.weights().items()}
+
+    def broken(rows: Rows) -> Felt:
+        return Felt(cross_entropy(rows).total * float("nan"), {})
+
+    with pytest.raises(NonFiniteError, match="the loss is nan at batch 7"):
+        learner.step(EXAMPLES, broken, step=0, num_steps=1, where="batch 7")
+
+    def infinite_gradient(rows: Rows) -> Felt:
+        return Felt((rows.hidden_ND[0, 0] * 0).sqrt() + cross_entropy(rows).total, {})
+
+    with pytest.raises(NonFiniteError, match="gradient's norm"):
+        learner.step(EXAMPLES, infinite_gradient, step=0, num_steps=1, where="batch 8")
+    for name, value in learner.weights().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+
+
+def test_lora_trains_adapters_only_and_merges_on_export(tmp_path: Path) -> None:
+    learner = student(dense(), replace_settings(lora=LoraSettings(rank=4, alpha=8.0)))
+    assert all("lora_" in name for name in learner.weights())
+    assert not learner.head_VD.requires_grad
+    step(learner)
+    step(learner, at=1)
+    learner.export(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(0, 50, (2, 7))
+    torch.testing.assert_close(plain(ids).logits, learner.model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain(ids).logits, dense()(ids).logits, atol=1e-3)
+    assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_moe_student_feels_the_models_own_auxiliary_loss() -> None:
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **MOE))
+    learner = student(model)
+    batch = collate(EXAMPLES, torch.device("cpu"))
+    _, router = learner.rows(batch)
+    assert router is not None
+    output = model(batch.input_BT, attention_mask=batch.mask_BT, labels=batch.input_BT, output_router_logits=True)
+    assert float(router.loss) == pytest.approx(float(output.aux_loss), rel=1e-5)
+    assert 1.0 <= router.max_load <= 4.0
+    metrics = step(learner)
+    assert metrics["router.aux_loss"] == pytest.approx(float(router.loss), rel=1e-5)
+    routers = [name for name in learner.weights() if name.endswith("mlp.gate.weight")]
+    assert len(routers) == 2
+
+
+def test_teacher_that_is_the_student_has_a_divergence_of_zero() -> None:
+    model = dense()
+    teacher = LocalTeacher(dense(), name="twin", batch_tokens=40)
+    said = [example.rollout for example in EXAMPLES]
+    examples = [Example(one, signal) for one, signal in zip(said, teacher.score(said), strict=True)]
+    learner = student(model)
+
+    def reverse(rows: Rows) -> Felt:
+        assert isinstance(rows.batch.signal, HiddenStates)
+        felt = linear_divergence(
+            rows.hidden_ND, rows.head_VD, rows.batch.signal.states_Rd, teacher.head_VD, kind="reverse_kl"
+        )
+        return Felt(felt.total, {"reverse_kl": felt.reverse_kl})
+
+    metrics = learner.step(examples, reverse, step=0, num_steps=1, where="a test")
+    assert abs(metrics["loss"]) < 1e-6
+    assert metrics["grad_norm"] < 1e-4
+
+
+def test_teacher_scores_every_response_row_whatever_the_batch() -> None:
+    model = dense(3)
+    said = [example.rollout for example in EXAMPLES]
+    for batch_tokens in (1, 30, 10_000):
+        signals = LocalTeacher(model, name="t", batch_tokens=batch_tokens).score(said)
+        for one, signal in zip(said, signals, strict=True):
+            hidden = model.model(torch.tensor([one.prompt_ids + one.response_ids])).last_hidden_state[0]
+            first = len(one.prompt_ids) - 1
+            torch.testing.assert_close(
+                signal.states_Rd, hidden[first : first + len(one.response_ids)], atol=1e-5, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_of_the_real_06b_shape_loads_with_plain_transformers(tmp_path: Path, tied: bool) -> None:
+    """The published 0.6B configuration with its whole vocabulary, cut to two layers, random weights."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_theta=1e6,
+        tie_word_embeddings=tied,
+    )
+    learner = student(
+        Qwen3ForCausalLM(config).bfloat16(), replace_settings(dtype="bfloat16", gradient_checkpointing=True)
+    )
+    before = learner.model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    examples = [replace(example) for example in EXAMPLES[:2]]
+    assert step(learner, examples)["loss"] == pytest.approx(11.93, abs=0.5)  # log(151,936): nothing is known yet
+    learner.export(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.config.vocab_size == 151_936
+    for (name, ours), (other, theirs) in zip(learner.model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other and torch.equal(ours, theirs), name
+    assert not torch.equal(before, loaded.model.layers[0].mlp.up_proj.weight)
