@@ -68,7 +68,7 @@ def grader_of(task: str) -> str:
 def require(grader: str) -> None:
     """Raise UserError if ``grader`` needs a package that is not installed: before responses are paid for."""
     if grader == "math" and find_spec("math_verify") is None:
-        raise UserError("the math grader needs the package math-verify: pip install math-verify")
+        raise UserError("the math grader needs the package math-verify: pip install 'strong-to-weak[math]'")
 
 
 def exact(text: str, answer: str) -> bool:
@@ -97,6 +97,14 @@ def number(text: str, answer: str) -> bool:
     return wanted == _found_number(found)
 
 
+def words(text: str, answer: str) -> bool:
+    """The final answer is the same number or the same words, letter case and spacing aside."""
+    found = final_answer(text)
+    if found is None:
+        return False
+    return number(text, answer) or _plain(found.text).casefold() == _plain(_reference(answer)).casefold()
+
+
 def math(text: str, answer: str) -> bool:
     """``number``, and where either side is more than a number: equal as mathematics (math-verify, in a worker).
 
@@ -117,6 +125,7 @@ def math(text: str, answer: str) -> bool:
 GRADERS: dict[str, Grader] = {
     "embedded": grade_embedded,
     "number": number,
+    "words": words,
     "math": math,
     "choice": choice,
     "exact": exact,

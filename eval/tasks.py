@@ -31,6 +31,9 @@ EMBEDDED_QUESTIONS = 512
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 LETTER = 'Please show your choice in the `answer` field with only the choice letter, e.g., `"answer": "C"`.'
 
+_FORMULA = re.compile(r"[\\^_{}=$]|[\dxyz]\s*[-+*/(,]\s*[\dxyz]")
+"""What is in a reference that a comparison of words would not do justice to."""
+
 Row = Mapping[str, Any]
 Asked = tuple[str, str] | None
 """A question as it is asked and its reference answer; None leaves the row out."""
@@ -214,14 +217,17 @@ def _once(name: str, prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
 
 
 def _own(name: str, prompts: Sequence[Prompt], grader: str | None = None) -> Task:
-    """A task of one's own prompts; unless named, the grader is the strictest that all references suit."""
-    answers = [prompt.answer or "" for prompt in prompts]
-    if grader is None:
-        if all(as_number(answer.rpartition("####")[2]) is not None for answer in answers):
-            grader = "number"
-        else:
-            grader = "choice" if all(re.fullmatch(r"[A-J]", answer.strip()) for answer in answers) else "math"
-    return Task(name, _once(name, prompts), grader)
+    """A task of one's own prompts; unless it is named, the references decide on the grader."""
+    return Task(name, _once(name, prompts), grader or _suited_grader([prompt.answer or "" for prompt in prompts]))
+
+
+def _suited_grader(answers: Sequence[str]) -> str:
+    """The strictest grader that all ``answers`` suit: numbers, option letters, words, else mathematics."""
+    if all(as_number(answer.rpartition("####")[2]) is not None for answer in answers):
+        return "number"
+    if all(re.fullmatch(r"[A-J]", answer.strip()) for answer in answers):
+        return "choice"
+    return "math" if any(_FORMULA.search(answer) for answer in answers) else "words"
 
 
 def _from_file(name: str) -> Task:

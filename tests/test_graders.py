@@ -128,6 +128,14 @@ def test_choices(text: str, letter: str | None) -> None:
     assert [option for option in "ABCD" if grade("choice", text, option)] == ([letter] if letter else [])
 
 
+def test_words_forgive_case_and_where_they_stand() -> None:
+    for response in ("Paris", "It lies in France.\n\nThe answer is **paris**.", "\\boxed{\\text{Paris}}", "#### PARIS"):
+        assert grade("words", response, "Paris"), response
+    assert grade("words", "\\boxed{7.0}", "7")
+    for response in ("Lyon", "", "Paris, or Lyon"):
+        assert not grade("words", response, "Paris")
+
+
 def test_exact_match_forgives_white_space_only() -> None:
     assert grade("exact", "<think>\n\n</think>\n\n New  York\n", "New York")
     assert not grade("exact", "new york", "New York")

@@ -42,7 +42,13 @@ def test_a_file_of_ones_own_gets_the_strictest_grader_that_fits(tmp_path: Path) 
     number = load_task(own(tmp_path, {"prompt": "3+4=", "answer": 7}, {"prompt": "1/2+1=", "answer": "3/2"}))
     assert (number.name, number.grader, len(number.prompts)) == ("mine", "number", 2)
     assert load_task(own(tmp_path, {"prompt": "?", "answer": "B"})).grader == "choice"
+    assert (
+        load_task(own(tmp_path, {"prompt": "?", "answer": "New York"}, {"prompt": "3+4=", "answer": 7})).grader
+        == "words"
+    )
     assert load_task(own(tmp_path, {"prompt": "?", "answer": "New York"}, suffix="@exact")).grader == "exact"
+    for formula in ("\\frac{1}{2}x", "x + 1", "(1, 2)", "x = y"):
+        assert tasks._suited_grader(["7", formula]) == "math"
 
 
 def test_messages_language_and_domain_of_a_file_are_kept(tmp_path: Path) -> None:
