@@ -280,7 +280,8 @@ class _Collection:
     def _set_aside(self, name: str, error: Exception) -> None:
         """Rename a damaged shard. A refusal of the operating system (it has a number) is no damage, and is raised."""
         shard = self.folder / name
-        aside = shard.with_name(f"{name}.broken")
+        # Hidden, as the lock and drafts are: `datasets` takes every visible file of the folder for data.
+        aside = shard.with_name(f".{name}.broken")
         with _outside_world(shard):
             if isinstance(error, OSError) and error.errno is not None:
                 raise error

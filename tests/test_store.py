@@ -113,7 +113,7 @@ def test_other_tools_can_read_a_collection(tmp_path: Path) -> None:
 
     filled(tmp_path / "store", 3)
     (folder,) = ResponseStore(tmp_path / "store").collections()
-    (folder / "part-0.parquet.broken").write_text("set aside")
+    (folder / ".part-0.parquet.broken").write_text("set aside")
     for name, options in ((str(folder), {}), ("parquet", {"data_files": str(folder / "part-*.parquet")})):
         table = datasets.load_dataset(name, split="train", cache_dir=str(tmp_path / "cache"), **options)
         row = table[1]
@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_set_aside_and_generated_again(
     heard = capsys.readouterr().err
     assert heard.count("is damaged") == 1
     assert f"{by_size[0].name}.broken and its responses are generated again" in heard
-    assert by_size[0].with_name(by_size[0].name + ".broken").exists()
+    assert by_size[0].with_name(f".{by_size[0].name}.broken").exists()
     assert ResponseStore(tmp_path).put(TEACHER, [respond(one) for one in asked]) == 4
     assert stored(tmp_path, asked) == [respond(one) for one in asked]
 
