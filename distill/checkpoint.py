@@ -152,7 +152,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.d
         why = " ".join(str(error).split())
         raise UserError(f"{checkpoint.path / 'config.json'} is refused by transformers: {why}") from None
     if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers.logging.disable_progress_bar()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         config=config,
