@@ -1,23 +1,14 @@
-"""The divergence between student and teacher over the whole vocabulary, without ever holding an [N, V] tensor.
+"""The divergence between student and teacher over the whole vocabulary, exact, from hidden states and heads.
 
-Both models end in a linear head, so their logits need not exist all at once. For a tile of rows, the heads are
-projected, each row's loss and its gradient to the student's logits are formed, the gradient overwrites the student's
-logits, and two more products add it to the gradients of the hidden states and of the head. All of it happens in the
-forward pass ("gradient in forward"): each head is projected once, and ``backward`` only scales what is already there.
-One step costs 6*d_s*V + 2*d_t*V FLOPs a token.
+Reading order: the mathematics of a row (``KINDS``), the two losses that apply it to a block of logits
+(``_TeacherLoss``, ``_TargetLoss``), and the public functions. The loop over tiles is ``distill.tiles``.
 
-Reading order: the per-row mathematics (``KINDS``), the two losses that put it on a tile (``_TeacherLoss``,
-``_TargetLoss``), the loop over tiles (``_sweep``), and the public functions at the end.
-
-Shapes: N rows (response tokens), V vocabulary rows, D student width, E teacher width; a tile has C rows, and a block,
-the part of a tile that fits in the cache, has B; G ids count as one action.
+Shapes: N rows (response tokens), V vocabulary rows, D student width, E teacher width; a block has B rows; G ids count
+as one action. p is the student's distribution, q the teacher's.
 
 The vocabulary rule: student and teacher heads have the same number of rows and every row takes part, also the padded
 rows behind the tokenizer's last id, because the models' own softmax covers them and the sampler can draw them. Whoever
 wants them out slices both heads (``head[:num_real]``); that is the same rule on a smaller vocabulary.
-
-Left out on purpose: second derivatives (a gradient is a constant), logit softcapping and head biases (no
-Qwen3 model has them), and casting: a head and its hidden states have one dtype, and the caller chooses it.
 
 Sources: the directions and the generalised Jensen-Shannon divergence are those of GKD (arXiv 2306.13649, section 2 and
 equation 1), the skewed ones those of DistiLLM (arXiv 2402.03898, section 3.1). No T^2 factor is applied.
@@ -29,21 +20,13 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from distill.errors import UserError
-
-TILE_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
-"""Memory for the tiles of logits that live at once. Every tile reads and writes the head's gradient once, [V, D] in
-fp32, so that small tiles cost bandwidth; larger ones than these gain nothing measurable."""
-
-BLOCK_BYTES = 2 * 2**20
-"""On a CPU, the mathematics of a tile is done in blocks of this size, so that its handful of temporaries stay in the
-last-level cache. On a GPU a block is the whole tile: there a launch costs more than a trip to memory."""
+from distill.tiles import tiled_total
 
 LOG_ZERO = -1e4
 """The log-probability of what has no probability: finite, so that 0 * LOG_ZERO is 0, and exp(LOG_ZERO) is 0."""
@@ -158,53 +141,31 @@ def _merge_(log_probs_BV: Tensor, group_G: Tensor) -> Tensor:
     return members_BG.sub_(merged_B1).exp_()
 
 
-# --- The losses on a tile ---------------------------------------------------------------------------------------------
-
-
-class _TileLoss(Protocol):
-    """A loss as the loop sees it. ``values_N`` is filled block by block."""
-
-    values_N: Tensor
-
-    def start_tile(self, rows: slice) -> None:
-        """Prepares the rows of one tile."""
-
-    def form_(self, rows: slice, logits_BV: Tensor, weights_B1: Tensor) -> None:
-        """Records the facts of these rows, and overwrites their logits by the weighted gradient to the logits."""
+# --- The losses on a block of rows ------------------------------------------------------------------------------------
 
 
 class _TeacherLoss:
-    """Divergence to the teacher's distribution."""
+    """Divergence to the teacher's distribution; a ``distill.tiles.TileLoss``."""
 
     def __init__(
         self,
-        hidden_NE: Tensor,
-        head_VE: Tensor,
-        *,
-        like: Tensor,
         kind: str,
         beta: float,
         temperature: float,
+        *,
         groups: list[Tensor],
         sampled_ids_N: Tensor | None,
-        chunk_rows: int,
+        like_N: Tensor,
     ) -> None:
-        self.hidden_NE, self.head_VE, self.sampled_ids_N = hidden_NE, head_VE, sampled_ids_N
-        self.kind, self.beta, self.temperature, self.groups = KINDS[kind], beta, temperature, groups
-        num_rows, self.calc = len(hidden_NE), like.dtype
-        self.logits_CV = hidden_NE.new_empty(min(chunk_rows, num_rows), len(head_VE))
-        self.values_N, self.reverse_kl_N, self.forward_kl_N = (like.new_empty(num_rows) for _ in range(3))
-        self.student_entropy_N, self.teacher_entropy_N, self.sampled_logprob_N = (
-            like.new_empty(num_rows) for _ in range(3)
-        )
+        self.kind, self.beta, self.temperature = KINDS[kind], beta, temperature
+        self.groups, self.sampled_ids_N = groups, sampled_ids_N
+        self.values_N, self.reverse_kl_N, self.forward_kl_N = (torch.empty_like(like_N) for _ in range(3))
+        self.student_entropy_N, self.teacher_entropy_N = (torch.empty_like(like_N) for _ in range(2))
+        self.sampled_logprob_N = None if sampled_ids_N is None else torch.empty_like(like_N)
 
-    def start_tile(self, rows: slice) -> None:
-        self.first_row = rows.start
-        torch.mm(self.hidden_NE[rows], self.head_VE.t(), out=self.logits_CV[: rows.stop - rows.start])
-
-    def form_(self, rows: slice, logits_BV: Tensor, weights_B1: Tensor) -> None:
-        teacher_BV = self.logits_CV[rows.start - self.first_row : rows.stop - self.first_row].to(self.calc)
-        if self.sampled_ids_N is not None:
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
+        logits_BV, teacher_BV = logits
+        if self.sampled_ids_N is not None and self.sampled_logprob_N is not None:
             self.sampled_logprob_N[rows] = _pick(logits_BV, self.sampled_ids_N[rows]) - logits_BV.logsumexp(-1)
         _log_softmax_(logits_BV, self.temperature)
         _log_softmax_(teacher_BV, self.temperature)
@@ -227,16 +188,14 @@ class _TeacherLoss:
 
 
 class _TargetLoss:
-    """Cross-entropy to one target id a row."""
+    """Cross-entropy to one target id a row; a ``distill.tiles.TileLoss``."""
 
-    def __init__(self, target_ids_N: Tensor, like: Tensor) -> None:
+    def __init__(self, target_ids_N: Tensor, *, like_N: Tensor) -> None:
         self.target_ids_N = target_ids_N
-        self.values_N, self.entropy_N = (like.new_empty(len(target_ids_N)) for _ in range(2))
+        self.values_N, self.entropy_N = (torch.empty_like(like_N) for _ in range(2))
 
-    def start_tile(self, rows: slice) -> None:
-        pass
-
-    def form_(self, rows: slice, logits_BV: Tensor, weights_B1: Tensor) -> None:
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
+        (logits_BV,) = logits
         _log_softmax_(logits_BV, 1.0)
         target_ids_B = self.target_ids_N[rows]
         self.values_N[rows] = -_pick(logits_BV, target_ids_B)
@@ -256,87 +215,6 @@ def _pick(x_BV: Tensor, ids_B: Tensor) -> Tensor:
     return x_BV.gather(-1, ids_B[:, None]).squeeze(-1)
 
 
-# --- The loop over tiles ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What the loop does: which loss, which weights, tiles of how many rows, and which gradients are wanted."""
-
-    loss: _TileLoss
-    weights_N: Tensor
-    chunk_rows: int
-    wants_hidden: bool
-    wants_head: bool
-
-
-def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None, Tensor | None]:
-    """Fills ``job.loss`` tile by tile; returns the gradients of sum(weights * values) to the hidden states and head.
-
-    For a gradient that is not wanted, no product is done and None is returned.
-    """
-    num_rows, num_vocab, chunk_rows, calc = len(hidden_ND), len(head_VD), job.chunk_rows, job.weights_N.dtype
-    logits_CV = hidden_ND.new_empty(min(chunk_rows, num_rows), num_vocab)
-    grad_hidden_ND = torch.empty_like(hidden_ND) if job.wants_hidden else None
-    grad_head_VD = torch.empty_like(head_VD, dtype=calc) if job.wants_head else None
-    if grad_head_VD is not None and num_rows == 0:
-        grad_head_VD.zero_()
-    block_rows = max(1, BLOCK_BYTES // (num_vocab * calc.itemsize)) if hidden_ND.device.type == "cpu" else chunk_rows
-    for tile in _slices(0, num_rows, chunk_rows):
-        tile_CV, tile_hidden_CD = logits_CV[: tile.stop - tile.start], hidden_ND[tile]
-        torch.mm(tile_hidden_CD, head_VD.t(), out=tile_CV)
-        job.loss.start_tile(tile)
-        for rows in _slices(tile.start, tile.stop, block_rows):
-            stored_BV = tile_CV[rows.start - tile.start : rows.stop - tile.start]
-            block_BV = stored_BV.to(calc)  # the same memory where the tile has this dtype already
-            job.loss.form_(rows, block_BV, job.weights_N[rows, None])
-            if job.wants_hidden or job.wants_head:
-                stored_BV.copy_(block_BV)
-        if grad_hidden_ND is not None:
-            torch.mm(tile_CV, head_VD, out=grad_hidden_ND[tile])
-        if grad_head_VD is not None:
-            _add_product_(grad_head_VD, tile_CV.t(), tile_hidden_CD, fresh=tile.start == 0)
-    return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
-
-
-def _add_product_(sum_VD: Tensor, gradient_VC: Tensor, hidden_CD: Tensor, *, fresh: bool) -> None:
-    """sum += gradient @ hidden; where ``fresh``, what the sum holds is not read."""
-    if sum_VD.dtype == hidden_CD.dtype:
-        torch.addmm(sum_VD, gradient_VC, hidden_CD, beta=0 if fresh else 1, out=sum_VD)
-    elif fresh:
-        sum_VD.copy_(gradient_VC @ hidden_CD)
-    else:
-        sum_VD.add_(gradient_VC @ hidden_CD)
-
-
-def _slices(start: int, stop: int, step: int) -> list[slice]:
-    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
-
-
-class _GradientInForward(torch.autograd.Function):
-    """sum(weights * values) whose gradients are formed in the forward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> Tensor:
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            ctx.save_for_backward(*_sweep(hidden_ND, head_VD, job))
-            return job.weights_N.dot(job.loss.values_N)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        # A caller that puts its denominator into the weights gets here with 1 and pays no second copy of [V, D].
-        unit = bool(grad_total == 1)
-        scaled = (grad if unit or grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*scaled, None)
-
-
-def _total(hidden: Tensor, head: Tensor, loss: _TileLoss, weights_N: Tensor, chunk_rows: int) -> Tensor:
-    wants_hidden, wants_head = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, head))
-    job = _Job(loss, weights_N, chunk_rows, wants_hidden, wants_head)
-    return cast(Tensor, _GradientInForward.apply(hidden, head, job))  # type: ignore[no-untyped-call]
-
-
 # --- The public functions ---------------------------------------------------------------------------------------------
 
 Params = ParamSpec("Params")
@@ -345,7 +223,8 @@ Returns = TypeVar("Returns")
 
 def _eager(call: Callable[Params, Returns]) -> Callable[Params, Returns]:
     """Keeps torch.compile out: the loop has as many rounds as a batch has tiles, and would compile anew for each."""
-    return cast(Callable[Params, Returns], torch.compiler.disable(call))  # type: ignore[no-untyped-call]
+    disable: Callable[..., Any] = torch.compiler.disable
+    return cast(Callable[Params, Returns], disable(call))
 
 
 @_eager
@@ -373,7 +252,7 @@ def linear_divergence(
     ``weights`` [N] (default ones) are constants: put the mask and the division by the number of tokens there.
     ``merged_ids`` are groups of ids that count as one action, such as two stop ids: their probabilities are added
     before the divergence is taken. ``sampled_ids`` [N] asks for the student's log-probabilities of these tokens.
-    ``chunk_rows`` rows are projected at a time (default: what fits ``TILE_BYTES``); results do not depend on it.
+    ``chunk_rows`` rows are projected at a time (default: what fits a memory budget); results do not depend on it.
 
     Arithmetic is in float32, in float64 for float64 inputs; gradients are summed so and come in the inputs' dtype.
     A head sharded by FSDP2 is gathered once by the caller, and the gathered tensor is passed.
@@ -395,26 +274,16 @@ def linear_divergence(
     groups = [torch.tensor(ids, device=student_hidden.device) for ids in _check_groups(merged_ids or (), num_vocab)]
     if sampled_ids is not None:
         _check_ids("sampled_ids", sampled_ids, num_rows, num_vocab)
-    chunk_rows = _chunk_rows(chunk_rows, student_hidden, num_vocab, num_tiles=2)
-    loss = _TeacherLoss(
-        teacher_hidden.detach(),
-        teacher_head.detach(),
-        like=weights_N,
-        kind=kind,
-        beta=beta,
-        temperature=temperature,
-        groups=groups,
-        sampled_ids_N=sampled_ids,
-        chunk_rows=chunk_rows,
-    )
+    loss = _TeacherLoss(kind, beta, temperature, groups=groups, sampled_ids_N=sampled_ids, like_N=weights_N)
+    models = [(student_hidden, student_head), (teacher_hidden, teacher_head)]
     return Divergence(
-        total=_total(student_hidden, student_head, loss, weights_N, chunk_rows),
+        total=tiled_total(models, loss, weights_N, chunk_rows),
         values=loss.values_N,
         reverse_kl=loss.reverse_kl_N,
         forward_kl=loss.forward_kl_N,
         student_entropy=loss.student_entropy_N,
         teacher_entropy=loss.teacher_entropy_N,
-        sampled_logprob=None if sampled_ids is None else loss.sampled_logprob_N,
+        sampled_logprob=loss.sampled_logprob_N,
     )
 
 
@@ -435,8 +304,8 @@ def linear_cross_entropy(
     _check_linear("the model", hidden, head)
     _check_ids("target_ids", target_ids, len(hidden), len(head))
     weights_N = _weights(weights, hidden)
-    loss = _TargetLoss(target_ids, weights_N)
-    total = _total(hidden, head, loss, weights_N, _chunk_rows(chunk_rows, hidden, len(head), num_tiles=1))
+    loss = _TargetLoss(target_ids, like_N=weights_N)
+    total = tiled_total([(hidden, head)], loss, weights_N, chunk_rows)
     return CrossEntropy(total=total, values=loss.values_N, entropy=loss.entropy_N)
 
 
@@ -496,13 +365,3 @@ def _weights(weights: Tensor | None, hidden: Tensor) -> Tensor:
     if weights.shape != (len(hidden),):
         raise UserError(f"weights has shape {list(weights.shape)}; there are {len(hidden)} rows, one weight each.")
     return weights.detach().to(calc)
-
-
-def _chunk_rows(chunk_rows: int | None, hidden: Tensor, num_vocab: int, num_tiles: int) -> int:
-    """The rows of a tile: as many as the budget holds, spread evenly over the tiles that are needed."""
-    if chunk_rows is None:
-        most = max(1, TILE_BYTES[hidden.device.type] // (num_tiles * num_vocab * hidden.dtype.itemsize))
-        return max(1, math.ceil(len(hidden) / math.ceil(max(1, len(hidden)) / most)))
-    if chunk_rows < 1:
-        raise UserError(f"chunk_rows is {chunk_rows}; a tile has at least one row.")
-    return chunk_rows
