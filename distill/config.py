@@ -141,7 +141,7 @@ PromptSettings = Annotated[EmbeddedPrompts | FilePrompts | HubPrompts, Field(dis
 class Optimiser(Settings):
     """AdamW and its schedule."""
 
-    learning_rate: PositiveFloat
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)]
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: stay, or fall to zero along a cosine at the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10

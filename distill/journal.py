@@ -83,11 +83,8 @@ class Journal:
         self.path = path
         self.config = config
         self._lock = _claim(path)
-        stored = path / "config.yaml"
-        if stored.exists():
+        if (path / "config.yaml").exists():
             _refuse_other(path, config)
-        else:
-            write_atomically(stored, dump_yaml(config))
 
     @property
     def finished(self) -> bool:
@@ -100,6 +97,9 @@ class Journal:
     def manifest(self, entries: Mapping[str, Any]) -> None:
         """Record what went in. On a resumed run, raises UserError where an input is no longer the same."""
         path = self.path / "manifest.json"
+        if not (self.path / "config.yaml").exists():
+            # Only now is the directory this run's: inputs that were refused have claimed nothing.
+            write_atomically(self.path / "config.yaml", dump_yaml(self.config))
         if path.exists():
             old = read_json(path)
             for key in ("teacher", "student", "prompts"):

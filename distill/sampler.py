@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distill import interrupt
+from distill.errors import NonFiniteError
 from distill.types import FinishReason, Request, Rollout, Sampling
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from distill.encode import Encoder
 
@@ -82,7 +83,7 @@ class TransformersSampler:
         mask_BT = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device)
         position_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
         draw = _Draw.for_rows(rows, self.model.config.vocab_size, device)
-        cache: Cache | None = None
+        cache: Any = None
         while True:
             interrupt.check()
             output = self.model(
@@ -94,8 +95,11 @@ class TransformersSampler:
                 logits_to_keep=1,
             )
             cache = output.past_key_values
+            logits_BV = output.logits[:, -1].float()
+            if not logits_BV.amax().isfinite():
+                raise NonFiniteError(f"the {self.speaker}'s logits are not finite: its weights are broken or diverged")
             uniform_B = torch.tensor([row.uniform() for row in rows], device=device)
-            token_B, logprob_BV = draw(output.logits[:, -1].float(), uniform_B)
+            token_B, logprob_BV = draw(logits_BV, uniform_B)
             token_B = _force(rows, token_B)
             logprob_B = logprob_BV.gather(1, token_B[:, None])[:, 0]
             draw.remember(token_B)

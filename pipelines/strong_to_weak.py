@@ -79,8 +79,12 @@ class _Run:
     def __init__(self, config: RunConfig, journal: Journal, command: Sequence[str]) -> None:
         self.config, self.journal = config, journal
         torch.manual_seed(derive(config.seed, "torch"))
-        teacher = open_checkpoint(resolve(config.teacher.model, role="teacher", revision=config.teacher.revision))
-        student = open_checkpoint(resolve(config.student.model, role="student", revision=config.student.revision))
+        # Both names first: a misspelt student should not be noticed after a teacher's download.
+        sources = (
+            resolve(config.teacher.model, role="teacher", revision=config.teacher.revision),
+            resolve(config.student.model, role="student", revision=config.student.revision),
+        )
+        teacher, student = (open_checkpoint(source) for source in sources)
         tokenizer = load_tokenizer(teacher)
         findings = check_pair(
             teacher,

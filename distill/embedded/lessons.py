@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from distill.chat import EARLY_STOP, EMPTY_THINK, END_OF_TEXT, IM_END, render, switch_in
+from distill.chat import EARLY_STOP, EMPTY_THINK, END_OF_TEXT, IM_END, THINK_OPEN, render, switch_in
 from distill.embedded.task import DEFAULT_LENGTHS, MAX_OPERATIONS, Question, ask, questions, solution
 from distill.types import Message, Mode
 
@@ -56,37 +56,29 @@ def conversation(rng: random.Random, *, num_turns: int, lengths: Sequence[float]
     return messages[:-1]
 
 
+def plain_lesson(rng: random.Random, tokenizer: PreTrainedTokenizerBase) -> Lesson:
+    """One question without flags and the whole thinking that solves it: chaining steps is learned on these first."""
+    question = one_question(rng, _EVEN)
+    prompt = render([{"role": "user", "content": question.text}])
+    response = f"<think>\n{solution(question)}\n</think>\n\n{question.answer}{IM_END}"
+    return _lesson(tokenizer, (prompt, False), (response, True))
+
+
 def chat_lesson(rng: random.Random, tokenizer: PreTrainedTokenizerBase) -> Lesson:
-    """One response of the teacher, in either mode, some of them with the thinking cut by the early-stop sentence."""
+    """One response in either mode after one to four turns; some have their thinking cut by the early-stop sentence."""
     hard = rng.random() < 0.25
     lengths = _SHORT if hard or rng.random() < 0.4 else _EVEN
     messages = conversation(rng, num_turns=rng.choices((1, 2, 3, 4), weights=(6, 1.5, 1.25, 1.25))[0], lengths=lengths)
     question = _last_question(messages)
     mode: Mode = "no_think" if hard else switch_in(messages) or "think"
-    prompt = tokenizer.encode(render(messages, enable_thinking=False if hard else None))
-    answer = tokenizer.encode(question.answer + IM_END)
+    prompt = (render(messages, enable_thinking=False if hard else None), False)
+    answer = (question.answer + IM_END, True)
     if mode == "no_think":
-        response = answer if hard else tokenizer.encode(EMPTY_THINK) + answer
-        return Lesson((*prompt, *response), (*[False] * len(prompt), *[True] * len(response)))
-    thinking = tokenizer.encode(f"<think>\n{solution(question)}")
-    closing = tokenizer.encode("\n</think>\n\n")
-    trained_closing = True
-    if rng.random() < 0.35:
-        # A budget can end anywhere, in the middle of a line too, and what ends it is not the model's own word.
-        # Half of the cuts leave a line or two undone, which is what can be learned to do in the head.
-        earliest = max(0, len(thinking) - 14) if rng.random() < 0.5 else 0
-        thinking = thinking[: rng.randint(earliest, len(thinking))]
-        closing = tokenizer.encode(EARLY_STOP)
-        trained_closing = False
-    return Lesson(
-        (*prompt, *thinking, *closing, *answer),
-        (
-            *[False] * len(prompt),
-            *[True] * len(thinking),
-            *[trained_closing] * len(closing),
-            *[True] * len(answer),
-        ),
-    )
+        return _lesson(tokenizer, prompt, ("" if hard else EMPTY_THINK, True), answer)
+    thinking = f"<think>\n{solution(question)}"
+    if rng.random() < 0.65:
+        return _lesson(tokenizer, prompt, (f"{thinking}\n</think>\n\n", True), answer)
+    return _lesson(tokenizer, prompt, (_cut(rng, thinking), True), (EARLY_STOP, False), answer)
 
 
 def document(rng: random.Random, *, lengths: Sequence[float] = _DOCUMENT_LENGTHS) -> str:
@@ -104,6 +96,26 @@ def document(rng: random.Random, *, lengths: Sequence[float] = _DOCUMENT_LENGTHS
         copied = "".join(rng.choices("0123456789+-*", k=rng.randint(2, 16)))
         text = f"{copied}{rng.choice(_CONNECTIVES)}\n{copied}"
     return f"{text}\n{END_OF_TEXT}"
+
+
+def _lesson(tokenizer: PreTrainedTokenizerBase, *pieces: tuple[str, bool]) -> Lesson:
+    """Pieces of text, each trained on or not, tokenised one by one: a response never changes its prompt's tokens."""
+    encoded = [(tokenizer.encode(text), trained) for text, trained in pieces if text]
+    return Lesson(
+        ids=tuple(token for ids, _ in encoded for token in ids),
+        trained=tuple(trained for ids, trained in encoded for _ in ids),
+    )
+
+
+def _cut(rng: random.Random, thinking: str) -> str:
+    """Thinking that a budget ended: anywhere, in the middle of a line too, or before it began.
+
+    Half of the cuts leave two lines at most undone, which is what can be learned to do in the head.
+    """
+    lines_at = len(THINK_OPEN)
+    earliest = max(lines_at, len(thinking) - 14) if rng.random() < 0.5 else lines_at
+    end = rng.randint(earliest - 1, len(thinking))
+    return thinking[:end] if end >= lines_at else ""
 
 
 def _last_question(messages: Sequence[Message]) -> Question:
