@@ -36,9 +36,9 @@ GPU_TILE_BYTES = 2 * 2**30
 """Memory for the logits that live at once. Each tile reads and writes the head's gradient once, [V, D] in float32, so
 that small tiles cost bandwidth."""
 
-BLOCK_BYTES = 2 * 2**20
-"""On a CPU, the mathematics of a tile is done in blocks of this size, so that its handful of temporaries stay in the
-last-level cache. On a GPU a block is the whole tile: there a launch costs more than a trip to memory."""
+BLOCK_BYTES = 3 * 2**19
+"""On a CPU, the mathematics of a tile is done in blocks of this size a thread, so that its handful of temporaries stay
+in the last-level cache. On a GPU a block is the whole tile: there a launch costs more than a trip to memory."""
 
 CORRECTED_SHARE, CORRECTED_AT_LEAST = 8, 4096
 """One in so many columns is corrected for rounding, but so many at least."""
@@ -105,37 +105,45 @@ class _GradientInForward(torch.autograd.Function):
 
 def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None, Tensor | None]:
     """Fills the loss tile by tile; returns the gradients to the student's hidden states and head, None if unwanted."""
-    num_rows, num_vocab, calc = len(hidden_ND), len(head_VD), job.weights_N.dtype
-    chunk_rows = min(job.chunk_rows, num_rows)
+    num_rows, chunk_rows = len(hidden_ND), min(job.chunk_rows, len(hidden_ND))
     models = [(hidden_ND, head_VD), *job.others]
-    buffers = [hidden.new_empty(chunk_rows, num_vocab) for hidden, _ in models]
+    buffers = [hidden.new_empty(chunk_rows, len(head_VD)) for hidden, _ in models]
     grad_hidden_ND = torch.empty_like(hidden_ND) if job.wants_hidden else None
     grad_head_VD = None
     if job.wants_head:
-        grad_head_VD = torch.empty_like(head_VD, dtype=head_VD.dtype if chunk_rows == num_rows else calc)
+        sum_dtype = head_VD.dtype if chunk_rows == num_rows else job.weights_N.dtype  # one tile is its own sum
+        grad_head_VD = torch.empty_like(head_VD, dtype=sum_dtype)
         if num_rows == 0:
             grad_head_VD.zero_()
-    block_rows = max(1, BLOCK_BYTES // (num_vocab * calc.itemsize)) if hidden_ND.device.type == "cpu" else chunk_rows
 
-    for tile in _slices(0, num_rows, chunk_rows):
-        tiles = [buffer[: tile.stop - tile.start] for buffer in buffers]
+    for tile in _slices(num_rows, chunk_rows):
         inputs = [(hidden[tile], head) for hidden, head in models]
+        tiles = [buffer[: tile.stop - tile.start] for buffer in buffers]
         for (hidden, head), logits_CV in zip(inputs, tiles, strict=True):
             torch.mm(hidden, head.t(), out=logits_CV)
-        correction = _Correction.of(inputs, tiles, block_rows) if _rounds(tiles) else None
-        for block in _slices(0, tile.stop - tile.start, block_rows):
-            logits = [logits_CV[block].to(calc) for logits_CV in tiles]  # the tile's own memory if it has this dtype
-            if correction is not None:
-                correction.add_to_(logits, block)
-            rows = slice(tile.start + block.start, tile.start + block.stop)
-            job.loss.form_(rows, logits, job.weights_N[rows, None])
-            if job.wants_hidden or job.wants_head:
-                tiles[0][block] = logits[0]
+        _form_tile_(inputs, tiles, tile, job)
         if grad_hidden_ND is not None:
             torch.mm(tiles[0], head_VD, out=grad_hidden_ND[tile])
         if grad_head_VD is not None:
             _add_product_(grad_head_VD, tiles[0].t(), hidden_ND[tile], fresh=tile.start == 0)
     return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
+
+
+def _form_tile_(inputs: list[Model], tiles: list[Tensor], tile: slice, job: _Job) -> None:
+    """Has the loss formed on every row of the tile; the student's logits end as the gradient to them."""
+    student_CV, calc = tiles[0], job.weights_N.dtype
+    block_rows = len(student_CV)
+    if student_CV.device.type == "cpu":
+        block_rows = torch.get_num_threads() * max(1, BLOCK_BYTES // (student_CV.shape[1] * calc.itemsize))
+    correction = _Correction.of(inputs, tiles, block_rows) if _rounds(tiles) else None
+    for block in _slices(len(student_CV), block_rows):
+        logits = [logits_CV[block].to(calc) for logits_CV in tiles]  # the tile's own memory if it has this dtype
+        if correction is not None:
+            correction.add_to_(logits, block)
+        rows = slice(tile.start + block.start, tile.start + block.stop)
+        job.loss.form_(rows, logits, job.weights_N[rows, None])
+        if student_CV.dtype != calc:
+            student_CV[block] = logits[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +171,7 @@ class _Correction:
     def add_to_(self, logits: list[Tensor], block: slice) -> None:
         for logits_BV, lost_CK in zip(logits, self.lost, strict=True):
             if lost_CK is not None:
-                logits_BV[:, self.columns_K] += lost_CK[block]
+                logits_BV.index_add_(-1, self.columns_K, lost_CK[block].to(logits_BV.dtype))
 
 
 def _rounds(tiles: list[Tensor]) -> bool:
@@ -175,7 +183,7 @@ def _add_product_(sum_VD: Tensor, gradient_VC: Tensor, hidden_CD: Tensor, *, fre
     if sum_VD.dtype == hidden_CD.dtype:
         torch.addmm(sum_VD, gradient_VC, hidden_CD, beta=0 if fresh else 1, out=sum_VD)
         return
-    for rows in _slices(0, len(sum_VD), SLICE_ROWS):
+    for rows in _slices(len(sum_VD), SLICE_ROWS):
         product = gradient_VC[rows] @ hidden_CD
         if fresh:
             sum_VD[rows] = product
@@ -183,8 +191,8 @@ def _add_product_(sum_VD: Tensor, gradient_VC: Tensor, hidden_CD: Tensor, *, fre
             sum_VD[rows] += product
 
 
-def _slices(start: int, stop: int, step: int) -> list[slice]:
-    return [slice(first, min(first + step, stop)) for first in range(start, stop, max(1, step))]
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, max(1, step))]
 
 
 def _chunk_rows(chunk_rows: int | None, models: Sequence[Model]) -> int:
