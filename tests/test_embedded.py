@@ -221,14 +221,14 @@ def test_lessons_answer_a_train_question_in_the_mode_that_the_switches_ask_for()
     seen: Counter[str] = Counter()
     for _ in range(300):
         lesson = chat_lesson(rng, tok)
-        text = str(tok.decode(lesson.ids))
+        text = str(tok.decode(list(lesson.ids)))
         prompt, _, after = text.rpartition("<|im_start|>assistant\n")
         turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", prompt, flags=re.DOTALL)
         question = ask(re.findall(r"\d(?:[+*-]\d)+=", prompt)[-1])
         assert split_of(question.text) == "train"
         assert grade(after, question.answer)
         first = lesson.trained.index(True)
-        hard = str(tok.decode(lesson.ids[:first])).endswith(EMPTY_THINK)
+        hard = str(tok.decode(list(lesson.ids[:first]))).endswith(EMPTY_THINK)
         mode = "no_think" if hard else switch_in([{"role": role, "content": text} for role, text in turns]) or "think"
         kind = "cut" if EARLY_STOP in after else "whole" if mode == "think" else "hard" if hard else "soft"
         assert (EMPTY_THINK in after) == (mode == "no_think")
