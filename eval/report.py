@@ -31,8 +31,10 @@ MOST_CHARACTERS = 4000
 
 _TITLES = {
     "loss": "Loss",
-    "divergence": "Divergence to the teacher (nats a token)",
-    "entropy": "Entropy (nats a token)",
+    "reverse_kl": "Reverse KL to the teacher (nats a token)",
+    "forward_kl": "Forward KL to the teacher (nats a token)",
+    "student_entropy": "The student's entropy (nats a token)",
+    "teacher_entropy": "The teacher's entropy (nats a token)",
     "length": "Response length (tokens)",
     "closure": "Share with closed thinking",
     "truncation": "Share truncated",
@@ -192,11 +194,7 @@ def _by_task(evaluations: Iterable[Document]) -> dict[str, list[Document]]:
 
 
 def _group(key: str) -> str:
-    """The chart that a metric belongs to: modes of one quantity together, and both KLs, all entropies, all seconds."""
-    if key.endswith("_kl"):
-        return "divergence"
-    if key.endswith("entropy"):
-        return "entropy"
+    """The chart that a metric belongs to: both modes of one quantity together."""
     first, _, rest = key.partition(".")
     return rest if first in MODES else first
 
