@@ -21,7 +21,9 @@ def scores(summary: dict[str, Any], checkpoint: str) -> dict[str, float]:
     return {entry["mode"]: entry["mean"] for entry in summary["scores"] if entry["checkpoint"] == checkpoint}
 
 
-def one(out: Path, stage: str, rate: float | None, seed: int, *, student: Path | None, more: list[str]) -> dict[str, Any]:
+def one(
+    out: Path, stage: str, rate: float | None, seed: int, *, student: Path | None, more: list[str]
+) -> dict[str, Any]:
     """A run of one stage alone, at ``rate`` (None: the recipe's)."""
     recipe = resolve_run()
     settings = recipe.stages[stage].model_dump(mode="json")
@@ -49,13 +51,12 @@ def main() -> None:
     arguments = parser.parse_args()
     document: dict[str, Any] = {"off_policy": {}, "on_policy": {}}
     for rate in arguments.off_policy:
-        document["off_policy"][rate] = [
-            scores(
-                one(arguments.out / f"off-{rate:g}-seed{seed}", "off_policy", rate, seed, student=None, more=arguments.more),
-                "off_policy",
-            )
-            for seed in arguments.seeds
-        ]
+        results = []
+        for seed in arguments.seeds:
+            out = arguments.out / f"off-{rate:g}-seed{seed}"
+            summary = one(out, "off_policy", rate, seed, student=None, more=arguments.more)
+            results.append(scores(summary, "off_policy"))
+        document["off_policy"][rate] = results
     for rate in arguments.on_policy:
         results = []
         for seed in arguments.seeds:

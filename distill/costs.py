@@ -10,7 +10,7 @@ nothing again; the run that made them was charged.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from distill.family import Shape
@@ -56,11 +56,13 @@ class CostAccount:
     def charge(self, role: Role, stage: str, cost: Cost) -> None:
         self.entries.setdefault(role, {}).setdefault(stage, Cost()).add(cost)
 
-    def total_flops(self, stage: str) -> float:
-        """All roles' FLOPs of one stage, evaluation left out."""
-        return sum(
-            stages[stage].flops for role, stages in self.entries.items() if stage in stages and role != "evaluate"
-        )
+    def of_stage(self, stage: str) -> dict[str, Cost]:
+        """A copy of what one stage has cost so far, by role, examinations left out."""
+        return {
+            role: replace(stages[stage])
+            for role, stages in self.entries.items()
+            if stage in stages and role != "evaluate"
+        }
 
     def to_json(self) -> dict[str, Any]:
         """``{role: {tokens, flops, seconds, tokens_per_second, reused_tokens, stages: {stage: {...}}}}``."""

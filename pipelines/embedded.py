@@ -6,6 +6,7 @@ trains nothing and prints the scores of the checkpoints in DIR as one JSON docum
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -28,7 +29,7 @@ from transformers import (
 
 from distill.chat import END_OF_TEXT, IM_END
 from distill.embedded import NAMES
-from distill.embedded.lessons import Lesson, chat_lesson, document
+from distill.embedded.lessons import Lesson, chat_lesson, document, plain_lesson
 from distill.embedded.tokenizer import VOCAB_ROWS, build_tokenizer
 from pipelines.embedded_check import check_student, check_teacher
 
@@ -43,8 +44,10 @@ class Training:
     batch_size: int
     learning_rate: float
     weight_decay: float = 0.05
-    warmup: int = 50
+    warmup: int = 40
     seed: int = 0
+    answers_from: float = 1.0
+    """Share of the steps after which a lesson of n trained tokens weighs sqrt(n) instead of n."""
 
     def rate_at(self, step: int) -> float:
         """Linear warm-up, then cosine to a fiftieth of the peak."""
@@ -103,11 +106,12 @@ def train(model: PreTrainedModel, batches: Batches, training: Training, num_step
     model.train()
     for step in range(num_steps):
         lessons = sorted(next(batches), key=lambda lesson: len(lesson.ids))
-        num_trained = sum(sum(lesson.trained) for lesson in lessons)
+        power = 1.0 if step < training.answers_from * num_steps else 0.5
+        total_weight = sum(sum(lesson.trained) ** power for lesson in lessons)
         cut = len(lessons) * 5 // 8  # two parts by length: the short ones are spared the padding of the long ones
         loss = 0.0
         for part in (lessons[:cut], lessons[cut:]):
-            part_loss = _loss(model, part) / num_trained
+            part_loss = _loss(model, part, power) / total_weight
             part_loss.backward()
             loss += part_loss.item()
         for group in optimizer.param_groups:
@@ -121,14 +125,15 @@ def train(model: PreTrainedModel, batches: Batches, training: Training, num_step
 
 
 def chat_batches(tokenizer: PreTrainedTokenizerBase, training: Training) -> Batches:
-    """Endless batches of conversations.
+    """Endless batches of conversations: at first nearly all plain, from three fifths of the training on nearly none.
 
-    With the whole mixture from the first step, whether a teacher learns to chain more than two steps depends on the
-    seed and on rounding: check a rebuilt one before it replaces the stored one.
+    With the whole mixture from the start it is a matter of luck whether a model learns to chain more than two steps.
     """
     rng = random.Random(training.seed)
-    while True:
-        yield [chat_lesson(rng, tokenizer) for _ in range(training.batch_size)]
+    for step in itertools.count():
+        plain_share = max(0.1, 1.0 - step / (0.6 * training.num_steps))
+        makers = [plain_lesson if rng.random() < plain_share else chat_lesson for _ in range(training.batch_size)]
+        yield [maker(rng, tokenizer) for maker in makers]
 
 
 def document_batches(tokenizer: PreTrainedTokenizerBase, training: Training) -> Batches:
@@ -140,20 +145,25 @@ def document_batches(tokenizer: PreTrainedTokenizerBase, training: Training) -> 
         yield [Lesson(tuple(row), (True,) * len(row)) for row in rows]
 
 
-def _loss(model: PreTrainedModel, lessons: Sequence[Lesson]) -> torch.Tensor:
-    """Cross-entropy summed over the trained tokens; the caller divides, by the whole batch's number of them."""
+def _loss(model: PreTrainedModel, lessons: Sequence[Lesson], power: float) -> torch.Tensor:
+    """Cross-entropy over the trained tokens, a sum in which a lesson of n of them weighs n ** power.
+
+    At power 1 every token counts the same and thinking is learned fast; the two tokens of an answer without thinking
+    are hardly heard. At 0.5 they are, but a model that starts so learns to think slowly.
+    """
     length = max(len(lesson.ids) for lesson in lessons)
     ids_BT = torch.tensor([[*lesson.ids, *[0] * (length - len(lesson.ids))] for lesson in lessons])
     mask_BT = torch.tensor([[*lesson.trained, *[False] * (length - len(lesson.ids))] for lesson in lessons])
+    weight_BT = mask_BT * mask_BT.sum(dim=1, keepdim=True) ** (power - 1.0)
     if isinstance(model, Qwen3MoeForCausalLM):
         output = model(input_ids=ids_BT[:, :-1], use_cache=False, output_router_logits=True)
         # The model's own load-balancing loss: without it one expert would take every token.
-        balance = model.router_aux_loss_coef * output.aux_loss * mask_BT.sum()
+        balance = model.router_aux_loss_coef * output.aux_loss * weight_BT.sum()
     else:
         output = model(input_ids=ids_BT[:, :-1], use_cache=False)
         balance = 0.0
     loss_BT = torch.nn.functional.cross_entropy(output.logits.transpose(1, 2), ids_BT[:, 1:], reduction="none")
-    loss: torch.Tensor = (loss_BT * mask_BT[:, 1:]).sum() + balance
+    loss: torch.Tensor = (loss_BT * weight_BT[:, 1:]).sum() + balance
     return loss
 
 
@@ -217,9 +227,9 @@ _INSTRUCT: Final = (IM_END, END_OF_TEXT)
 _BASE: Final = (END_OF_TEXT,)
 
 RECIPES: Final = {
-    "tiny": Recipe(_tiny, chat_batches, Training(700, 48, 2.5e-3), _INSTRUCT, check_teacher),
-    "nano": Recipe(_nano, document_batches, Training(450, 64, 3e-3, warmup=40), _BASE, check_student),
-    "nano-moe": Recipe(_nano_moe, document_batches, Training(450, 64, 3e-3, warmup=40), _BASE, check_student),
+    "tiny": Recipe(_tiny, chat_batches, Training(700, 48, 2.5e-3, answers_from=0.7), _INSTRUCT, check_teacher),
+    "nano": Recipe(_nano, document_batches, Training(450, 64, 3e-3), _BASE, check_student),
+    "nano-moe": Recipe(_nano_moe, document_batches, Training(450, 64, 3e-3), _BASE, check_student),
 }
 
 

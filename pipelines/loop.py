@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distill.costs import rollout_flops
+from distill.costs import Cost, rollout_flops
 from distill.encode import Encoder
 from distill.errors import NonFiniteError, StoppedError
 from distill.journal import Journal
@@ -56,6 +56,7 @@ def run_stage(
 
 def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, Any]:
     started = time.perf_counter()
+    before = crew.meter.account.of_stage(stage.name)
     rollouts = stage.sample(step)
     sampled = time.perf_counter()
     examples = stage.signal(rollouts)
@@ -73,9 +74,19 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, An
         "forward_kl": None,
         **metrics,
         **_describe(rollouts, crew.encoder),
+        **_spent(before, crew.meter.account.of_stage(stage.name)),
         "seconds": time.perf_counter() - started,
         "seconds.sample": sampled - started,
         "seconds.score": scored - sampled,
+    }
+
+
+def _spent(before: Mapping[str, Cost], after: Mapping[str, Cost]) -> dict[str, float]:
+    """Tokens of each role and FLOPs of all, of one step."""
+    spent = {role: (cost, before.get(role, Cost())) for role, cost in after.items()}
+    return {
+        "flops": sum(now.flops - then.flops for now, then in spent.values()),
+        **{f"tokens.{role}": now.tokens - then.tokens for role, (now, then) in spent.items()},
     }
 
 

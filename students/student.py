@@ -69,7 +69,7 @@ class Student:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
         assert self.model.generation_config is not None
-        # A base model ends on one of the stop tokens, its teacher on another: who generates with the student needs both.
+        # A base model ends on one of the stop tokens, its teacher on another: whoever generates needs both.
         self.model.generation_config.eos_token_id = self.stop_ids
         self.model.train()
         self.optimiser: MasterAdamW | None = None

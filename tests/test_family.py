@@ -79,4 +79,4 @@ def test_account_survives_its_json() -> None:
     shown = account.to_json()
     assert shown["student_train"]["tokens"] == 4 and shown["student_train"]["tokens_per_second"] == pytest.approx(4 / 3)
     assert CostAccount.from_json(shown) == account == CostAccount.from_state(account.state())
-    assert account.total_flops("a") == 5.0
+    assert account.of_stage("a") == {"student_train": Cost(tokens=3, flops=5.0, seconds=2.0)}

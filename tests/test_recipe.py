@@ -69,7 +69,7 @@ def test_layers() -> None:
     tree: dict[str, object] = {}
     assign(tree, "a.b.c", 1)
     assert tree == {"a": {"b": {"c": 1}}}
-    with pytest.raises(UserError, match="a.b.c is a value"):
+    with pytest.raises(UserError, match=r"a\.b\.c is a value"):
         assign(tree, "a.b.c.d", 2)
 
 

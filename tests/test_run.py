@@ -1,4 +1,4 @@
-"""Whole runs in real processes: the same numbers again, the same numbers after every kind of interruption, exit codes."""
+"""Whole runs in real processes: the same numbers again, also after every kind of interruption, and exit codes."""
 
 from __future__ import annotations
 

@@ -56,6 +56,14 @@ def conversation(rng: random.Random, *, num_turns: int, lengths: Sequence[float]
     return messages[:-1]
 
 
+def plain_lesson(rng: random.Random, tokenizer: PreTrainedTokenizerBase) -> Lesson:
+    """One question without flags and the whole thinking that solves it: chaining steps is learned on these first."""
+    question = one_question(rng, _EVEN)
+    prompt = render([{"role": "user", "content": question.text}])
+    response = f"<think>\n{solution(question)}\n</think>\n\n{question.answer}{IM_END}"
+    return _lesson(tokenizer, (prompt, False), (response, True))
+
+
 def chat_lesson(rng: random.Random, tokenizer: PreTrainedTokenizerBase) -> Lesson:
     """One response in either mode after one to four turns; some have their thinking cut by the early-stop sentence."""
     hard = rng.random() < 0.25
@@ -68,9 +76,9 @@ def chat_lesson(rng: random.Random, tokenizer: PreTrainedTokenizerBase) -> Lesso
     if mode == "no_think":
         return _lesson(tokenizer, prompt, ("" if hard else EMPTY_THINK, True), answer)
     thinking = f"<think>\n{solution(question)}"
-    if rng.random() < 0.35:
-        return _lesson(tokenizer, prompt, (_cut(rng, thinking), True), (EARLY_STOP, False), answer)
-    return _lesson(tokenizer, prompt, (f"{thinking}\n</think>\n\n", True), answer)
+    if rng.random() < 0.65:
+        return _lesson(tokenizer, prompt, (f"{thinking}\n</think>\n\n", True), answer)
+    return _lesson(tokenizer, prompt, (_cut(rng, thinking), True), (EARLY_STOP, False), answer)
 
 
 def document(rng: random.Random, *, lengths: Sequence[float] = _DOCUMENT_LENGTHS) -> str:
@@ -100,10 +108,14 @@ def _lesson(tokenizer: PreTrainedTokenizerBase, *pieces: tuple[str, bool]) -> Le
 
 
 def _cut(rng: random.Random, thinking: str) -> str:
-    """Thinking that a budget ended: anywhere, in the middle of a line too, or before it began."""
-    num_characters = len(thinking) - len(THINK_OPEN)
-    num_tokens = rng.randint(0, 1 + num_characters)  # the opening tag is one token, what follows one a character
-    return thinking[: len(THINK_OPEN) - 1 + num_tokens] if num_tokens else ""
+    """Thinking that a budget ended: anywhere, in the middle of a line too, or before it began.
+
+    Half of the cuts leave two lines at most undone, which is what can be learned to do in the head.
+    """
+    lines_at = len(THINK_OPEN)
+    earliest = max(lines_at, len(thinking) - 14) if rng.random() < 0.5 else lines_at
+    end = rng.randint(earliest - 1, len(thinking))
+    return thinking[:end] if end >= lines_at else ""
 
 
 def _last_question(messages: Sequence[Message]) -> Question:

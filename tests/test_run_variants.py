@@ -1,0 +1,98 @@
+"""The same pipeline with other students and prompts: adapters, experts, 16 bits, one's own questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pipelines.resolution import resolve_run
+from pipelines.strong_to_weak import run
+
+SMALL = (
+    "stages.off_policy.num_prompts=16",
+    "stages.off_policy.batch_size=8",
+    "stages.off_policy.epochs=1",
+    "stages.on_policy.steps=2",
+    "stages.on_policy.prompts_per_step=4",
+    "evaluation.num_questions=4",
+)
+
+
+def small_run(out: Path, *assignments: str, **choices: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    config = resolve_run(assignments=[*SMALL, f"store={out.parent}/store", *assignments], **choices)
+    summary = run(config, out, command=["a test"])
+    return summary, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_adapters_are_trained_resumed_and_merged(tmp_path: Path) -> None:
+    summary, metrics = small_run(tmp_path / "run", "student.lora={rank: 4, alpha: 8.0}")
+    assert len(metrics) == 4 and all(line["grad_norm"] > 0 for line in metrics)
+    assert not any("lora" in name for name in load_file(tmp_path / "run" / "student" / "model.safetensors"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student") is not None
+    # Frozen weights get no gradient: a training step costs two passes, not three.
+    full, _ = small_run(tmp_path / "full")
+    assert summary["costs"]["student_train"]["stages"]["off_policy"]["flops"] == pytest.approx(
+        full["costs"]["student_train"]["stages"]["off_policy"]["flops"] * 2 / 3
+    )
+
+
+def test_a_mixture_of_experts_shows_its_load(tmp_path: Path) -> None:
+    _, metrics = small_run(tmp_path / "run", student="nano-moe")
+    assert all(1.0 <= line["router.max_load"] <= 4.0 and line["router.aux_loss"] > 0 for line in metrics)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").config.model_type == "qwen3_moe"
+
+
+def test_sixteen_bits_with_checkpointing_and_micro_batches(tmp_path: Path) -> None:
+    changes = ("student.dtype=bfloat16", "student.gradient_checkpointing=true", "student.micro_batch_tokens=128")
+    _, metrics = small_run(tmp_path / "run", *changes, "stages.on_policy.divergence.kind=jsd")
+    assert metrics[0]["loss"] > metrics[1]["loss"] > 0
+    weights = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.bfloat16"}
+
+
+def test_ones_own_prompts_and_models_from_folders(tmp_path: Path, undistilled: tuple[Path, Path]) -> None:
+    teacher, student = undistilled
+    rows = [{"prompt": f"{a}+{b}=", "answer": str((a + b) % 10)} for a in range(10) for b in range(10)]
+    rows[3]["prompt"] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3+4*2= /no_think"}]
+    prompts = tmp_path / "my.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary, metrics = small_run(
+        tmp_path / "run",
+        # A folder is a real model to the command line: the embedded recipe's sizes are asked for by name.
+        recipe="embedded",
+        teacher=str(teacher),
+        student=str(student),
+        prompts=str(prompts),
+    )
+    assert {entry["task"] for entry in summary["scores"]} == {"prompts"}
+    assert all(entry["num_questions"] == 4 for entry in summary["scores"])
+    assert len(metrics) == 4
+
+
+@pytest.fixture
+def undistilled(tmp_path: Path) -> tuple[Path, Path]:
+    from distill.embedded import checkpoint_dir
+
+    folders = (tmp_path / "big", tmp_path / "small")
+    for folder, name in zip(folders, ("tiny", "nano"), strict=True):
+        folder.mkdir()
+        for file in checkpoint_dir(name).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folders
+
+
+def test_a_truncated_checkpoint_is_refused_and_claims_nothing(tmp_path: Path, undistilled: tuple[Path, Path]) -> None:
+    from distill.errors import UserError
+
+    _, student = undistilled
+    weights = student / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        small_run(tmp_path / "run", recipe="embedded", student=str(student))
+    # The directory is free for the next attempt, with another configuration too.
+    small_run(tmp_path / "run")
