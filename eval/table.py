@@ -1,4 +1,4 @@
-"""Scores and costs as a terminal table."""
+"""Scores and costs as terminal tables, narrow enough for 80 columns."""
 
 from __future__ import annotations
 
@@ -8,38 +8,48 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+Entry = Mapping[str, Any]
+Spent = Mapping[str, tuple[float, float, float]]
 
-def print_scores(scores: Sequence[Mapping[str, Any]]) -> None:
-    """A row an entry of ``summary.json``'s scores."""
-    table = Table("checkpoint", "task", "mode", "metric", "score", "95 % interval", "questions")
-    for entry in scores:
-        table.add_row(*_score_cells(entry), str(entry["num_questions"]))
-    Console().print(table)
+
+def print_scores(scores: Sequence[Entry]) -> None:
+    """A table for each task and metric of ``summary.json``'s scores."""
+    for table in _tables(scores, {}):
+        Console().print(table)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The scores with what each checkpoint's making cost, the gap that was closed, and where the report lies."""
-    spent = _spent_by_stage(summary["costs"])
-    table = Table("checkpoint", "task", "mode", "metric", "score", "95 % interval", "tokens", "FLOPs", "seconds")
-    previous = None
-    for entry in summary["scores"]:
-        name = entry["checkpoint"]
-        cost = spent.get(name) if name != previous else None
-        cells = ("", "", "") if cost is None else (f"{cost[0]:,.0f}", f"{cost[1]:.2e}", f"{cost[2]:,.1f}")
-        table.add_row(*_score_cells(entry), *cells)
-        previous = name
-    console = Console()
-    console.print(table)
+    console = Console(highlight=False)
+    for table in _tables(summary["scores"], _spent_by_stage(summary["costs"])):
+        console.print(table)
     for mode, share in summary["gap_closed"].items():
-        said = "the teacher's lead is within its interval" if share is None else f"{share:.0%}"
-        console.print(f"gap closed by the last stage, {mode}: {said}", highlight=False)
-    console.print(f"report: {summary['run']}/report.html", highlight=False, soft_wrap=True)
+        said = "no certain gap (the teacher's lead lies within its interval)" if share is None else f"{share:.0%}"
+        console.print(f"Gap to the teacher that the last stage closed, {mode}: {said}", soft_wrap=True)
+    console.print(f"Report: {summary['run']}/report.html", soft_wrap=True)
 
 
-def _score_cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high = entry["ci95"]
-    score = f"{entry['mean']:.1%}"
-    return entry["checkpoint"], entry["task"], entry["mode"], entry["metric"], score, f"{low:.1%} - {high:.1%}"
+def _tables(scores: Sequence[Entry], spent: Spent) -> list[Table]:
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in scores:
+        groups.setdefault((entry["task"], entry["metric"]), []).append(entry)
+    return [_table(f"{task}, {metric}", entries, spent) for (task, metric), entries in groups.items()]
+
+
+def _table(title: str, entries: Sequence[Entry], spent: Spent) -> Table:
+    table = Table(title=f"{title}, {entries[0]['num_questions']} questions", title_justify="left")
+    for name in ("checkpoint", "mode", "score", "95 % interval", *(("tokens", "FLOPs", "seconds") if spent else ())):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("checkpoint", "mode") else "right")
+    previous = None
+    for entry in entries:
+        low, high = entry["ci95"]
+        cells = [entry["checkpoint"], entry["mode"], f"{entry['mean']:.1%}", f"{low:.1%} - {high:.1%}"]
+        if spent:
+            cost = spent.get(entry["checkpoint"]) if entry["checkpoint"] != previous else None
+            cells += ["", "", ""] if cost is None else [f"{cost[0]:,.0f}", f"{cost[1]:.1e}", f"{cost[2]:,.1f}"]
+        table.add_row(*cells)
+        previous = entry["checkpoint"]
+    return table
 
 
 def _spent_by_stage(costs: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
