@@ -125,13 +125,13 @@ def train(model: PreTrainedModel, batches: Batches, training: Training, num_step
 
 
 def chat_batches(tokenizer: PreTrainedTokenizerBase, training: Training) -> Batches:
-    """Endless batches of conversations: at first nearly all plain, from three fifths of the training on nearly none.
+    """Endless batches of conversations: at first nearly all plain, from a third of the training on nearly none.
 
     With the whole mixture from the start it is a matter of luck whether a model learns to chain more than two steps.
     """
     rng = random.Random(training.seed)
     for step in itertools.count():
-        plain_share = max(0.1, 1.0 - step / (0.6 * training.num_steps))
+        plain_share = max(0.1, 1.0 - step / (0.33 * training.num_steps))
         makers = [plain_lesson if rng.random() < plain_share else chat_lesson for _ in range(training.batch_size)]
         yield [maker(rng, tokenizer) for maker in makers]
 
@@ -227,7 +227,7 @@ _INSTRUCT: Final = (IM_END, END_OF_TEXT)
 _BASE: Final = (END_OF_TEXT,)
 
 RECIPES: Final = {
-    "tiny": Recipe(_tiny, chat_batches, Training(700, 48, 2.5e-3, answers_from=0.7), _INSTRUCT, check_teacher),
+    "tiny": Recipe(_tiny, chat_batches, Training(750, 48, 2.5e-3, answers_from=0.35), _INSTRUCT, check_teacher),
     "nano": Recipe(_nano, document_batches, Training(450, 64, 3e-3), _BASE, check_student),
     "nano-moe": Recipe(_nano_moe, document_batches, Training(450, 64, 3e-3), _BASE, check_student),
 }
