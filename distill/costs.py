@@ -52,6 +52,11 @@ class CostAccount:
     """Costs by role and stage; survives a resume through ``state``."""
 
     entries: dict[str, dict[str, Cost]] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    """The most memory that was held while a role worked."""
+
+    def note_peak(self, role: Role, num_bytes: int) -> None:
+        self.peak_bytes[role] = max(self.peak_bytes.get(role, 0), num_bytes)
 
     def charge(self, role: Role, stage: str, cost: Cost) -> None:
         self.entries.setdefault(role, {}).setdefault(stage, Cost()).add(cost)
@@ -65,13 +70,17 @@ class CostAccount:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """``{role: {tokens, flops, seconds, tokens_per_second, reused_tokens, stages: {stage: {...}}}}``."""
+        """By role: ``Cost``'s fields, tokens_per_second, peak_memory_bytes, and the same by stage in ``stages``."""
         document: dict[str, Any] = {}
         for role, stages in self.entries.items():
             total = Cost()
             for cost in stages.values():
                 total.add(cost)
-            document[role] = {**_shown(total), "stages": {stage: _shown(cost) for stage, cost in stages.items()}}
+            document[role] = {
+                **_shown(total),
+                "peak_memory_bytes": self.peak_bytes.get(role),
+                "stages": {stage: _shown(cost) for stage, cost in stages.items()},
+            }
         return document
 
     def state(self) -> dict[str, Any]:
@@ -81,12 +90,15 @@ class CostAccount:
     def from_json(cls, document: dict[str, Any]) -> CostAccount:
         """The account that ``to_json`` showed."""
         names = [entry.name for entry in fields(Cost)]
-        return cls.from_state(
+        account = cls.from_state(
             {
                 role: {stage: {name: cost[name] for name in names} for stage, cost in shown["stages"].items()}
                 for role, shown in document.items()
             }
         )
+        peaks = {role: shown["peak_memory_bytes"] for role, shown in document.items()}
+        account.peak_bytes = {role: peak for role, peak in peaks.items() if peak is not None}
+        return account
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> CostAccount:

@@ -136,23 +136,28 @@ class Journal:
         """
         from safetensors.torch import save_file
 
+        def write(folder: Path) -> None:
+            export(folder)
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(plain, folder / "training.safetensors")
+            write_json(folder / "state.json", {**state, "global_step": step})
+
         target = self.path / "checkpoints" / f"step_{step}"
+        self.write_folder(target, write)
+        self._prune()
+        return target
+
+    def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
+        """Have ``write`` fill a folder that appears as ``target`` when it is whole."""
         temporary = target.with_name(f".{target.name}.tmp")
         with writing(target):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            _export_or_oserror(export, temporary)
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                temporary / "training.safetensors",
-            )
-            write_json(temporary / "state.json", {**state, "global_step": step})
+            _write_or_oserror(write, temporary)
             _sync(temporary)
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)
-            self._prune()
-        return target
 
     def last_checkpoint(self) -> tuple[dict[str, Any], Path] | None:
         """State and folder of the newest checkpoint, if there is one."""
@@ -169,12 +174,12 @@ class Journal:
                 shutil.rmtree(folder)
 
 
-def _export_or_oserror(export: Callable[[Path], None], folder: Path) -> None:
+def _write_or_oserror(write: Callable[[Path], None], folder: Path) -> None:
     """safetensors reports a full disk as its own error; it is the file system's."""
     from safetensors import SafetensorError
 
     try:
-        export(folder)
+        write(folder)
     except SafetensorError as error:
         raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from error
 

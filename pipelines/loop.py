@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from distill.costs import Cost, rollout_flops
 from distill.encode import Encoder
 from distill.errors import NonFiniteError, StoppedError
 from distill.journal import Journal
 from distill.progress import track
+from distill.seeding import derive
 from distill.types import MODES, Rollout
 from pipelines.stages import Crew, Stage
 from students.student import Student
@@ -49,13 +52,15 @@ def run_stage(
                     checkpoint(done)
     except (StoppedError, NonFiniteError):
         # Both are raised before a step changes anything, so the weights are those of the last finished step.
-        checkpoint(done)
+        if done > first_step:
+            checkpoint(done)
         raise
     checkpoint(done)
 
 
 def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, Any]:
     started = time.perf_counter()
+    torch.manual_seed(derive(crew.seed, stage.name, "torch", step))  # dropout: the same in a run that was resumed
     before = crew.meter.account.of_stage(stage.name)
     rollouts = stage.sample(step)
     sampled = time.perf_counter()

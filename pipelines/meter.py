@@ -20,10 +20,9 @@ from distill.types import Request, Rollout
 
 @dataclass
 class Meter:
-    """The account of a run, and the most memory each role's work took."""
+    """Watches the clock and the memory while somebody works, and keeps the account."""
 
     account: CostAccount = field(default_factory=CostAccount)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def measure(self, role: Role, stage: str) -> Iterator[Cost]:
@@ -37,7 +36,7 @@ class Meter:
             # Time that ended in an interruption was spent all the same.
             cost.seconds += time.perf_counter() - started
             self.account.charge(role, stage, cost)
-            self.peak_bytes[role] = max(self.peak_bytes.get(role, 0), _peak())
+            self.account.note_peak(role, _peak())
 
 
 class MeteredSampler:

@@ -103,6 +103,11 @@ class _Run:
                 self.encoder.encode(Prompt(tuple(messages)), mode="no_think", switch="hard")
             ),
         )
+        held_out = self.prompts.held_out()
+        self.tasks = [
+            load_task(name, num_questions=config.evaluation.num_questions, held_out=held_out)
+            for name in config.evaluation.tasks or _own_tasks(config, held_out)
+        ]
         self._write_manifest(teacher, student, command, findings)
         self.student, self.crew = self._hire(teacher, student)
         self.stages: list[Stage] = []
@@ -110,11 +115,6 @@ class _Run:
         for name, settings in config.stages.items():
             self.stages.append(STAGES[type(settings)](name, settings, self.crew, first_prompt=first_prompt))
             first_prompt += self.stages[-1].num_prompts
-        held_out = self.prompts.held_out()
-        self.tasks = [
-            load_task(name, num_questions=config.evaluation.num_questions, held_out=held_out)
-            for name in config.evaluation.tasks or _own_tasks(config, held_out)
-        ]
         self.evaluations: list[Evaluation] = []
         self._moments: dict[str, torch.Tensor] = {}
         """What the optimiser had at the checkpoint that this process resumes from."""
@@ -174,7 +174,7 @@ class _Run:
             if number >= position.stage:
                 position = self._run_stage(number, stage, settings, position)
             self._examine(stage.name, self._student_at(position, _Position(number + 1)))
-        self._export(self.journal.path / "student")
+        self.journal.write_folder(self.journal.path / "student", self._export)
         return self._summarise()
 
     def _student_at(self, position: _Position, wanted: _Position) -> Sampler:
@@ -239,6 +239,7 @@ class _Run:
         self.crew.meter.account.entries = {
             role: stages for role, stages in account.entries.items() if role not in STEP_ROLES
         } | {role: stages for role, stages in step_costs.entries.items() if role in STEP_ROLES}
+        self.crew.meter.account.peak_bytes = account.peak_bytes
         if found is None:
             self.journal.keep_metrics(0)
             return _Position()
@@ -252,7 +253,6 @@ class _Run:
 
     def _export(self, folder: Path) -> None:
         """The student as a plain checkpoint, with the teacher's tokenizer and chat template."""
-        folder.mkdir(parents=True, exist_ok=True)
         self.student.export(folder)
         self.encoder.tokenizer.save_pretrained(folder)
 
@@ -296,7 +296,7 @@ class _Run:
             "scores": [entry for evaluation in self.evaluations for entry in evaluation.entries],
             "gap_closed": {mode: self._gap_closed(mode) for mode in self.config.evaluation.modes},
             "costs": self.crew.meter.account.to_json(),
-            "peak_memory_bytes": self.crew.meter.peak_bytes,
+            "peak_memory_bytes": self.crew.meter.account.peak_bytes,
         }
         write_json(self.journal.path / "summary.json", summary)
         write_report(self.journal.path)
