@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib.util import find_spec
 from pathlib import Path
 
 from distill.chat import split_thinking
@@ -63,12 +62,6 @@ def grader_of(task: str) -> str:
     known = [*GRADERS, *TASK_GRADERS]
     near = difflib.get_close_matches(task, known, n=2, cutoff=0.4) or known
     raise UserError(f"no grader is known for {task!r}; nearest: {', '.join(near)} (graders: {', '.join(GRADERS)})")
-
-
-def require(grader: str) -> None:
-    """Raise UserError if ``grader`` needs a package that is not installed: before responses are paid for."""
-    if grader == "math" and find_spec("math_verify") is None:
-        raise UserError("the math grader needs the package math-verify: pip install 'strong-to-weak[math]'")
 
 
 def exact(text: str, answer: str) -> bool:

@@ -23,7 +23,7 @@ from distill.errors import UserError
 from distill.progress import say
 from distill.seeding import derive
 from distill.types import Prompt
-from eval.graders import GRADERS, as_number, grader_of, require
+from eval.graders import GRADERS, as_number, grader_of
 
 EMBEDDED_QUESTIONS = 512
 """Questions of the embedded task where no number is asked for: a 95 % interval of at most +-4.3 points."""
@@ -167,7 +167,7 @@ def load_task(name: str, *, num_questions: int | None = None, seed: int = 0, hel
     ``held_out``, the caller's own; a path ends in ``.jsonl`` (columns prompt and answer; ``FILE@GRADER`` names the
     grader); the other names are those of ``HUB_TASKS``.
 
-    Raises UserError for an unknown name, a file that cannot be read, a set that cannot be had, a missing package.
+    Raises UserError for an unknown name, a file that cannot be read, a set that cannot be had.
     """
     if name == "embedded" or re.fullmatch(rf"embedded-[1-{MAX_OPERATIONS}]", name):
         task = _embedded(name, num_questions or EMBEDDED_QUESTIONS, seed)
@@ -182,7 +182,6 @@ def load_task(name: str, *, num_questions: int | None = None, seed: int = 0, hel
         task = _from_file(name)
     else:
         raise _unknown(name)
-    require(task.grader)
     if num_questions is not None and num_questions > len(task.prompts):
         say(
             f"the task {name} has {len(task.prompts)} questions, fewer than the {num_questions} asked for: all are used"
