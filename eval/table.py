@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,13 +38,20 @@ def _tables(scores: Sequence[Entry], spent: Spent) -> list[Table]:
 
 
 def _table(title: str, entries: Sequence[Entry], spent: Spent) -> Table:
-    table = Table(title=f"{title}, {entries[0]['num_questions']} questions", title_justify="left")
+    # Without frames every figure fits into 80 columns; a cut-off score would be worse than no table.
+    table = Table(
+        title=f"{title}, {entries[0]['num_questions']} questions",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     for name in ("checkpoint", "mode", "score", "95 % interval", *(("tokens", "FLOPs", "seconds") if spent else ())):
         table.add_column(name, no_wrap=True, justify="left" if name in ("checkpoint", "mode") else "right")
     previous = None
     for entry in entries:
         low, high = entry["ci95"]
-        cells = [entry["checkpoint"], entry["mode"], f"{entry['mean']:.1%}", f"{low:.1%} - {high:.1%}"]
+        cells = [entry["checkpoint"], entry["mode"], f"{entry['mean']:.1%}", f"{100 * low:.1f} - {100 * high:.1f}"]
         if spent:
             cost = spent.get(entry["checkpoint"]) if entry["checkpoint"] != previous else None
             cells += ["", "", ""] if cost is None else [f"{cost[0]:,.0f}", f"{cost[1]:.1e}", f"{cost[2]:,.1f}"]

@@ -15,7 +15,7 @@ def test_summary_fits_and_says_everything(capsys: pytest.CaptureFixture[str], mo
             "task": "embedded",
             "mode": mode,
             "metric": "avg@1",
-            "mean": 0.5,
+            "mean": 1.0,
             "ci95": [0.456, 0.544],
             "num_questions": 512,
             "num_samples": 512,
@@ -31,9 +31,10 @@ def test_summary_fits_and_says_everything(capsys: pytest.CaptureFixture[str], mo
     }
     print_summary({"run": "runs/x", "scores": scores, "gap_closed": {"think": 0.914, "no_think": None}, "costs": costs})
     shown = capsys.readouterr().out
+    assert "\u2026" not in shown  # nothing is cut off
     assert max(map(len, shown.splitlines()[:-3])) <= 80
     assert "embedded, avg@1, 512 questions" in shown
-    assert "off_policy" in shown and "45.6% - 54.4%" in shown
+    assert "off_policy" in shown and "45.6 - 54.4" in shown
     assert "1,000,000" in shown and "3.2e+12" in shown and "61.0" in shown  # of the off-policy stage
     assert "2,000,000" in shown and "6.5e+12" in shown  # of the on-policy stage: two roles, no examination
     assert "think: 91%" in shown and "no_think: no certain gap" in shown
