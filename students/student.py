@@ -131,7 +131,7 @@ class Student:
                 if router is not None:
                     share = batch.num_weighted / num_weighted
                     objective = objective + share * self.model.config.router_aux_loss_coef * router.loss
-                    table.add_scalar("router.aux_loss", float(router.loss), share)
+                    table.add_scalar("router.aux_loss", float(router.loss.detach()), share)
                     table.add_scalar("router.max_load", router.max_load, share)
                 objective.backward()
                 optimiser.accumulate()

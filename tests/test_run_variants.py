@@ -50,7 +50,10 @@ def test_a_mixture_of_experts_shows_its_load(tmp_path: Path) -> None:
 def test_sixteen_bits_with_checkpointing_and_micro_batches(tmp_path: Path) -> None:
     changes = ("student.dtype=bfloat16", "student.gradient_checkpointing=true", "student.micro_batch_tokens=128")
     _, metrics = small_run(tmp_path / "run", *changes, "stages.on_policy.divergence.kind=jsd")
-    assert metrics[0]["loss"] > metrics[1]["loss"] > 0
+    _, reference = small_run(tmp_path / "plain", "stages.on_policy.divergence.kind=jsd")
+    # The first step sees the same weights and responses: only rounding to 16 bits may tell the two apart.
+    assert metrics[0]["loss"] == pytest.approx(reference[0]["loss"], rel=0.02)
+    assert 0 < metrics[2]["loss"] < 0.6931  # a Jensen-Shannon divergence at beta one half is at most log 2
     weights = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.bfloat16"}
 
