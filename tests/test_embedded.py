@@ -202,7 +202,8 @@ def test_the_teacher_follows_the_last_switch_over_four_turns() -> None:
 
 
 def test_the_teachers_score_rises_with_its_thinking_budget() -> None:
-    scores = list(budget_curve(speaker("tiny"), questions(2, 128, split="test")).values())
+    # A speaker of its own draws the same responses whatever other tests drew before.
+    scores = list(budget_curve(Speaker(checkpoint_dir("tiny")), questions(2, 300, split="test")).values())
     assert all(later >= earlier - 0.08 for earlier, later in itertools.pairwise(scores))
     assert scores[0] <= 0.7
     assert scores[-1] >= 0.93
