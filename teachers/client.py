@@ -8,6 +8,7 @@ by whoever asked; an answer that is wrong is never asked for again.
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import random
 import threading
@@ -34,6 +35,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0
 _AVOID_SECONDS = 5.0  # a server that failed is asked again only when all others are worse off
 _BUSY = (429, 502, 503, 504)  # it, or what stands before it, says that it will be there later
 _POLL_SECONDS = 0.1
+_TELL_AFTER_SECONDS, _TELL_EVERY_SECONDS = 5.0, 60.0  # one line for all requests that wait for the same server
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -47,6 +49,7 @@ class Endpoint:
     model: str | None = None
     load: float = 0.0
     avoid_until: float = 0.0
+    told_at: float = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +179,8 @@ class Client:
         Raises StoppedError (exit code 75) where none answered for ``patience`` seconds, DistillError for a request
         that is refused or that the server keeps failing on.
         """
-        started, pause, num_errors = time.monotonic(), _FIRST_PAUSE, 0
-        told = False
+        pause, num_errors = _FIRST_PAUSE, 0
+        trouble_since: float | None = None
         while True:
             endpoint = min(self.endpoints, key=lambda one: (one.avoid_until > time.monotonic(), one.load))
             endpoint.load += load
@@ -204,15 +207,17 @@ class Client:
                     f"the teacher's server {endpoint.url} failed {num_errors} times on the same request ({trouble}); "
                     f"its log says why"
                 )
-            waited = time.monotonic() - started
+            now = time.monotonic()
+            trouble_since = trouble_since or now
+            waited = now - trouble_since
             if waited > self.patience:
                 raise StoppedError(
                     f"the teacher's server {endpoint.url} has not answered for {waited:.0f} s ({trouble}); "
                     f"start it again, then give the same command",
                     exit_code=75,
                 )
-            if not told and waited > _LONGEST_PAUSE:
-                told = True
+            if waited > _TELL_AFTER_SECONDS and now - endpoint.told_at > _TELL_EVERY_SECONDS:
+                endpoint.told_at = now
                 say(f"the teacher's server {endpoint.url} does not answer ({trouble}); waiting for it")
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)

@@ -37,6 +37,7 @@ GRACE_SECONDS = 10.0
 MAX_RESTARTS = 3
 """Times that a server which had been healthy is started again."""
 _POLL_SECONDS = 0.2
+_CPU_BATCH_TOKENS = 4096  # most tokens in one pass of a CPU server that generates
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +76,19 @@ class Launch:
                 if needs_expert_parallel(self.checkpoint.config, self.tensor_parallel)
                 else []
             ),
-            *([] if self.on_gpu else ["--enforce-eager", "--gpu-memory-utilization", "0.3"]),
+            *([] if self.on_gpu else self._cpu_flags()),
             *_ROLE_FLAGS[self.role],
             *self.extra,
         ]
+
+    def _cpu_flags(self) -> list[str]:
+        flags = ["--enforce-eager", "--gpu-memory-utilization", "0.3"]
+        if self.role == "generate":
+            # vLLM 0.32: a prompt that is read in pieces, of a request with a seed, ends a CPU engine ("CPU Generator
+            # does not use offset"). So every prompt is read at once.
+            at_once = max(self.max_model_len, _CPU_BATCH_TOKENS)
+            flags += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(at_once)]
+        return flags
 
     def environment(self) -> dict[str, str]:
         # Safe path: a package in the current folder is not taken for one of vLLM's.
