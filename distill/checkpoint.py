@@ -186,21 +186,31 @@ def lm_head(checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
 
     For tied models this is the embedding. Raises UserError where the checkpoint lacks it or it is quantised.
     """
+    name = "model.embed_tokens.weight" if checkpoint.shape.tied else "lm_head.weight"
+    return _tensor(checkpoint, name, (checkpoint.shape.vocabulary, checkpoint.shape.width)).to(dtype)
+
+
+def final_norm(checkpoint: Checkpoint) -> Tensor:
+    """The weight [width] of the norm before the LM head, in float32, read alone from its file."""
+    import torch
+
+    return _tensor(checkpoint, "model.norm.weight", (checkpoint.shape.width,)).to(torch.float32)
+
+
+def _tensor(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -> Tensor:
     from safetensors import safe_open
 
-    name = "model.embed_tokens.weight" if checkpoint.shape.tied else "lm_head.weight"
     if name not in checkpoint.weight_files:
         raise UserError(f"the weights in {checkpoint.path} lack {name}; copy or download the folder again")
     file = checkpoint.weight_files[name]
     with safe_open(file, framework="pt", device="cpu") as shard:
-        head: Tensor = shard.get_tensor(name)
-    expected = (checkpoint.shape.vocabulary, checkpoint.shape.width)
-    if tuple(head.shape) != expected or head.dtype.itemsize < 2:
+        tensor: Tensor = shard.get_tensor(name)
+    if tuple(tensor.shape) != expected or tensor.dtype.itemsize < 2:
         raise UserError(
-            f"{name} in {file} is {tuple(head.shape)} of {head.dtype}, and {expected} in 16 or 32 bits is needed; "
-            f"take a checkpoint whose head is not quantised"
+            f"{name} in {file} is {tuple(tensor.shape)} of {tensor.dtype}, and {expected} in 16 or 32 bits is needed; "
+            f"take a checkpoint in which it is not quantised"
         )
-    return head.to(dtype)
+    return tensor
 
 
 def family_stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

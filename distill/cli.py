@@ -28,6 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+teacher_app = typer.Typer(help="A teacher's vLLM server.", no_args_is_help=True)
+app.add_typer(teacher_app, name="teacher")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 
@@ -183,6 +186,55 @@ def report(
 
     path = write_report(run)
     print(json.dumps({"report": str(path)}) if as_json else path)
+
+
+@teacher_app.command("serve")
+def teacher_serve(
+    teacher: Annotated[str, typer.Option(help="235B, 32B, ..., tiny, a hub id or a folder.")],
+    role: Annotated[str, typer.Option(help="generate (responses) or score (hidden states).")],
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: one that is free.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = "127.0.0.1",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default bfloat16, float32 on a CPU.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt and response together.")] = None,
+    tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="GPUs that the model is cut over.")] = 1,
+    python: Annotated[Path | None, typer.Option(help="Interpreter of the environment that has vLLM.")] = None,
+    log: Annotated[Path, typer.Option(help="The server's log.")] = Path("teacher.log"),
+    server_args: Annotated[list[str] | None, typer.Option("--server-arg", help="Goes to vLLM as it is.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Serve TEACHER in one role until Ctrl-C or SIGTERM; prints the URL when it is ready.
+
+    A run uses it with --set teacher.backend=vllm --set 'teacher.urls.score=["http://HOST:PORT"]'. An API key is taken
+    from DISTILL_TEACHER_API_KEY.
+
+    Example:
+
+      distill teacher serve --teacher 32B --role score --port 8001 --tp 2
+    """
+    from distill.interrupt import deferred_signals
+
+    with deferred_signals():
+        from pipelines.serving import serve
+
+        serve(
+            teacher,
+            _one_of(role, "--role", ("generate", "score")),
+            port=port,
+            host=host,
+            dtype=None if dtype is None else _one_of(dtype, "--dtype", ("bfloat16", "float32")),
+            max_model_len=max_model_len,
+            tensor_parallel=tensor_parallel,
+            python=None if python is None else str(python),
+            log=log,
+            server_args=server_args or (),
+            on_ready=lambda url: print(json.dumps({"url": url}) if as_json else url, flush=True),
+        )
+
+
+def _one_of(value: str, option: str, known: tuple[Any, ...]) -> Any:
+    if value not in known:
+        raise UserError(f"{option} {value!r} is none of {', '.join(known)}")
+    return value
 
 
 def main() -> None:

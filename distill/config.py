@@ -53,6 +53,20 @@ class ModeSampling(Settings):
         return (self.think if mode == "think" else self.no_think).sampling()
 
 
+ServerUrl = Annotated[str, Field(pattern=r"^https?://[^/]+")]
+
+
+class TeacherUrls(Settings):
+    """vLLM servers that somebody else runs, for each role; ``distill teacher serve`` starts such servers. Several are
+    replicas that share the work. A role without a URL gets a server that the run starts and ends itself. An API key is
+    read from DISTILL_TEACHER_API_KEY."""
+
+    generate: tuple[ServerUrl, ...] = ()
+    """Where the teacher speaks: responses for the off-policy stage and its examination."""
+    score: tuple[ServerUrl, ...] = ()
+    """Where the teacher judges: hidden states for the on-policy stage."""
+
+
 class TeacherSettings(Settings):
     """The model that is distilled."""
 
@@ -60,11 +74,18 @@ class TeacherSettings(Settings):
     """A size name (235B, 32B, ...), an embedded name (tiny), a hub id or a local directory."""
     revision: str | None = None
     """Hub revision; null takes the hub's default branch. The resolved commit is recorded."""
-    backend: Literal["local"] = "local"
-    """``local``: in this process, through transformers."""
+    backend: Literal["local", "vllm"] = "local"
+    """``local``: in this process, through transformers. ``vllm``: behind vLLM servers, the run's own or ``urls``."""
+    urls: TeacherUrls = TeacherUrls()
+    wire: Literal["bf16", "fp32"] = "bf16"
+    """Number type in which hidden states travel from a vLLM server."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that each of the run's own vLLM servers is cut over."""
+    server_args: tuple[str, ...] = ()
+    """Further arguments of the run's own vLLM servers, as vLLM takes them."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_tokens: PositiveInt = 65536
-    """Most tokens, padding included, in one scoring forward pass."""
+    """Most tokens, padding included, in one scoring forward pass; under way at once to each vLLM server."""
 
 
 class LoraSettings(Settings):

@@ -29,8 +29,8 @@ from distill.types import Example, HiddenStates, Mode, Prompt, Request, Rollout,
 from pipelines.meter import Meter, MeteredSampler
 from students.student import Felt, Rows
 from teachers.answers import Answers, answer
-from teachers.local import LocalTeacher
 from teachers.store import ResponseStore, TeacherIdentity
+from teachers.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Crew:
     """Everyone a stage can call on."""
 
     encoder: Encoder
-    teacher: LocalTeacher
+    teacher: Teacher
     teacher_sampler: Sampler
     teacher_identity: TeacherIdentity
     teacher_shape: Shape

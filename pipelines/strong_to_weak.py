@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,12 +35,12 @@ from eval.report import write_report
 from eval.runner import Evaluation, evaluate
 from eval.statistics import paired_difference
 from eval.tasks import load_task
+from pipelines.hiring import Hired, hired_teacher
 from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
 from pipelines.preflight import Finding, check_pair
 from pipelines.stages import STAGES, Crew, Stage
 from students.student import Student
-from teachers.local import LocalTeacher
 from teachers.store import ResponseStore, TeacherIdentity, default_root
 
 STEP_ROLES = ("student_sample", "teacher_score", "student_train")
@@ -59,7 +60,8 @@ def run(config: RunConfig, out: Path, *, command: Sequence[str]) -> dict[str, An
             if not (out / "report.html").exists():
                 write_report(out)
             return dict(read_json(out / "summary.json"))
-        return _Run(config, journal, command).finish()
+        with ExitStack() as stack:
+            return _Run(config, journal, command, stack).finish()
     finally:
         journal.close()
 
@@ -74,9 +76,9 @@ class _Position:
 
 
 class _Run:
-    """The parts of one run, put together once."""
+    """The parts of one run, put together once. What has to be ended with the run is entered into ``stack``."""
 
-    def __init__(self, config: RunConfig, journal: Journal, command: Sequence[str]) -> None:
+    def __init__(self, config: RunConfig, journal: Journal, command: Sequence[str], stack: ExitStack) -> None:
         self.config, self.journal = config, journal
         torch.manual_seed(derive(config.seed, "torch"))
         # Both names first: a misspelt student should not be noticed after a teacher's download.
@@ -109,7 +111,11 @@ class _Run:
             for name in config.evaluation.tasks or _own_tasks(config, held_out)
         ]
         self._write_manifest(teacher, student, command, findings)
-        self.student, self.crew = self._hire(teacher, student)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        hired = stack.enter_context(
+            hired_teacher(config, teacher, self.encoder, device=device, logs=journal.path / "servers")
+        )
+        self.student, self.crew = self._assemble(hired, teacher, student, device)
         self.stages: list[Stage] = []
         first_prompt = 0
         for name, settings in config.stages.items():
@@ -136,15 +142,15 @@ class _Run:
             }
         )
 
-    def _hire(self, teacher: Checkpoint, student: Checkpoint) -> tuple[Student, Crew]:
+    def _assemble(
+        self, hired: Hired, teacher: Checkpoint, student: Checkpoint, device: torch.device
+    ) -> tuple[Student, Crew]:
         config = self.config
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher_model = load_model(teacher, getattr(torch, config.teacher.dtype), device)
         student_model = load_model(student, getattr(torch, config.student.dtype), device)
         crew = Crew(
             encoder=self.encoder,
-            teacher=LocalTeacher(teacher_model, name=teacher.name, batch_tokens=config.teacher.batch_tokens),
-            teacher_sampler=self._sampler(teacher_model, "teacher"),
+            teacher=hired.judge,
+            teacher_sampler=hired.speaker,
             teacher_identity=TeacherIdentity(
                 name=teacher.name,
                 revision=teacher.revision,
@@ -152,7 +158,9 @@ class _Run:
                 tokenizer_hash=self.encoder.vocabulary_hash,
             ),
             teacher_shape=teacher.shape,
-            student_sampler=self._sampler(student_model, "student"),
+            student_sampler=TransformersSampler(
+                student_model, self.encoder, speaker="student", batch=config.sampler_batch
+            ),
             student_shape=student.shape,
             prompts=self.prompts,
             store=ResponseStore(Path(config.store) if config.store else default_root()),
@@ -161,9 +169,6 @@ class _Run:
             run_id=read_json(self.journal.path / "manifest.json")["id"],
         )
         return Student(student_model, config.student, stop_ids=self.encoder.stop_ids), crew
-
-    def _sampler(self, model: Any, speaker: str) -> TransformersSampler:
-        return TransformersSampler(model, self.encoder, speaker=speaker, batch=self.config.sampler_batch)
 
     def finish(self) -> dict[str, Any]:
         """Everything that is still to do; the summary."""

@@ -1,0 +1,184 @@
+"""A teacher behind a vLLM pooling server: the same interface and the same exact signal as a teacher in this process.
+
+The server returns the last hidden states, after the final norm; the teacher's ``lm_head``, loaded alone, makes logits
+of them inside the loss. 8 to 10 KB a token travel instead of 151,936 log-probabilities. Every reply is checked before
+use: a row for each token, the width, the number type, finite values, and the length that the final norm gives every
+state, which states of another model or states that were scaled do not have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+import torch
+from torch import Tensor
+
+from distill.checkpoint import Checkpoint, final_norm, lm_head
+from distill.errors import DistillError
+from distill.types import HiddenStates, Rollout
+from teachers.client import Client, Job
+
+Wire = Literal["bf16", "fp32"]
+"""The number type in which hidden states travel. bf16 halves the bytes, and changes nothing where the model is bf16."""
+
+REQUEST_TOKENS = 8192
+"""Most tokens in one request, so that replicas share the work evenly."""
+REQUEST_SEQUENCES = 32
+"""Most sequences in one request: each takes about 130 bytes of the reply's header."""
+NORM_TOLERANCE = 0.02
+"""Relative error of a state's length that rounding may cause."""
+
+_VLLM_NAME = {"bf16": "bfloat16", "fp32": "float32"}
+_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Rollouts that are scored by one request, with their places in the caller's order."""
+
+    places: tuple[int, ...]
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def inputs(self) -> list[list[int]]:
+        """The token ids that are sent: all but a response's last token, whose row would predict what comes after."""
+        return [[*rollout.prompt_ids, *rollout.response_ids[:-1]] for rollout in self.rollouts]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.inputs))
+
+
+class RemoteTeacher:
+    """Scores rollouts with a model that a pooling server holds.
+
+    ``dtype`` and ``device`` are those of the head and of the states that ``score`` returns.
+    """
+
+    def __init__(
+        self, client: Client, checkpoint: Checkpoint, *, wire: Wire, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.client, self.wire, self.name = client, wire, checkpoint.name
+        self.dtype, self.device = dtype, device
+        self.head_VD = lm_head(checkpoint, dtype).to(device)
+        """The LM head's weight, [vocabulary, d]."""
+        self._norm_D = final_norm(checkpoint)
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
+        """The last hidden states that predict each response token, rows P-1 .. P+R-2, in the order of ``rollouts``.
+
+        Raises DistillError for a reply that cannot be the teacher's, StoppedError where no server answers.
+        """
+        states: dict[int, HiddenStates] = {}
+        jobs = [Job(request, request.num_tokens) for request in _requests(rollouts)]
+        for request, sequences in self.client.each(jobs, self._ask):
+            for place, states_Rd in zip(request.places, sequences, strict=True):
+                states[place] = HiddenStates(states_Rd.to(self.device, self.dtype), self.name)
+        return [states[place] for place in range(len(rollouts))]
+
+    async def _ask(self, request: _Request) -> list[Tensor]:
+        inputs = request.inputs
+        url, answer = await self.client.post(
+            "/pooling",
+            {
+                "input": inputs,
+                "task": "token_embed",
+                "use_activation": False,
+                "encoding_format": "bytes",
+                "embed_dtype": _VLLM_NAME[self.wire],
+                "endianness": "little",
+            },
+            load=request.num_tokens,
+        )
+        sequences = read_states(answer, [len(ids) for ids in inputs], width=len(self._norm_D), wire=self.wire, url=url)
+        for states_Td in sequences:
+            self._check_length(states_Td, url)
+        return [
+            # A copy, so that the rows of the prompts are not kept with those of the responses.
+            states_Td[len(rollout.prompt_ids) - 1 :].clone()
+            for states_Td, rollout in zip(sequences, request.rollouts, strict=True)
+        ]
+
+    def _check_length(self, states_Td: Tensor, url: str) -> None:
+        """An RMS norm leaves rows whose root mean square is one once its weight is taken out."""
+        is_known_D = self._norm_D != 0
+        rms_T = (states_Td.float()[:, is_known_D] / self._norm_D[is_known_D]).square().sum(dim=-1)
+        rms_T = (rms_T / len(self._norm_D)).sqrt()
+        # A weight of zero hides its share of the sum, which can then be anything up to one.
+        low = 1 - NORM_TOLERANCE if bool(is_known_D.all()) else 0.0
+        if not low <= float(rms_T.min()) <= float(rms_T.max()) <= 1 + NORM_TOLERANCE:
+            rms = float(rms_T[(rms_T - 1).abs().argmax()])
+            raise DistillError(
+                f"{url} returned states that the final norm of {self.name} does not make (root mean square {rms:.3g} "
+                f"instead of 1): the server holds another model, or scales its states to unit length; start it with "
+                f"`distill teacher serve --role score` for this teacher"
+            )
+
+
+def read_states(answer: httpx.Response, lengths: Sequence[int], *, width: int, wire: Wire, url: str) -> list[Tensor]:
+    """The states [T, width] of every sequence in a reply of ``/pooling``, each checked against what was asked.
+
+    Raises DistillError that says what the reply holds and what it should.
+    """
+    dtype = _DTYPE[wire]
+    items = _items(answer, url)
+    if len(items) != len(lengths):
+        raise DistillError(f"{url} returned states of {len(items)} sequences and was asked for {len(lengths)}")
+    needed = sum(lengths) * width * dtype.itemsize
+    for item, length in zip(items, lengths, strict=True):
+        if item.get("embed_dtype") != _VLLM_NAME[wire]:
+            raise DistillError(
+                f"{url} returned states in {item.get('embed_dtype')} and was asked for {_VLLM_NAME[wire]}"
+            )
+        shape = item.get("shape")
+        if shape != [length, width]:
+            raise DistillError(
+                f"{url} returned states of shape {shape} for a sequence of {length} tokens, and [{length}, {width}] is "
+                f"what this teacher has; the server holds another model or cuts sequences off"
+            )
+    body = bytearray(answer.content)
+    if len(body) != needed:
+        raise DistillError(f"{url} returned {len(body)} bytes of states and announced {needed}")
+    states_Nd = torch.frombuffer(body, dtype=dtype).view(-1, width)
+    if not bool(states_Nd.isfinite().all()):
+        row = int((~states_Nd.isfinite()).any(dim=1).nonzero()[0])
+        raise DistillError(
+            f"{url} returned states that are not finite (row {row} of {len(states_Nd)}): the teacher's numbers "
+            f"overflow; "
+            f"serve it in bfloat16 or float32"
+        )
+    return list(states_Nd.split(list(lengths)))
+
+
+def _items(answer: httpx.Response, url: str) -> list[dict[str, Any]]:
+    """What the reply's header says of each sequence, in the order of the request."""
+    try:
+        items = sorted(json.loads(answer.headers["metadata"])["data"], key=lambda item: item["index"])
+        starts = [item["start"] for item in items]
+        ends = [item["end"] for item in items]
+    except (KeyError, TypeError, ValueError):
+        raise DistillError(
+            f"{url} answered /pooling without a readable metadata header; is it a vLLM server (0.32 or newer)?"
+        ) from None
+    if starts != [0, *ends[:-1]][: len(items)]:
+        raise DistillError(f"{url} returned blocks of states that do not follow each other (they start at {starts})")
+    return items
+
+
+def _requests(rollouts: Sequence[Rollout]) -> list[_Request]:
+    """The rollouts by length, longest first, in requests of bounded size."""
+    groups: list[list[int]] = []
+    size = 0
+    lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts]
+    for place in sorted(range(len(rollouts)), key=lengths.__getitem__, reverse=True):
+        if groups and size + lengths[place] <= REQUEST_TOKENS and len(groups[-1]) < REQUEST_SEQUENCES:
+            groups[-1].append(place)
+            size += lengths[place]
+        else:
+            groups.append([place])
+            size = lengths[place]
+    return [_Request(tuple(group), tuple(rollouts[place] for place in group)) for group in groups]

@@ -1,0 +1,29 @@
+"""What a judge is to everyone else, wherever its model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from distill.types import HiddenStates, Rollout
+
+
+class Teacher(Protocol):
+    """Gives the exact signal: hidden states, and the head that makes its logits of them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def head_VD(self) -> Tensor:
+        """The LM head's weight, [vocabulary, d]."""
+        ...
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
+        """The last hidden states (after the final norm) that predict each response token, rows P-1 .. P+R-2.
+
+        In the order of ``rollouts``; each [R, d] in the head's dtype.
+        """
+        ...

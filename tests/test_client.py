@@ -1,0 +1,404 @@
+"""The client against servers that lie, fail, vanish and come back."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+
+from distill.checkpoint import final_norm, lm_head, load_tokenizer, open_checkpoint
+from distill.encode import Encoder
+from distill.errors import DistillError, StoppedError, UserError
+from distill.family import resolve
+from distill.types import Prompt, Request, Rollout, Sampling
+from teachers.client import Client, Job
+from teachers.remote import RemoteTeacher, Wire
+from teachers.remote_sampler import RemoteSampler
+from teachers.service import free_port
+
+TEACHER = open_checkpoint(resolve("tiny", role="teacher"))
+ENCODER = Encoder(load_tokenizer(TEACHER))
+WIDTH, VOCABULARY = TEACHER.shape.width, TEACHER.shape.vocabulary
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+STOP = ENCODER.stop_ids[0]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teachers.client._FIRST_PAUSE", 0.02)
+
+
+Answer = tuple[int, dict[str, str], bytes]
+Handle = Callable[[str, dict[str, Any]], Answer]
+
+
+@contextmanager
+def serving(handle: Handle, port: int = 0) -> Iterator[str]:
+    """A server on loopback that answers POST with ``handle(path, body)``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer((200, {}, json.dumps({"data": [{"id": "tiny"}]}).encode()))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self._answer(handle(self.path, body))
+
+        def _answer(self, answer: Answer) -> None:
+            status, headers, content = answer
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def rollout(number: int, *, prompt: int = 3, response: int = 2) -> Rollout:
+    ids = tuple((7 * number + place) % VOCABULARY for place in range(prompt))
+    request = Request(Prompt(({"role": "user", "content": str(number)},)), "think", "hard", ids, Sampling(64), number)
+    said = tuple((number + place) % VOCABULARY for place in range(response))
+    return Rollout(request, said, (False,) * response, (-1.0,) * response, "length", "student")
+
+
+def honest_states(ids: list[int]) -> torch.Tensor:
+    """Rows that the teacher's final norm could have made; a row's token is written in its signs."""
+    signs = torch.tensor([[1.0 if (token >> (place % 8)) & 1 else -1.0 for place in range(WIDTH)] for token in ids])
+    return signs * final_norm(TEACHER)
+
+
+def pooled(body: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor] = lambda states: states) -> Answer:
+    data, content = [], b""
+    for index, ids in enumerate(body["input"]):
+        states = change(honest_states(ids)).to(DTYPES[body["embed_dtype"]])
+        raw = states.contiguous().view(torch.uint8).numpy().tobytes()
+        place = {"start": len(content), "end": len(content) + len(raw)}
+        data.append({"index": index, "embed_dtype": body["embed_dtype"], "shape": list(states.shape), **place})
+        content += raw
+    return 200, {"metadata": json.dumps({"data": data})}, content
+
+
+def score(
+    handle: Handle, rollouts: list[Rollout], *, wire: Wire = "fp32", patience: float = 10.0
+) -> list[torch.Tensor]:
+    with serving(handle) as url, Client([url], width=1000, patience=patience) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire=wire, dtype=torch.float32, device=torch.device("cpu"))
+        return [states.states_Rd for states in teacher.score(rollouts)]
+
+
+@pytest.mark.parametrize("wire", ["bf16", "fp32"])
+def test_states_come_back_to_their_rollouts_and_only_the_rows_of_the_response(wire: Wire) -> None:
+    rollouts = [rollout(number, prompt=1 + number % 5, response=1 + number % 7) for number in range(80)]
+    scored = score(lambda path, body: pooled(body), rollouts, wire=wire)
+    for one, states in zip(rollouts, scored, strict=True):
+        predicting = [*one.prompt_ids, *one.response_ids][len(one.prompt_ids) - 1 : -1]
+        assert torch.equal(
+            states, honest_states(predicting).to(DTYPES["bfloat16" if wire == "bf16" else "float32"]).float()
+        )
+
+
+def test_the_head_is_the_checkpoint_s() -> None:
+    with Client(["http://127.0.0.1:9"], width=1) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="bf16", dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert torch.equal(teacher.head_VD, lm_head(TEACHER, torch.bfloat16))
+
+
+def break_metadata(**change: Any) -> Handle:
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        status, headers, content = pooled(body)
+        data = json.loads(headers["metadata"])["data"]
+        data[0] |= change
+        return status, {"metadata": json.dumps({"data": data})}, content
+
+    return handle
+
+
+def with_nan(states: torch.Tensor) -> torch.Tensor:
+    states[1, 3] = float("nan")
+    return states
+
+
+LIES: dict[str, tuple[Handle, str]] = {
+    "a row is missing": (lambda path, body: pooled(body, lambda states: states[1:]), r"shape \[3, 160\].*\[4, 160\]"),
+    "another width": (
+        lambda path, body: pooled(body, lambda states: states[:, 1:]),
+        r"shape \[4, 159\].*another model",
+    ),
+    "not a number": (lambda path, body: pooled(body, with_nan), "not finite"),
+    "scaled to length one": (
+        lambda path, body: pooled(body, lambda states: states / states.norm(dim=1, keepdim=True)),
+        "final norm of tiny does not make",
+    ),
+    "before the norm": (lambda path, body: pooled(body, lambda states: 3 * states), "another model"),
+    "another number type": (break_metadata(embed_dtype="float16"), "in float16 and was asked for float32"),
+    "a sequence is missing": (
+        lambda path, body: pooled({**body, "input": body["input"][1:]}),
+        "of 1 sequences and was asked for 2",
+    ),
+    "blocks that overlap": (break_metadata(end=8), "do not follow each other"),
+    "cut off": (lambda path, body: (*pooled(body)[:2], pooled(body)[2][:-8]), "bytes of states and announced"),
+    "no header": (lambda path, body: (200, {}, b"{}"), "metadata header"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lying_scorer_is_refused_at_once(lie: str) -> None:
+    asked = []
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        asked.append(path)
+        return LIES[lie][0](path, body)
+
+    with pytest.raises(DistillError, match=LIES[lie][1]):
+        score(handle, [rollout(1), rollout(2)])
+    assert asked == ["/pooling"]
+
+
+def test_server_errors_and_lost_connections_are_asked_again() -> None:
+    failures = iter([500, 503, 500])
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        status = next(failures, 200)
+        return pooled(body) if status == 200 else (status, {}, b'{"error": {"message": "engine is busy"}}')
+
+    assert len(score(handle, [rollout(1)])) == 1
+    with pytest.raises(DistillError, match=r"failed 5 times on the same request.*out of luck"):
+        score(lambda path, body: (500, {}, b'{"error": {"message": "out of luck"}}'), [rollout(1)])
+
+
+def test_a_server_that_comes_back_is_waited_for_and_nothing_is_lost_or_doubled() -> None:
+    rollouts = [rollout(number) for number in range(200)]
+    port = free_port("127.0.0.1")
+    with Client([f"http://127.0.0.1:{port}"], width=60, patience=30) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+
+        answered, done = threading.Semaphore(0), threading.Event()
+
+        def handle(path: str, body: dict[str, Any]) -> Answer:
+            answered.release()
+            return pooled(body)
+
+        def come_and_go() -> None:
+            with serving(handle, port):
+                answered.acquire()
+            time.sleep(0.2)
+            with serving(handle, port):
+                done.wait()
+
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        try:
+            scored = teacher.score(rollouts)
+        finally:
+            done.set()
+            thread.join()
+    for one, states in zip(rollouts, scored, strict=True):
+        assert torch.equal(states.states_Rd, honest_states([*one.prompt_ids, *one.response_ids][2:-1]))
+
+
+def test_a_server_that_is_gone_for_good_stops_the_run_cleanly() -> None:
+    with Client([f"http://127.0.0.1:{free_port('127.0.0.1')}"], width=60, patience=0.5) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        with pytest.raises(StoppedError, match="has not answered") as stopped:
+            teacher.score([rollout(1)])
+        assert stopped.value.exit_code == 75
+
+
+def test_a_supervisor_s_word_ends_the_waiting() -> None:
+    def gone() -> None:
+        raise DistillError("the server ended again and again")
+
+    with Client([f"http://127.0.0.1:{free_port('127.0.0.1')}"], width=60, check=gone) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        with pytest.raises(DistillError, match="again and again"):
+            teacher.score([rollout(1)])
+
+
+def test_what_is_under_way_is_bounded_and_a_slow_replica_gets_less() -> None:
+    under_way, most, served = 0, 0, {"fast": 0, "slow": 0}
+    lock = threading.Lock()
+
+    def replica(name: str, seconds: float) -> Handle:
+        def handle(path: str, body: dict[str, Any]) -> Answer:
+            nonlocal under_way, most
+            with lock:
+                under_way += sum(map(len, body["input"]))
+                most = max(most, under_way)
+                served[name] += 1
+            time.sleep(seconds)
+            with lock:
+                under_way -= sum(map(len, body["input"]))
+            return pooled(body)
+
+        return handle
+
+    # 24 requests of 32 sequences of 10 tokens.
+    rollouts = [rollout(number, prompt=2, response=9) for number in range(32 * 24)]
+    with (
+        serving(replica("fast", 0.01)) as fast,
+        serving(replica("slow", 1.0)) as slow,
+        Client([fast, slow], width=4 * 320) as client,
+    ):
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        teacher.score(rollouts)
+    assert 320 <= most <= 4 * 320
+    assert served["fast"] + served["slow"] == 24 and served["fast"] > served["slow"] > 0
+
+
+def test_a_key_is_sent_and_its_refusal_says_where_it_goes() -> None:
+    with serving(lambda path, body: (401, {}, b'{"error": "Unauthorized"}')) as url, Client([url], width=9) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        with pytest.raises(UserError, match="DISTILL_TEACHER_API_KEY"):
+            teacher.score([rollout(1)])
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "localhost"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="no URL"):
+        Client([url], width=1)
+
+
+def test_one_that_fails_cancels_the_others() -> None:
+    async def ask(number: int) -> int:
+        if number == 3:
+            raise DistillError("three")
+        return number
+
+    with Client(["http://127.0.0.1:9"], width=1) as client:
+        with pytest.raises(DistillError, match="three"):
+            list(client.each([Job(number, 1) for number in range(10)], ask))
+        assert sorted(item for item, _ in client.each([Job(number, 5) for number in (0, 1)], ask)) == [0, 1]
+
+
+def said(body: dict[str, Any], ids: list[int], **change: Any) -> Answer:
+    """A reply of /v1/completions, as vLLM 0.32 gives it."""
+    choice = {
+        "token_ids": ids,
+        "logprobs": {"token_logprobs": [-0.5] * len(ids)},
+        "finish_reason": "stop" if ids and ids[-1] in body["stop_token_ids"] else "length",
+        "prompt_token_ids": body["prompt"],
+        "prompt_logprobs": [None] + [{str(token): {"logprob": -0.25}} for token in body["prompt"][1:]],
+    }
+    return 200, {}, json.dumps({"choices": [choice | change]}, separators=(",", ":")).encode()
+
+
+def asked(sampling: Sampling, seed: int = 5) -> Request:
+    return Request(Prompt(({"role": "user", "content": "3+4="},)), "think", "hard", (1, 2, 3), sampling, seed)
+
+
+def speak(handle: Handle, *requests: Request) -> list[Rollout]:
+    with serving(handle) as url, Client([url], width=4, patience=5.0) as client:
+        sampler = RemoteSampler(client, ENCODER, speaker="teacher", vocabulary=VOCABULARY)
+        finished: list[Rollout] = []
+        rollouts = sampler.generate(requests, finished.append)
+        assert sorted(map(id, finished)) == sorted(map(id, rollouts))
+        return rollouts
+
+
+def test_responses_are_asked_for_with_everything_that_decides_them() -> None:
+    bodies = []
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        bodies.append((path, body))
+        return said(body, [7, STOP])
+
+    sampling = Sampling(9, temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5)
+    (one,) = speak(handle, asked(sampling, seed=2**63 - 1))
+    ((path, body),) = bodies
+    assert path == "/v1/completions" and body["prompt"] == [1, 2, 3] and body["seed"] == 2**63 - 1
+    wanted = {"max_tokens": 9, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5, "min_p": 0.0}
+    assert wanted.items() <= body.items() and body["stop_token_ids"] == list(ENCODER.stop_ids)
+    assert (one.response_ids, one.logprobs, one.finish_reason) == ((7, STOP), (-0.5, -0.5), "stop")
+    assert one.forced == (False, False) and one.speaker == "teacher"
+
+
+def test_thinking_is_closed_at_the_budget_and_the_answer_goes_on() -> None:
+    opened, early = ENCODER.think_open_id, ENCODER.early_stop_ids
+    bodies = []
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        bodies.append(body)
+        return said(body, [opened, 7, 7] if len(bodies) == 1 else [8, STOP])
+
+    (one,) = speak(handle, asked(Sampling(99, thinking_budget=3)))
+    assert [body["max_tokens"] for body in bodies] == [3, 99 - 3 - len(early)]
+    assert bodies[1]["prompt"] == [1, 2, 3, opened, 7, 7, *early]
+    assert bodies[0]["seed"] != bodies[1]["seed"]
+    assert one.response_ids == (opened, 7, 7, *early, 8, STOP) and one.finish_reason == "stop"
+    assert one.forced == (False,) * 3 + (True,) * len(early) + (False,) * 2
+    assert one.logprobs == (-0.5,) * 3 + (-0.25,) * len(early) + (-0.5,) * 2
+
+
+def test_a_budget_that_finds_no_open_thinking_forces_nothing() -> None:
+    closed, bodies = ENCODER.think_close_id, []
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        bodies.append(body)
+        return said(body, [ENCODER.think_open_id, closed, 7] if len(bodies) == 1 else [8, STOP])
+
+    (one,) = speak(handle, asked(Sampling(99, thinking_budget=3)))
+    assert one.response_ids == (ENCODER.think_open_id, closed, 7, 8, STOP) and not any(one.forced)
+
+
+def test_forced_tokens_end_at_the_limit() -> None:
+    bodies = []
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        bodies.append(body)
+        return said(body, [ENCODER.think_open_id, 7, 7] if len(bodies) == 1 else [8])
+
+    (one,) = speak(handle, asked(Sampling(4, thinking_budget=3)))
+    assert one.response_ids == (ENCODER.think_open_id, 7, 7, ENCODER.early_stop_ids[0])
+    assert one.finish_reason == "length" and one.logprobs[3:] == (-0.25,)
+
+
+def test_what_a_server_breaks_off_as_it_ends_is_asked_for_again() -> None:
+    reasons = iter(["abort"])
+    (one,) = speak(
+        lambda path, body: said(body, [7, STOP], **{"finish_reason": reason} if (reason := next(reasons, "")) else {}),
+        asked(Sampling(9)),
+    )
+    assert one.response_ids == (7, STOP)
+
+
+FALSE_REPLIES: dict[str, tuple[Handle, str]] = {
+    "no ids": (lambda path, body: said(body, [7], token_ids=None), "without token ids"),
+    "another prompt": (lambda path, body: said(body, [7], prompt_token_ids=[1, 1, 2, 3]), "another prompt"),
+    "too many tokens": (lambda path, body: said(body, [7] * 10), "10 tokens"),
+    "log-probabilities missing": (lambda path, body: said(body, [7, 7], logprobs={"token_logprobs": [-1.0]}), "1 log-"),
+    "ids beyond the head": (lambda path, body: said(body, [10**6, STOP]), "holds another model"),
+    "ended for no reason": (lambda path, body: said(body, [7]), "--max-model-len"),
+    "ended for a reason of its own": (lambda path, body: said(body, [7], finish_reason="repetition"), "'repetition'"),
+    "log-probability null": (lambda path, body: said(body, [STOP], logprobs={"token_logprobs": [None]}), "not finite"),
+}
+
+
+@pytest.mark.parametrize("lie", FALSE_REPLIES)
+def test_a_lying_speaker_is_refused(lie: str) -> None:
+    handle, sentence = FALSE_REPLIES[lie]
+    with pytest.raises(DistillError, match=sentence):
+        speak(handle, asked(Sampling(9)))
+
+
+def test_a_penalty_across_a_budget_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="presence penalty across a thinking budget"):
+        speak(lambda path, body: said(body, [STOP]), asked(Sampling(9, presence_penalty=1.0, thinking_budget=3)))

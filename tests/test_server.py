@@ -1,0 +1,210 @@
+"""Real vLLM servers with the embedded teacher: the signal is exact, responses are the model's, nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_service import alive, wait_until_gone
+
+from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
+from distill.encode import Encoder
+from distill.errors import DistillError, UserError
+from distill.family import resolve
+from distill.sampler import TransformersSampler
+from distill.types import MODES, HiddenStates, Prompt, Request, Rollout, Sampling
+from teachers.client import Client, is_healthy
+from teachers.local import LocalTeacher
+from teachers.remote import RemoteTeacher, Wire
+from teachers.remote_sampler import RemoteSampler
+from teachers.service import Launch, Role, Service
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+TEACHER = open_checkpoint(resolve("tiny", role="teacher"))
+ENCODER = Encoder(load_tokenizer(TEACHER))
+CPU = torch.device("cpu")
+
+
+def launch(role: Role, **more: Any) -> Launch:
+    return Launch(TEACHER, role, dtype="float32", max_model_len=256, on_gpu=False, **more)
+
+
+@pytest.fixture(scope="module")
+def local() -> LocalTeacher:
+    return LocalTeacher(load_model(TEACHER, torch.float32, CPU), name="tiny", batch_tokens=16384)
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with Service(launch("score", api_key="s3cret"), log=tmp_path_factory.mktemp("score") / "log") as service:
+        service.wait()
+        yield service
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with Service(launch("generate"), log=tmp_path_factory.mktemp("generate") / "log") as service:
+        service.wait()
+        yield service
+
+
+def requests(num: int, **sampling: Any) -> list[Request]:
+    """Half of them in each mode."""
+    return [
+        ENCODER.request(
+            Prompt(({"role": "user", "content": f"{number % 10}+4*{number % 7}-2="},)),
+            mode=MODES[number % 2],
+            sampling=Sampling(96, **sampling),
+            seed=number,
+        )
+        for number in range(num)
+    ]
+
+
+def logprobs(signal: HiddenStates, head_VD: torch.Tensor) -> torch.Tensor:
+    return (signal.states_Rd.double() @ head_VD.double().T).log_softmax(dim=-1)
+
+
+def kl(signal: HiddenStates, head_VD: torch.Tensor, other: torch.Tensor) -> float:
+    """KL(signal || other), the largest of all tokens."""
+    own = logprobs(signal, head_VD)
+    return float((own.exp() * (own - other)).sum(dim=-1).max())
+
+
+def remote(client: Client, wire: Wire) -> RemoteTeacher:
+    return RemoteTeacher(client, TEACHER, wire=wire, dtype=torch.float32, device=CPU)
+
+
+def test_the_signal_over_either_wire_is_that_of_the_local_teacher(scorer: Service, local: LocalTeacher) -> None:
+    rollouts = TransformersSampler(local.model, ENCODER, speaker="student").generate(requests(96))
+    reference = local.score(rollouts)
+    tolerance: dict[Wire, float] = {"fp32": 1e-6, "bf16": 1e-4}
+    with Client([scorer.url], width=8192, api_key="s3cret") as client:
+        for wire, most in tolerance.items():
+            teacher = remote(client, wire)
+            assert torch.equal(teacher.head_VD, local.head_VD)
+            for one, ours, theirs in zip(rollouts, reference, teacher.score(rollouts), strict=True):
+                assert theirs.states_Rd.shape == (len(one.response_ids), TEACHER.shape.width)
+                worst = kl(ours, local.head_VD, logprobs(theirs, teacher.head_VD))
+                assert worst <= most, (wire, one.mode, worst)
+
+
+def test_a_student_feels_the_same_divergence(scorer: Service, local: LocalTeacher) -> None:
+    rollouts = TransformersSampler(local.model, ENCODER, speaker="student").generate(requests(32))
+    student = open_checkpoint(resolve("nano", role="student"))
+    judged = LocalTeacher(load_model(student, torch.float32, CPU), name="nano", batch_tokens=16384)
+    said = [logprobs(states, judged.head_VD) for states in judged.score(rollouts)]
+    with Client([scorer.url], width=8192, api_key="s3cret") as client:
+        for wire, most in (("fp32", 1e-4), ("bf16", 1e-2)):
+            theirs = remote(client, wire).score(rollouts)
+            for ours, over_wire, student_logprobs in zip(local.score(rollouts), theirs, said, strict=True):
+                exact, wired = (logprobs(states, local.head_VD) for states in (ours, over_wire))
+                change = (student_logprobs.exp() * (exact - wired)).sum(dim=-1).abs().max()
+                assert float(change) <= most, wire
+
+
+def test_a_scorer_neither_speaks_nor_answers_strangers(scorer: Service) -> None:
+    with Client([scorer.url], width=8, api_key="s3cret") as client, pytest.raises(UserError, match="one role"):
+        RemoteSampler(client, ENCODER, speaker="t", vocabulary=TEACHER.shape.vocabulary).generate(requests(1))
+    with (
+        Client([scorer.url], width=8, api_key="guess") as client,
+        pytest.raises(UserError, match="DISTILL_TEACHER_API_KEY"),
+    ):
+        remote(client, "bf16").score([Rollout(requests(1)[0], (1, 2), (False,) * 2, (-1.0,) * 2, "length", "s")])
+
+
+def check_logprobs(rollouts: list[Rollout], local: LocalTeacher) -> None:
+    """What the server said of its tokens is what the model says of them, forced ones included."""
+    for one, states in zip(rollouts, local.score(rollouts), strict=True):
+        expected = logprobs(states, local.head_VD)[torch.arange(len(one.logprobs)), torch.tensor(one.response_ids)]
+        assert torch.tensor(one.logprobs).double().sub(expected).abs().max() < 1e-4
+
+
+def test_responses_are_the_model_s_own(speaker: Service, local: LocalTeacher) -> None:
+    asked = requests(64, temperature=0.7, top_p=0.9, top_k=20, presence_penalty=0.5)
+    with Client([speaker.url], width=64) as client:
+        sampler = RemoteSampler(client, ENCODER, speaker="teacher", vocabulary=TEACHER.shape.vocabulary)
+        rollouts = sampler.generate(asked)
+        again = sampler.generate(asked[::-1])[::-1]
+    assert [one.request for one in rollouts] == asked
+    assert sum(one.finish_reason == "stop" for one in rollouts) > 32
+    for one in rollouts:
+        assert (one.response_ids[-1] in ENCODER.stop_ids) == (one.finish_reason == "stop")
+    check_logprobs(rollouts, local)
+    # A seed decides a response, up to rounding that depends on the batch.
+    assert sum(one.response_ids == other.response_ids for one, other in zip(rollouts, again, strict=True)) >= 60
+
+
+def test_a_thinking_budget_is_kept(speaker: Service, local: LocalTeacher) -> None:
+    with Client([speaker.url], width=64) as client:
+        sampler = RemoteSampler(client, ENCODER, speaker="teacher", vocabulary=TEACHER.shape.vocabulary)
+        rollouts = [one for one in sampler.generate(requests(64, thinking_budget=9)) if one.mode == "think"]
+    forced = [one for one in rollouts if any(one.forced)]
+    assert len(forced) > 16 and all(ENCODER.closed_thinking(one) for one in rollouts)
+    for one in forced:
+        end = 9 + len(ENCODER.early_stop_ids)
+        assert one.forced[:end] == (False,) * 9 + (True,) * len(ENCODER.early_stop_ids)
+        assert one.response_ids[9:end] == ENCODER.early_stop_ids and len(one.response_ids) > end
+    check_logprobs(rollouts, local)
+
+
+def test_a_server_killed_at_work_is_replaced_and_the_work_goes_on(scorer: Service, local: LocalTeacher) -> None:
+    """Last of the scorer's tests: it kills the server under the client's hands."""
+    rollouts = TransformersSampler(local.model, ENCODER, speaker="student").generate(requests(256))
+    group = scorer.group
+    with Client([scorer.url], width=512, api_key="s3cret", check=scorer.check) as client:
+        teacher = remote(client, "fp32")
+        teacher.score(rollouts[:1])
+        for pid in alive(group):
+            os.kill(pid, 9)
+        scored = teacher.score(rollouts)
+    assert alive(group) == [] and scorer.group != group and is_healthy(scorer.url)
+    for ours, theirs in zip(local.score(rollouts), scored, strict=True):
+        assert torch.allclose(ours.states_Rd, theirs.states_Rd, atol=1e-4)
+
+
+def test_kill_9_of_the_parent_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distill.cli", "teacher", "serve", "--json", "--teacher", "tiny"]
+    command += ["--role", "score", "--max-model-len", "64", "--log", str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        url = json.loads(parent.stdout.readline())["url"]
+        (watcher,) = (int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
+        assert is_healthy(url) and len(alive(watcher)) >= 3  # the watcher, the API server, the engine
+        parent.kill()
+    wait_until_gone(watcher, 60)
+    assert not is_healthy(url)
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    sentence = r"(?s)ended before it was ready.*--no-such-flag"
+    with (
+        Service(launch("score", extra=("--no-such-flag",)), log=tmp_path / "log") as service,
+        pytest.raises(DistillError, match=sentence),
+    ):
+        service.wait()
+
+
+def test_a_whole_run_with_a_served_teacher(tmp_path: Path) -> None:
+    small = ["stages.off_policy.num_prompts=48", "stages.off_policy.batch_size=16", "stages.on_policy.steps=3"]
+    small += ["stages.on_policy.prompts_per_step=8", "evaluation.num_questions=12", "teacher.backend=vllm"]
+    command = [sys.executable, "-m", "distill.cli", "run", "--json", "--out", str(tmp_path / "run")]
+    command += [part for assignment in small for part in ("--set", assignment)]
+    environment = {**os.environ, "DISTILL_STORE": str(tmp_path / "store")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["costs"]["teacher_generate"]["tokens"] > 0 and summary["costs"]["teacher_score"]["tokens"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["reverse_kl"] > 0 for line in lines if line["stage"] == "on_policy")
+    thinks = {entry["checkpoint"]: entry["mean"] for entry in summary["scores"] if entry["mode"] == "think"}
+    assert thinks["teacher"] > thinks["start"]
+    assert sorted(path.name for path in (tmp_path / "run" / "servers").iterdir()) == ["generate.log", "score.log"]
