@@ -5,8 +5,8 @@
 
 The store may be shared by runs, students and processes. A writer holds the collection's lock while it looks which keys
 are new and adds its shard, so that a key is stored once and a response that one run has trained on is never exchanged
-for another's. A shard appears under its name only when it is whole and on disk; one that turns out damaged is set aside
-and its responses are generated again. Left out on purpose: deleting and editing.
+for another's; readers share the lock. A shard appears under its name only when it is whole and on disk; one that turns
+out damaged is set aside and its responses are generated again. Left out on purpose: deleting and editing.
 """
 
 from __future__ import annotations
@@ -153,17 +153,32 @@ class _Collection:
         self._index: dict[str, tuple[int, str, int]] = {}
 
     def read(self, wanted: Mapping[str, Request], speaker: str) -> dict[str, Kept]:
-        while True:
-            self._refresh()
-            places = defaultdict(list)
-            for key in wanted:
-                if key in self._index:
-                    _, shard, row = self._index[key]
-                    places[shard].append((row, key))
-            found: dict[str, Kept] = {}
-            # A shard that vanished was joined with others by another process, one that broke was set aside: look again.
-            if all(self._read_shard(shard, rows, wanted, speaker, found) for shard, rows in places.items()):
-                return found
+        with self._unchanged():
+            while True:
+                self._refresh()
+                places = defaultdict(list)
+                for key in wanted:
+                    if key in self._index:
+                        _, shard, row = self._index[key]
+                        places[shard].append((row, key))
+                found: dict[str, Kept] = {}
+                # A shard that was found broken has been set aside: look again, an older copy may be there.
+                if all(self._read_shard(shard, rows, wanted, speaker, found) for shard, rows in places.items()):
+                    return found
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """No writer adds or joins shards meanwhile.
+
+        Without it a listing made while shards are joined can miss the joined one, which is not there yet, and find the
+        others gone when they are opened: everything they hold would seem never to have been stored.
+        """
+        if not (self.folder / ".lock").exists():
+            yield  # nobody has written here yet
+            return
+        with (self.folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
 
     def add(self, rows: Mapping[str, Mapping[str, Any]]) -> int:
         if not rows:
