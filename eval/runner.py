@@ -25,7 +25,7 @@ from distill.family import Shape
 from distill.journal import read_json, write_json, writing
 from distill.progress import say, track
 from distill.seeding import derive
-from distill.types import Mode, Prompt, Rollout, Sampling, Switch, content_hash
+from distill.types import Mode, Prompt, Request, Rollout, Sampling, Switch, content_hash
 from eval.graders import WORKERS, grade
 from eval.statistics import Estimate, estimate, pass_at_k_estimate
 from eval.tasks import Task
@@ -136,19 +136,15 @@ def evaluate(
     weights where its name does not. A thinking budget becomes part of the file's name. Requests are sampled and
     saved ``chunk`` at a time. ``shape`` is the model's, for the FLOPs.
     """
-    settings = content_hash(
-        {
-            "checkpoint": checkpoint,
-            "weights": weights,
-            "task": task.name,
-            "grader": task.grader,
-            "questions": [[prompt.id, prompt.answer] for prompt in task.prompts],
-            "mode": mode,
-            "switch": switch,
-            "sampling": asdict(sampling),
-            "samples": samples,
-            "seed": seed,
-        }
+    settings = _settings_hash(
+        task,
+        checkpoint=checkpoint,
+        weights=weights,
+        mode=mode,
+        switch=switch,
+        sampling=sampling,
+        samples=samples,
+        seed=seed,
     )
     name = _file_name(checkpoint, task.name, mode, sampling)
     if out is not None and (done := _read_back(out / f"{name}.json", settings)) is not None:
@@ -159,21 +155,16 @@ def evaluate(
         for number in range(samples)
     ]
     parts = None if out is None else out / f".{name}-{settings[:12]}-{chunk}"
-    rows: list[Row] = []
-    with track(f"{checkpoint}, {task.name}, {mode}", len(requests), "responses") as bar:
-        for start in range(0, len(requests), chunk):
-            part = None if parts is None else parts / f"{start:08}.parquet"
-            if part is not None and part.exists():
-                rows += _read_rows(part)
-                bar.advance(min(chunk, len(requests) - start))
-                continue
-            begun = time.perf_counter()
-            rollouts = sampler.generate(requests[start : start + chunk], lambda rollout: bar.advance())
-            seconds = time.perf_counter() - begun
-            fresh = _rows(rollouts, task=task, encoder=encoder, first=start, samples=samples, seconds=seconds)
-            if part is not None:
-                _write_rows(part, fresh)
-            rows += fresh
+    rows = _sampled(
+        requests,
+        task=task,
+        sampler=sampler,
+        encoder=encoder,
+        samples=samples,
+        parts=parts,
+        chunk=chunk,
+        description=f"{checkpoint}, {task.name}, {mode}",
+    )
     evaluation = _summarise(
         rows,
         checkpoint=checkpoint,
@@ -194,6 +185,64 @@ def evaluate(
         write_json(out / f"{name}.json", evaluation.to_json())
         shutil.rmtree(parts, ignore_errors=True)
     return evaluation
+
+
+def _settings_hash(
+    task: Task,
+    *,
+    checkpoint: str,
+    weights: str,
+    mode: Mode,
+    switch: Switch,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+) -> str:
+    """Hash of everything that decides the responses and their grades."""
+    return content_hash(
+        {
+            "checkpoint": checkpoint,
+            "weights": weights,
+            "task": task.name,
+            "grader": task.grader,
+            "questions": [[prompt.id, prompt.answer] for prompt in task.prompts],
+            "mode": mode,
+            "switch": switch,
+            "sampling": asdict(sampling),
+            "samples": samples,
+            "seed": seed,
+        }
+    )
+
+
+def _sampled(
+    requests: Sequence[Request],
+    *,
+    task: Task,
+    sampler: Sampler,
+    encoder: Encoder,
+    samples: int,
+    parts: Path | None,
+    chunk: int,
+    description: str,
+) -> list[Row]:
+    """The graded samples of all ``requests``; a chunk whose file is among ``parts`` is read instead."""
+    rows: list[Row] = []
+    with track(description, len(requests), "responses") as bar:
+        for start in range(0, len(requests), chunk):
+            part = None if parts is None else parts / f"{start:08}.parquet"
+            if part is not None and part.exists():
+                rows += _read_rows(part)
+                bar.advance(min(chunk, len(requests) - start))
+                continue
+            begun = time.perf_counter()
+            rollouts = sampler.generate(requests[start : start + chunk], lambda rollout: bar.advance())
+            seconds = time.perf_counter() - begun
+            fresh = _rows(rollouts, task=task, encoder=encoder, first=start, samples=samples, seconds=seconds)
+            if part is not None:
+                _write_rows(part, fresh)
+            rows += fresh
+    return rows
 
 
 def _file_name(checkpoint: str, task: str, mode: Mode, sampling: Sampling) -> str:
