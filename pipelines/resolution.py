@@ -56,13 +56,7 @@ def resolve_run(
     named = [name for name in (teacher, student) if name is not None]
     if recipe is None:
         recipe = EMBEDDED_RECIPE if all(name in EMBEDDED_NAMES for name in named) else REAL_RECIPE
-    path = _find(recipe)
-    tree = load_recipe(path)
-    for text in assignments:
-        key, value = parse_assignment(text)
-        over: dict[str, Any] = {}
-        assign(over, key, value)
-        tree = merge(tree, over)
+    tree = load_recipe(_find(recipe))
     flags: dict[str, Any] = {}
     if teacher is not None:
         assign(flags, "teacher.model", _absolute(teacher))
@@ -72,9 +66,15 @@ def resolve_run(
         assign(flags, "seed", seed)
     if prompts is not None:
         assign(flags, "prompts", {"kind": "file", "path": str(Path(prompts).absolute())})
-        # One's own questions are examined on themselves, unless the examination was set by hand.
-        if not any(text.startswith("evaluation.tasks=") for text in assignments):
-            assign(flags, "evaluation.tasks", None)
+        # One's own questions are examined on themselves, unless an assignment says otherwise.
+        assign(tree, "evaluation.tasks", None)
+    # The flags lie below the assignments too: prompts.prompt_column is a key of the prompts that --prompts makes.
+    tree = merge(tree, flags)
+    for text in assignments:
+        key, value = parse_assignment(text)
+        over: dict[str, Any] = {}
+        assign(over, key, value)
+        tree = merge(tree, over)
     tree = merge(tree, flags)
     config = validate(tree, where=f"the configuration (recipe {recipe})")
     if config.name is None:

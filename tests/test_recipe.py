@@ -91,6 +91,18 @@ def test_recipe_choice_follows_the_models() -> None:
 def test_own_prompts_are_examined_on_themselves_unless_told_otherwise(tmp_path: Path) -> None:
     assert resolve_run(prompts="my.jsonl").evaluation.tasks is None
     assert resolve_run(prompts="my.jsonl", assignments=["evaluation.tasks=[gsm8k]"]).evaluation.tasks == ("gsm8k",)
+    # The same assignment as a block.
+    assert resolve_run(prompts="my.jsonl", assignments=["evaluation={tasks: [gsm8k]}"]).evaluation.tasks == ("gsm8k",)
+
+
+def test_assignments_reach_the_prompts_that_a_flag_names() -> None:
+    """What the refusal of a file without a column 'prompt' tells its reader to do."""
+    prompts = resolve_run(prompts="my.jsonl", assignments=["prompts.prompt_column=question"]).prompts
+    assert prompts.kind == "file" and prompts.prompt_column == "question" and prompts.path.endswith("/my.jsonl")
+    # A key of other prompts is no key of these, and nothing is dropped in silence.
+    with pytest.raises(UserError, match="unknown key prompts.max_operations"):
+        resolve_run(prompts="my.jsonl", assignments=["prompts.max_operations=3"])
+    assert resolve_run(seed=2, assignments=["seed=1"]).seed == 2
 
 
 @given(st.text())
