@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,16 @@ from distill.errors import UserError
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where ``no`` is a boolean and ``1e-5`` a string; recipes follow YAML 1.2."""
+    """PyYAML follows YAML 1.1, where ``no`` is a boolean and ``1e-5`` a string; recipes follow YAML 1.2.
+
+    PyYAML also keeps the last of two equal keys; YAML forbids them, and here they are an error.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key, times in Counter(written).items() if times > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 _Yaml12Loader.yaml_implicit_resolvers = {
@@ -94,7 +104,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"the recipe {path} cannot be read: {error}") from None
     tree = parse_yaml(text, where=f"the recipe {path}")
     if not isinstance(tree, dict):
-        raise UserError(f"the recipe {path} holds {type(tree).__name__}, not keys and values")
+        held = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise UserError(f"the recipe {path} holds {held}, not keys and values; any run's config.yaml is an example")
     return tree
 
 
@@ -109,19 +120,20 @@ def validate(tree: Mapping[str, Any], *, where: str = "the configuration") -> Ru
 
 def _sentence(details: Any) -> str:
     location: Sequence[str | int] = details["loc"]
-    keys, known = _walk(location)
+    keys, known, kinds = _walk(location)
     shown = ".".join(keys)
     if details["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
         hint = f"did you mean {near[0]}?" if near else "it takes no keys"
         return f"unknown key {shown} ({hint} known here: {', '.join(known)})"
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{shown}: kind must be one of {details['ctx'].get('expected_tags', 'the known kinds')}"
+        return f"{shown}: kind must be one of {', '.join(repr(kind) for kind in kinds)}"
     return f"{shown or 'configuration'}: {details['msg'].removeprefix('Value error, ')} (got {details['input']!r})"
 
 
-def _walk(location: Sequence[str | int]) -> tuple[list[str], list[str]]:
-    """The keys of ``location`` without pydantic's union tags, and the keys that the block around its end knows."""
+def _walk(location: Sequence[str | int]) -> tuple[list[str], list[str], list[str]]:
+    """The keys of ``location`` without pydantic's union tags, the keys that the block around its end knows, and the
+    kinds to choose from at its end."""
     schema = RunConfig.model_json_schema()
     definitions = schema["$defs"]
     node: Any = schema
@@ -136,7 +148,7 @@ def _walk(location: Sequence[str | int]) -> tuple[list[str], list[str]]:
         keys.append(str(part))
         known = list(node.get("properties", {}))
         node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
-    return keys, known
+    return keys, known, list(node.get("discriminator", {}).get("mapping", {}))
 
 
 def _dereference(node: Any, definitions: Any) -> Any:

@@ -48,6 +48,8 @@ def test_yaml_is_read_as_yaml_1_2() -> None:
         ({"sede": 1}, r"unknown key sede \(did you mean seed\?"),
         ({"stages": {"x": {"kind": "on_policy", "stepps": 1}}}, r"unknown key stages.x.stepps \(did you mean steps\?"),
         ({"stages": {"x": {"kind": "dpo"}}}, r"stages.x: kind must be one of 'off_policy', 'on_policy'"),
+        ({"stages": {"x": {"steps": 3}}}, r"stages.x: kind must be one of 'off_policy', 'on_policy'"),
+        ({"prompts": {"path": "x"}}, r"prompts: kind must be one of 'embedded', 'file', 'hub'"),
         ({"student": {"lora": {"rnk": 1}}}, r"unknown key student.lora.rnk \(did you mean rank\?"),
         ({"seed": -1}, r"seed: Input should be greater than or equal to 0 \(got -1\)"),
         ({"stages": {}}, "stages is empty"),
@@ -100,7 +102,7 @@ def test_assignments_reach_the_prompts_that_a_flag_names() -> None:
     prompts = resolve_run(prompts="my.jsonl", assignments=["prompts.prompt_column=question"]).prompts
     assert prompts.kind == "file" and prompts.prompt_column == "question" and prompts.path.endswith("/my.jsonl")
     # A key of other prompts is no key of these, and nothing is dropped in silence.
-    with pytest.raises(UserError, match="unknown key prompts.max_operations"):
+    with pytest.raises(UserError, match=r"unknown key prompts\.max_operations"):
         resolve_run(prompts="my.jsonl", assignments=["prompts.max_operations=3"])
     assert resolve_run(seed=2, assignments=["seed=1"]).seed == 2
 
@@ -116,7 +118,7 @@ def test_any_text_is_a_recipe_or_one_sentence(text: str) -> None:
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
-    for content in (b"\xff\xfe", b"- a\n- b\n", b"a: [1\n"):
+    for content in (b"\xff\xfe", b"- a\n- b\n", b"a: [1\n", b"", b"student: {dtype: float32}\nseed: 1\nseed: 2\n"):
         path = tmp_path / "recipe.yaml"
         path.write_bytes(content)
         with pytest.raises(UserError, match="recipe"):
