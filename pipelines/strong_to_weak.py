@@ -24,7 +24,7 @@ from distill.config import RunConfig, StageSettings
 from distill.costs import Cost, CostAccount
 from distill.encode import Encoder
 from distill.errors import DistillError
-from distill.family import resolve
+from distill.family import EMBEDDED_NAMES, resolve
 from distill.journal import Journal, read_json, write_json
 from distill.progress import say
 from distill.prompts import load_prompts
@@ -338,7 +338,10 @@ def _own_tasks(config: RunConfig, held_out: Sequence[Prompt]) -> tuple[str, ...]
     """What to examine on where the configuration leaves it open."""
     if config.prompts.kind == "embedded":
         return ("embedded",)
-    return ("prompts",) if held_out else ("gsm8k",)
+    if held_out:
+        return ("prompts",)
+    # The embedded models know their own task alone, and need no hub for it.
+    return ("embedded",) if config.teacher.model in EMBEDDED_NAMES else ("gsm8k",)
 
 
 def _mean(evaluation: Evaluation) -> float:

@@ -77,6 +77,13 @@ def test_ones_own_prompts_and_models_from_folders(tmp_path: Path, undistilled: t
     assert len(metrics) == 4
 
 
+def test_own_prompts_without_answers_leave_the_embedded_pair_its_own_task(tmp_path: Path) -> None:
+    prompts = tmp_path / "my.jsonl"
+    prompts.write_text('{"prompt": "3+4="}\n{"prompt": "9-2=", "mode": "no_think"}\n')
+    summary, _ = small_run(tmp_path / "run", prompts=str(prompts))
+    assert {entry["task"] for entry in summary["scores"]} == {"embedded"}
+
+
 @pytest.fixture
 def undistilled(tmp_path: Path) -> tuple[Path, Path]:
     from distill.embedded import checkpoint_dir
