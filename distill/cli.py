@@ -100,9 +100,14 @@ def run(
 
 
 def _print_dry_run(config: RunConfig, folder: Path, as_json: bool) -> None:
+    from distill.family import resolve
     from distill.recipe import dump_yaml
 
+    teacher = resolve(config.teacher.model, role="teacher", revision=config.teacher.revision)
+    student = resolve(config.student.model, role="student", revision=config.student.revision)
     plan = [
+        f"teacher {teacher.name}: {teacher.location}",
+        f"student {student.name}: {student.location}",
         f"examine the teacher and the start in {' and '.join(config.evaluation.modes)}",
         *(f"stage {name}: {settings.kind}, then examine" for name, settings in config.stages.items()),
         f"write {folder}/student, summary.json and report.html",
@@ -125,7 +130,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Responses to each question.")] = 1,
     questions: Annotated[int | None, typer.Option(min=1, help="Only the task's first questions.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the responses.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the responses.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for scores and per-sample parquet.")] = None,
     as_json: Json = False,
 ) -> None:

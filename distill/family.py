@@ -117,11 +117,14 @@ class ModelSource:
     revision: str | None = None
 
 
-def resolve(name: str, *, role: Literal["teacher", "student"], revision: str | None = None) -> ModelSource:
+def resolve(
+    name: str, *, role: Literal["teacher", "student"], revision: str | None = None, option: str | None = None
+) -> ModelSource:
     """What ``name`` means for a teacher (post-trained model) or a student (base model).
 
     A size (``4B``), an embedded name (``nano``), an existing folder, or a hub id (``owner/name``), in this order.
-    Raises UserError for anything else, with the nearest names.
+    Raises UserError for anything else, with the nearest names; ``option`` is what the user gave the name to, where
+    that is not ``--teacher`` or ``--student``.
     """
     if name in EMBEDDED_NAMES:
         from distill.embedded import checkpoint_dir
@@ -139,7 +142,7 @@ def resolve(name: str, *, role: Literal["teacher", "student"], revision: str | N
         return ModelSource(name, "directory", str(Path(name).resolve()))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return ModelSource(name, "hub", name, revision)
-    raise UserError(f"--{role} {name!r} is no size, embedded model, folder or hub id; {_nearest(name)}")
+    raise UserError(f"{option or f'--{role}'} {name!r} is no size, embedded model, folder or hub id; {_nearest(name)}")
 
 
 def _nearest(name: str) -> str:

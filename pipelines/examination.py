@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -38,9 +39,11 @@ def examine(
 ) -> dict[str, Any]:
     """Score ``checkpoint`` on ``task`` in each mode; ``{"checkpoint", "scores": [...], "evaluations": [...]}``.
 
-    Raises UserError for a checkpoint or task that cannot be had.
+    Raises UserError for a checkpoint or task that cannot be had, and for an ``out`` that cannot be written.
     """
     source = _resolve(checkpoint)
+    if out is not None:
+        _claim(out)
     opened = open_checkpoint(source)
     encoder = Encoder(load_tokenizer(opened))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,4 +93,16 @@ def _resolve(checkpoint: str) -> ModelSource:
             )
         folder = folder / "student"
         return ModelSource(checkpoint, "directory", str(folder.resolve()))
-    return resolve(checkpoint, role="teacher")
+    return resolve(checkpoint, role="teacher", option="CHECKPOINT")
+
+
+def _claim(out: Path) -> None:
+    """Make the folder and see that it can be written, before an hour of responses is lost in front of it."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from None

@@ -61,6 +61,8 @@ def test_names() -> None:
 def test_unknown_names_show_the_nearest(name: str, role: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         resolve(name, role=role)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^CHECKPOINT 'nanno' is no size"):
+        resolve("nanno", role="teacher", option="CHECKPOINT")
 
 
 def test_flops_of_a_sequence_by_hand() -> None:
