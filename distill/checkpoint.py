@@ -272,6 +272,8 @@ def _read_object(file: Path, if_missing: str) -> dict[str, Any]:
 def _shape(path: Path, config: Mapping[str, Any]) -> Shape:
     try:
         shape = Shape.from_config(config)
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'}: {error}; name another model") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'config.json'} does not describe a whole model: {error} is missing") from None
     for field in fields(Shape):

@@ -220,7 +220,7 @@ def shift_data(folder: Path) -> None:
         (write("config.json", b"[" * 100_000), r"config\.json cannot be read as JSON"),
         (write("config.json", b"[]"), r"config\.json holds a list"),
         (write("config.json", b'{"model_type": "qwen3"}'), r"config\.json .*'num_hidden_layers' is missing"),
-        (edit_json("config.json", model_type="llama"), r"type 'llama'.*qwen3"),
+        (edit_json("config.json", model_type="llama"), r"config\.json: .*type 'llama'.*qwen3.*another model"),
         (edit_json("config.json", hidden_size="16"), r"'16' for the model's width"),
         (edit_json("config.json", max_position_embeddings=None), r"None for max_position_embeddings"),
         (edit_json("generation_config.json", eos_token_id="x"), r"'x' as eos_token_id"),
