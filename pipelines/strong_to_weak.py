@@ -23,7 +23,7 @@ from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_chec
 from distill.config import RunConfig, StageSettings
 from distill.costs import Cost, CostAccount
 from distill.encode import Encoder
-from distill.errors import DistillError
+from distill.errors import DistillError, UserError
 from distill.family import EMBEDDED_NAMES, resolve
 from distill.journal import Journal, read_json, write_json
 from distill.progress import say
@@ -110,6 +110,7 @@ class _Run:
             load_task(name, num_questions=config.evaluation.num_questions, held_out=held_out)
             for name in config.evaluation.tasks or _own_tasks(config, held_out)
         ]
+        self.store = _store(config)
         self._write_manifest(teacher, student, command, findings)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         hired = stack.enter_context(
@@ -163,7 +164,7 @@ class _Run:
             ),
             student_shape=student.shape,
             prompts=self.prompts,
-            store=ResponseStore(Path(config.store) if config.store else default_root()),
+            store=self.store,
             meter=Meter(),
             seed=config.seed,
             run_id=read_json(self.journal.path / "manifest.json")["id"],
@@ -308,7 +309,8 @@ class _Run:
         return summary
 
     def _gap_closed(self, mode: Mode) -> float | None:
-        """Share of the distance between the first stage's student and the teacher that the last stage covered.
+        """Share of the distance between the first stage's student and the teacher that the last stage covered;
+        where there is one stage alone, between the start and the teacher.
 
         Of the first task; null where the teacher's lead is not certain (its paired 95 % interval reaches zero).
         """
@@ -317,7 +319,8 @@ class _Run:
             for evaluation in self.evaluations
             if evaluation.mode == mode and evaluation.task == self.tasks[0].name
         }
-        teacher, first, last = (by_checkpoint[name] for name in ("teacher", self.stages[0].name, self.stages[-1].name))
+        before = self.stages[0].name if len(self.stages) > 1 else "start"
+        teacher, first, last = (by_checkpoint[name] for name in ("teacher", before, self.stages[-1].name))
         lead = paired_difference(teacher.scores, first.scores)
         if lead.ci95[0] <= 0:
             return None
@@ -332,6 +335,18 @@ class _Gone:
             "scores of an earlier checkpoint are missing from the run's eval folder, and its weights have been trained "
             "on; restore the folder, or give another --out"
         )
+
+
+def _store(config: RunConfig) -> ResponseStore:
+    """The response store; that it can be had is known before the first response is paid for."""
+    root = Path(config.store).expanduser() if config.store else default_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the response store {root} cannot be made: {error.strerror}; name a folder with --store or DISTILL_STORE"
+        ) from None
+    return ResponseStore(root)
 
 
 def _own_tasks(config: RunConfig, held_out: Sequence[Prompt]) -> tuple[str, ...]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from distill.errors import UserError
 from pipelines.resolution import resolve_run
 from pipelines.strong_to_weak import run
 
@@ -29,11 +32,31 @@ def small_run(out: Path, *assignments: str, **choices: Any) -> tuple[dict[str, A
     return summary, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def numbers(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Times aside."""
+    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in metrics]
+
+
+def forget_the_last_step(out: Path, *, step: int, stage: str) -> None:
+    for name in ("student", f"checkpoints/step_{step}"):
+        shutil.rmtree(out / name)
+    for path in (out / "summary.json", *out.glob(f"eval/{stage}-*")):
+        path.unlink()
+
+
 def test_adapters_are_trained_resumed_and_merged(tmp_path: Path) -> None:
-    summary, metrics = small_run(tmp_path / "run", "student.lora={rank: 4, alpha: 8.0}")
+    adapters = ("student.lora={rank: 4, alpha: 8.0, dropout: 0.1}", "checkpoint_every=1")
+    summary, metrics = small_run(tmp_path / "run", *adapters)
     assert len(metrics) == 4 and all(line["grad_norm"] > 0 for line in metrics)
-    assert not any("lora" in name for name in load_file(tmp_path / "run" / "student" / "model.safetensors"))
+    merged = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert not any("lora" in name for name in merged)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student") is not None
+    # As a kill after the third of the four steps leaves it: dropout, moments and adapters go on where they were.
+    forget_the_last_step(tmp_path / "run", step=4, stage="on_policy")
+    _, resumed = small_run(tmp_path / "run", *adapters)
+    assert numbers(resumed) == numbers(metrics)
+    again = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert again.keys() == merged.keys() and all(torch.equal(again[name], merged[name]) for name in merged)
     # Frozen weights get no gradient: a training step costs two passes, not three.
     full, _ = small_run(tmp_path / "full")
     assert summary["costs"]["student_train"]["stages"]["off_policy"]["flops"] == pytest.approx(
@@ -84,6 +107,39 @@ def test_own_prompts_without_answers_leave_the_embedded_pair_its_own_task(tmp_pa
     assert {entry["task"] for entry in summary["scores"]} == {"embedded"}
 
 
+def test_a_single_stage_is_measured_from_the_start(tmp_path: Path) -> None:
+    """The student is the teacher, and the stage ruins it: there was no gap to close, whatever the stage did."""
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text(
+        """
+        teacher: {model: tiny, dtype: float32}
+        student: {model: tiny, dtype: float32, gradient_checkpointing: false}
+        stages:
+          off_policy:
+            kind: off_policy
+            optimiser: {learning_rate: 1.0, warmup_steps: 0}
+            sampling: {think: {max_new_tokens: 96}, no_think: {max_new_tokens: 16}}
+        evaluation:
+          modes: [think]
+          sampling: {think: {max_new_tokens: 96, temperature: 0.6}, no_think: {max_new_tokens: 16}}
+        """
+    )
+    config = resolve_run(
+        recipe=str(recipe),
+        assignments=[*(text for text in SMALL if "on_policy" not in text), f"store={tmp_path}/store"],
+    )
+    summary = run(config, tmp_path / "run", command=["a test"])
+    assert [entry["mean"] for entry in summary["scores"]] == [1.0, 1.0, 0.0]
+    assert summary["gap_closed"] == {"think": None}
+
+
+def test_a_store_that_cannot_be_had_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"store .*file cannot be made: .*--store or DISTILL_STORE"):
+        small_run(tmp_path / "run", f"store={tmp_path}/file")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.fixture
 def undistilled(tmp_path: Path) -> tuple[Path, Path]:
     from distill.embedded import checkpoint_dir
@@ -97,8 +153,6 @@ def undistilled(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_truncated_checkpoint_is_refused_and_claims_nothing(tmp_path: Path, undistilled: tuple[Path, Path]) -> None:
-    from distill.errors import UserError
-
     _, student = undistilled
     weights = student / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
