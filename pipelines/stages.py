@@ -22,6 +22,7 @@ from distill.divergence import linear_cross_entropy, linear_divergence
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import Shape
+from distill.progress import say
 from distill.prompts import PromptSource
 from distill.sampler import Sampler, TransformersSampler
 from distill.seeding import derive, uniform
@@ -98,7 +99,8 @@ class OffPolicy:
 
     @property
     def num_prompts(self) -> int:
-        return self.settings.num_prompts
+        # A question asked again would get its stored response again, or be asked in both modes.
+        return min(self.settings.num_prompts, self.crew.prompts.num_train or self.settings.num_prompts)
 
     @property
     def num_steps(self) -> int:
@@ -106,7 +108,10 @@ class OffPolicy:
 
     def prepare(self) -> None:
         settings, crew = self.settings, self.crew
-        prompts = crew.prompts.batch(self.first_prompt, settings.num_prompts)
+        if self.num_prompts < settings.num_prompts:
+            wanted = f"fewer than num_prompts {settings.num_prompts}"
+            say(f"{self.name}: all {self.num_prompts} prompts are asked once, {wanted}")
+        prompts = crew.prompts.batch(self.first_prompt, self.num_prompts)
         requests = [
             # The response store is shared between runs, so a response's seed depends on its question, not on the run.
             crew.encoder.request(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -98,6 +99,18 @@ def test_ones_own_prompts_and_models_from_folders(tmp_path: Path, undistilled: t
     assert {entry["task"] for entry in summary["scores"]} == {"prompts"}
     assert all(entry["num_questions"] == 4 for entry in summary["scores"])
     assert len(metrics) == 4
+
+
+def test_every_prompt_of_a_small_file_is_asked_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Asked again, a question would get the same response from the store, or be asked in both modes."""
+    prompts = tmp_path / "my.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{a}+{b}="}) + "\n" for a in range(3) for b in range(4)))
+    small_run(tmp_path / "run", prompts=str(prompts))
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert len(set(manifest["stages"]["off_policy"]["responses"])) == 12
+    stored = datasets.load_dataset("parquet", data_files=f"{tmp_path}/store/*/part-*.parquet", split="train")
+    assert sorted(stored["prompt_id"]) == sorted(set(stored["prompt_id"]))
+    assert "all 12 prompts are asked once, fewer than num_prompts 16" in capfd.readouterr().err
 
 
 def test_own_prompts_without_answers_leave_the_embedded_pair_its_own_task(tmp_path: Path) -> None:
