@@ -229,6 +229,45 @@ class OnPolicyStage(Settings):
 StageSettings = Annotated[OffPolicyStage | OnPolicyStage, Field(discriminator="kind")]
 
 
+class CurveSettings(Settings):
+    """Examinations between the steps of a stage: its learning curve, and what may end it early (``stop``)."""
+
+    every: PositiveInt = 20
+    """Optimiser steps from one examination to the next; the weights a stage starts from are examined too."""
+    task: str | None = None
+    """A task whose questions no final score uses; null takes test questions of the embedded task that no
+    task of ``evaluation.tasks`` asks."""
+    num_questions: PositiveInt = 256
+    samples: PositiveInt = 1
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("think",)
+    """The first one's score is what ``stop`` and ``keep_best`` look at."""
+    keep_best: bool = False
+    """A stage ends with the weights that scored best, the earliest of equals, instead of its last ones."""
+
+
+class StopSettings(Settings):
+    """Ends a stage before its last step, at the first examination that finds either reached."""
+
+    score: Share | None = None
+    flops: PositiveFloat | None = None
+    """FLOPs of the stage, all roles together."""
+
+
+class PassAtSettings(Settings):
+    """How often one of k responses is right, from many responses to few questions (unbiased pass@k)."""
+
+    k: PositiveInt = 64
+    samples: PositiveInt = 128
+    num_questions: PositiveInt = 100
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("think",)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.samples < self.k:
+            raise ValueError(f"pass@{self.k} needs at least {self.k} samples a question, and samples is {self.samples}")
+        return self
+
+
 class EvaluationSettings(Settings):
     """How every checkpoint is examined. The sampling is the report's, mode by mode (section 4.6).
 
@@ -243,6 +282,11 @@ class EvaluationSettings(Settings):
     """The first questions of a task; null takes all."""
     samples: PositiveInt = 1
     """Responses to each question."""
+    references: bool = True
+    """Examine the teacher and the start too; without them there is no gap to close."""
+    pass_at: PassAtSettings | None = None
+    curve: CurveSettings | None = None
+    """Null examines the checkpoints at the stages' ends only."""
     sampling: ModeSampling = ModeSampling(
         think=SamplingSettings(max_new_tokens=30720, temperature=0.6, top_p=0.95, top_k=20),
         no_think=SamplingSettings(max_new_tokens=30720, temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),
@@ -260,6 +304,8 @@ class RunConfig(Settings):
     prompts: PromptSettings = EmbeddedPrompts()
     stages: dict[str, StageSettings] = {"off_policy": OffPolicyStage(), "on_policy": OnPolicyStage()}
     """The stages by name, in the order in which they run; each one starts from the student the last one left."""
+    stop: dict[str, StopSettings] = {}
+    """Stages, by name, that may end early; looked at where ``evaluation.curve`` examines."""
     evaluation: EvaluationSettings = EvaluationSettings()
     max_prompt_tokens: PositiveInt = 2048
     """A longer prompt is refused, with the line it came from."""
@@ -283,4 +329,9 @@ class RunConfig(Settings):
         reserved = {"teacher", "start"} & set(self.stages)
         if reserved:
             raise ValueError(f"a stage may not be called {sorted(reserved)[0]!r}: reports use that name")
+        unknown = sorted(set(self.stop) - set(self.stages))
+        if unknown:
+            raise ValueError(f"stop names the stage {unknown[0]!r}; the stages are {', '.join(self.stages)}")
+        if self.stop and self.evaluation.curve is None:
+            raise ValueError("stop needs evaluation.curve: only an examination can find a score reached")
         return self

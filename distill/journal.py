@@ -3,6 +3,7 @@
     config.yaml     the resolved configuration, itself a recipe
     manifest.json   versions, seeds, revisions and hashes of what went in, the command, keys of the responses used
     metrics.jsonl   one object an optimiser step
+    curve.jsonl     scores between the steps, if evaluation.curve asks for them
     costs.json      tokens, FLOPs and seconds by role
     checkpoints/    step_N/: a plain transformers checkpoint, and beside it what a resumed run needs
     student/        the result
@@ -10,8 +11,8 @@
     summary.json    written last: its presence means that the run is finished
     report.html
 
-Every file is written under another name and renamed, so a file that is there is whole; metrics.jsonl alone grows in
-place, and lines after the last checkpoint are dropped when a run resumes. Nothing is pickled.
+Every file is written under another name and renamed, so a file that is there is whole; metrics.jsonl and
+curve.jsonl alone grow in place, and lines after the last checkpoint are dropped when a run resumes. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.config import RunConfig
+from distill.config import RunConfig, Settings
 from distill.errors import DistillError, UserError
 from distill.recipe import dump_yaml, parse_yaml
 
@@ -82,9 +84,9 @@ class Journal:
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
         self.config = config
-        self._lock = _claim(path)
+        self._lock = claim(path, marker="config.yaml")
         if (path / "config.yaml").exists():
-            _refuse_other(path, config)
+            refuse_other(path / "config.yaml", config)
 
     @property
     def finished(self) -> bool:
@@ -116,16 +118,36 @@ class Journal:
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Append one step's metrics."""
-        path = self.path / "metrics.jsonl"
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._append("metrics.jsonl", metrics)
 
-    def keep_metrics(self, num_steps: int) -> None:
-        """Drop every line after the first ``num_steps``: they belong to steps that are done again."""
-        path = self.path / "metrics.jsonl"
+    def record_curve(self, point: Mapping[str, Any]) -> None:
+        """Append one point of the learning curve; ``global_step`` is its place."""
+        self._append("curve.jsonl", point)
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The points of the learning curve so far."""
+        path = self.path / "curve.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def keep_steps(self, num_steps: int, *, ended: str | None = None) -> None:
+        """Drop what was recorded after the first ``num_steps`` steps: they are done again.
+
+        The learning curve's point at ``num_steps`` is found again too, except that of a stage that has ``ended`` there.
+        """
+        self._keep("metrics.jsonl", lambda metrics: metrics["global_step"] <= num_steps)
+        self._keep("curve.jsonl", lambda point: point["global_step"] < num_steps or point["stage"] == ended)
+
+    def _append(self, name: str, document: Mapping[str, Any]) -> None:
+        path = self.path / name
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(document, allow_nan=False) + "\n")
+
+    def _keep(self, name: str, wanted: Callable[[Any], bool]) -> None:
+        path = self.path / name
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if len(lines) > num_steps:
-            write_atomically(path, "".join(f"{line}\n" for line in lines[:num_steps]))
+        kept = list(takewhile(lambda line: _is_whole(line) and wanted(json.loads(line)), lines))
+        if len(kept) < len(lines):
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def write_checkpoint(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor], export: Callable[[Path], None]
@@ -174,6 +196,15 @@ class Journal:
                 shutil.rmtree(folder)
 
 
+def _is_whole(line: str) -> bool:
+    """A process that was killed while it appended leaves a part of a line; nothing stands behind it."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def _write_or_oserror(write: Callable[[Path], None], folder: Path) -> None:
     """safetensors reports a full disk as its own error; it is the file system's."""
     from safetensors import SafetensorError
@@ -190,11 +221,14 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _claim(path: Path) -> Any:
-    """The directory, made if need be, for this process alone; an open lock file."""
+def claim(path: Path, *, marker: str) -> Any:
+    """The directory, made if need be, for this process alone; an open lock file.
+
+    Raises UserError where it cannot be used, among others where it is not empty and the file ``marker`` is not there.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists():
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
         shown = ", ".join(sorted(entry.name for entry in path.iterdir())[:3])
         if {entry.name for entry in path.iterdir()} != {".lock"}:
             raise UserError(
@@ -213,12 +247,15 @@ def _claim(path: Path) -> Any:
     return lock
 
 
-def _refuse_other(path: Path, config: RunConfig) -> None:
-    tree = parse_yaml((path / "config.yaml").read_text(encoding="utf-8"), where=f"{path}/config.yaml")
+def refuse_other(file: Path, config: Settings) -> None:
+    """Raises UserError, naming the differences, where ``file`` holds another configuration."""
+    tree = parse_yaml(file.read_text(encoding="utf-8"), where=str(file))
     differences = list(_differences(tree, config.model_dump(mode="json"), ""))
     if differences:
         shown = "; ".join(differences[:5])
-        raise UserError(f"{path} holds another run: {shown}. Give that run's settings to resume it, or another --out")
+        raise UserError(
+            f"{file.parent} holds another run: {shown}. Give that run's settings to resume it, or another --out"
+        )
 
 
 def _differences(old: Any, new: Any, where: str) -> Iterator[str]:

@@ -11,13 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
 
 from distill.config import RunConfig, Settings
 from distill.errors import UserError
+
+S = TypeVar("S", bound=Settings)
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -111,16 +113,21 @@ def load_recipe(path: Path) -> dict[str, Any]:
 
 def validate(tree: Mapping[str, Any], *, where: str = "the configuration") -> RunConfig:
     """A checked ``RunConfig``. Raises UserError with one line for each thing that is wrong."""
+    return validate_as(RunConfig, tree, where=where)
+
+
+def validate_as(model: type[S], tree: Mapping[str, Any], *, where: str) -> S:
+    """``validate`` for any block of settings."""
     try:
-        return RunConfig.model_validate(tree)
+        return model.model_validate(tree)
     except pydantic.ValidationError as error:
-        problems = [_sentence(details) for details in error.errors(include_url=False)]
+        problems = [_sentence(details, model) for details in error.errors(include_url=False)]
         raise UserError(f"{where} is not valid: " + "; ".join(problems)) from None
 
 
-def _sentence(details: Any) -> str:
+def _sentence(details: Any, model: type[Settings]) -> str:
     location: Sequence[str | int] = details["loc"]
-    keys, known, kinds = _walk(location)
+    keys, known, kinds = _walk(location, model)
     shown = ".".join(keys)
     if details["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
@@ -131,11 +138,11 @@ def _sentence(details: Any) -> str:
     return f"{shown or 'configuration'}: {details['msg'].removeprefix('Value error, ')} (got {details['input']!r})"
 
 
-def _walk(location: Sequence[str | int]) -> tuple[list[str], list[str], list[str]]:
+def _walk(location: Sequence[str | int], model: type[Settings]) -> tuple[list[str], list[str], list[str]]:
     """The keys of ``location`` without pydantic's union tags, the keys that the block around its end knows, and the
     kinds to choose from at its end."""
-    schema = RunConfig.model_json_schema()
-    definitions = schema["$defs"]
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
     node: Any = schema
     keys: list[str] = []
     known: list[str] = []

@@ -47,7 +47,8 @@ class Evaluation:
     ``closure``: no thinking block is left open at the response's end. ``truncation``: the token limit was reached.
     ``nonempty_thinking``: something is thought (in non-thinking mode: leakage). ``num_broken`` samples could not be
     decoded or graded and count as wrong. ``flops`` are those of one forward pass over prompts and responses, None
-    where the model's shape was not given. ``metrics`` holds ``avg@K`` and, for K > 1 samples a question, ``pass@K``.
+    where the model's shape was not given. ``metrics`` holds ``avg@K`` and, for K > 1 samples a question, ``pass@K``
+    or the k that was asked for.
     """
 
     checkpoint: str
@@ -128,13 +129,15 @@ def evaluate(
     switch: Switch = "hard",
     shape: Shape | None = None,
     chunk: int = 256,
+    pass_k: int | None = None,
 ) -> Evaluation:
     """Examine whoever ``sampler`` speaks for on ``task`` in ``mode``, ``samples`` responses to each question.
 
     With ``out``, writes ``<out>/<checkpoint>-<task>-<mode>.json`` and the same name ``.parquet`` with every sample;
     an evaluation that is there with the same settings is read back instead. ``weights`` identifies the checkpoint's
     weights where its name does not. A thinking budget becomes part of the file's name. Requests are sampled and
-    saved ``chunk`` at a time. ``shape`` is the model's, for the FLOPs.
+    saved ``chunk`` at a time. ``pass_k`` is the k of pass@k where it is not ``samples``. ``shape`` is the model's, for
+    the FLOPs.
     """
     settings = _settings_hash(
         task,
@@ -144,6 +147,7 @@ def evaluate(
         switch=switch,
         sampling=sampling,
         samples=samples,
+        pass_k=pass_k or samples,
         seed=seed,
     )
     name = _file_name(checkpoint, task.name, mode, sampling)
@@ -174,6 +178,7 @@ def evaluate(
         sampling=sampling,
         seed=seed,
         samples=samples,
+        pass_k=pass_k or samples,
         shape=shape,
     )
     if evaluation.num_broken:
@@ -196,6 +201,7 @@ def _settings_hash(
     switch: Switch,
     sampling: Sampling,
     samples: int,
+    pass_k: int,
     seed: int,
 ) -> str:
     """Hash of everything that decides the responses and their grades."""
@@ -210,6 +216,7 @@ def _settings_hash(
             "switch": switch,
             "sampling": asdict(sampling),
             "samples": samples,
+            "pass_k": pass_k,
             "seed": seed,
         }
     )
@@ -337,6 +344,7 @@ def _summarise(
     sampling: Sampling,
     seed: int,
     samples: int,
+    pass_k: int,
     shape: Shape | None,
 ) -> Evaluation:
     scores: dict[str, tuple[float, ...]] = {}
@@ -344,7 +352,7 @@ def _summarise(
         scores[row["prompt_id"]] = (*scores.get(row["prompt_id"], ()), float(row["correct"]))
     metrics = {f"avg@{samples}": estimate(scores)}
     if samples > 1:
-        metrics[f"pass@{samples}"] = pass_at_k_estimate(scores, samples)
+        metrics[f"pass@{pass_k}"] = pass_at_k_estimate(scores, pass_k)
     num_rows = len(rows)
 
     def share(values: list[bool]) -> float:

@@ -18,8 +18,11 @@ from distill.types import MODES, Rollout
 from pipelines.stages import Crew, Stage
 from students.student import Student
 
-Checkpoint = Callable[[int], None]
-"""Called with the number of finished steps of the stage."""
+Checkpoint = Callable[[int, bool], None]
+"""Called with the number of finished steps of the stage, and whether the stage has ended."""
+
+Examine = Callable[[int], bool]
+"""Called with the number of finished steps of the stage, before the first and after each; whether to end the stage."""
 
 
 def run_stage(
@@ -32,8 +35,11 @@ def run_stage(
     global_step: int,
     checkpoint: Checkpoint,
     checkpoint_every: int,
-) -> None:
-    """Steps ``first_step`` to the stage's last. A step that is interrupted leaves no trace; see ``interrupt``.
+    examine: Examine,
+) -> int:
+    """Steps ``first_step`` to the stage's last, or to where ``examine`` ends it; the number of finished steps.
+
+    A step that is interrupted leaves no trace; see ``interrupt``.
 
     ``global_step`` counts the run's finished steps before ``first_step``. A stop on request, or a loss that is not
     finite, writes a checkpoint of the last finished step on its way out.
@@ -42,6 +48,8 @@ def run_stage(
     try:
         with track(f"{stage.name}: steps", stage.num_steps, "steps", done=done) as bar:
             for step in range(first_step, stage.num_steps):
+                if examine(done):
+                    break
                 metrics = _step(stage, student, crew, step)
                 done = step + 1
                 journal.record(
@@ -49,13 +57,16 @@ def run_stage(
                 )
                 bar.advance(note=_note(metrics))
                 if done % checkpoint_every == 0 and done < stage.num_steps:
-                    checkpoint(done)
+                    checkpoint(done, False)
+            else:
+                examine(done)
     except (StoppedError, NonFiniteError):
         # Both are raised before a step changes anything, so the weights are those of the last finished step.
         if done > first_step:
-            checkpoint(done)
+            checkpoint(done, False)
         raise
-    checkpoint(done)
+    checkpoint(done, True)
+    return done
 
 
 def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, Any]:

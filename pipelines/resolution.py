@@ -26,7 +26,7 @@ def _recipes() -> Any:
     return files("pipelines") / "recipes"
 
 
-def _find(name: str) -> Path:
+def find_recipe(name: str) -> Path:
     """The file of a shipped recipe, or of one's own."""
     if name in recipe_names():
         return Path(str(_recipes() / f"{name}.yaml"))
@@ -56,7 +56,7 @@ def resolve_run(
     named = [name for name in (teacher, student) if name is not None]
     if recipe is None:
         recipe = EMBEDDED_RECIPE if all(name in EMBEDDED_NAMES for name in named) else REAL_RECIPE
-    tree = load_recipe(_find(recipe))
+    tree = load_recipe(find_recipe(recipe))
     flags: dict[str, Any] = {}
     if teacher is not None:
         assign(flags, "teacher.model", _absolute(teacher))

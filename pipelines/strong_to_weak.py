@@ -11,7 +11,7 @@ import platform
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from distill.types import Mode, Prompt, Request, Rollout
 from eval.report import write_report
 from eval.runner import Evaluation, evaluate
 from eval.statistics import paired_difference
-from eval.tasks import load_task
+from eval.tasks import Task, load_task
+from pipelines.curve import Curve
 from pipelines.hiring import Hired, hired_teacher
 from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
@@ -122,6 +123,7 @@ class _Run:
         for name, settings in config.stages.items():
             self.stages.append(STAGES[type(settings)](name, settings, self.crew, first_prompt=first_prompt))
             first_prompt += self.stages[-1].num_prompts
+        self.curve = None if config.evaluation.curve is None else Curve(config, self.crew, journal, self.tasks)
         self.evaluations: list[Evaluation] = []
         self._moments: dict[str, torch.Tensor] = {}
         """What the optimiser had at the checkpoint that this process resumes from."""
@@ -174,8 +176,9 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Everything that is still to do; the summary."""
         position = self._resume()
-        self._examine("teacher", self.crew.teacher_sampler)
-        self._examine("start", self._student_at(position, _Position()))
+        if self.config.evaluation.references:
+            self._examine("teacher", self.crew.teacher_sampler)
+            self._examine("start", self._student_at(position, _Position()))
         for number, (stage, settings) in enumerate(zip(self.stages, self.config.stages.values(), strict=True)):
             if number >= position.stage:
                 position = self._run_stage(number, stage, settings, position)
@@ -201,11 +204,16 @@ class _Run:
             self._moments = {}
         before = position.global_step - position.step
 
-        def checkpoint(done: int) -> None:
-            self._checkpoint(_Position(number, done, before + done), stage_end=done == stage.num_steps)
+        def checkpoint(done: int, stage_end: bool) -> None:
+            if stage_end and self.curve is not None:
+                self.curve.settle(stage, self.student)
+            self._checkpoint(_Position(number, done, before + done), stage_end=stage_end)
+
+        def examine(done: int) -> bool:
+            return self.curve is not None and self.curve.ends(stage, done, before + done, self.student)
 
         self.crew.student_sampler.weight_version = position.global_step
-        run_stage(
+        done = run_stage(
             stage,
             self.student,
             self.crew,
@@ -214,8 +222,9 @@ class _Run:
             global_step=position.global_step,
             checkpoint=checkpoint,
             checkpoint_every=self.config.checkpoint_every,
+            examine=examine,
         )
-        return _Position(number + 1, 0, before + stage.num_steps)
+        return _Position(number + 1, 0, before + done)
 
     def _manifest_stages(self) -> dict[str, Any]:
         return dict(read_json(self.journal.path / "manifest.json").get("stages", {}))
@@ -247,13 +256,13 @@ class _Run:
         } | {role: stages for role, stages in step_costs.entries.items() if role in STEP_ROLES}
         self.crew.meter.account.peak_bytes = account.peak_bytes
         if found is None:
-            self.journal.keep_metrics(0)
+            self.journal.keep_steps(0)
             return _Position()
         tensors = load_file(found[1] / "training.safetensors")
         self.student.load_weights(_below("weights/", tensors))
         if not state["stage_end"]:
             self._moments = _below("optimiser/", tensors)
-        self.journal.keep_metrics(state["global_step"])
+        self.journal.keep_steps(state["global_step"], ended=state["stage_name"] if state["stage_end"] else None)
         say(f"resuming after step {state['global_step']} ({state['stage_name']})")
         return _Position(state["stage"], state["step"], state["global_step"])
 
@@ -267,26 +276,37 @@ class _Run:
 
     def _examine(self, checkpoint: str, sampler: Sampler) -> None:
         settings = self.config.evaluation
-        shape = self.crew.teacher_shape if checkpoint == "teacher" else self.crew.student_shape
         for task in self.tasks:
             for mode in settings.modes:
-                self.evaluations.append(
-                    evaluate(
-                        task,
-                        mode,
-                        sampler=MeteredSampler(sampler, self.crew.meter, shape, "evaluate", checkpoint),
-                        encoder=self.encoder,
-                        sampling=settings.sampling.of(mode),
-                        samples=settings.samples,
-                        # Every checkpoint is asked with the same random numbers: differences are the weights'.
-                        seed=derive(self.config.seed, "evaluate", task.name, mode),
-                        checkpoint=checkpoint,
-                        out=self.journal.path / "eval",
-                        shape=shape,
-                    )
-                )
+                self._evaluate(checkpoint, sampler, task, mode, samples=settings.samples)
+        if (passing := settings.pass_at) is not None:
+            few = replace(self.tasks[0], prompts=self.tasks[0].prompts[: passing.num_questions])
+            few = replace(few, name=f"{few.name}-pass")
+            for mode in passing.modes:
+                self._evaluate(checkpoint, sampler, few, mode, samples=passing.samples, pass_k=passing.k)
         self._charge_evaluation(checkpoint)
         self._write_costs()
+
+    def _evaluate(
+        self, checkpoint: str, sampler: Sampler, task: Task, mode: Mode, *, samples: int, pass_k: int | None = None
+    ) -> None:
+        shape = self.crew.teacher_shape if checkpoint == "teacher" else self.crew.student_shape
+        self.evaluations.append(
+            evaluate(
+                task,
+                mode,
+                sampler=MeteredSampler(sampler, self.crew.meter, shape, "evaluate", checkpoint),
+                encoder=self.encoder,
+                sampling=self.config.evaluation.sampling.of(mode),
+                samples=samples,
+                # Every checkpoint is asked with the same random numbers: differences are the weights'.
+                seed=derive(self.config.seed, "evaluate", task.name, mode),
+                checkpoint=checkpoint,
+                out=self.journal.path / "eval",
+                shape=shape,
+                pass_k=pass_k,
+            )
+        )
 
     def _charge_evaluation(self, checkpoint: str) -> None:
         """From the evaluations themselves: parts of them may have been made by an earlier process of this run."""
@@ -312,13 +332,16 @@ class _Run:
         """Share of the distance between the first stage's student and the teacher that the last stage covered;
         where there is one stage alone, between the start and the teacher.
 
-        Of the first task; null where the teacher's lead is not certain (its paired 95 % interval reaches zero).
+        Of the first task; null where the teacher's lead is not certain (its paired 95 % interval reaches zero) or the
+        teacher was not examined.
         """
         by_checkpoint = {
             evaluation.checkpoint: evaluation
             for evaluation in self.evaluations
             if evaluation.mode == mode and evaluation.task == self.tasks[0].name
         }
+        if "teacher" not in by_checkpoint:
+            return None
         before = self.stages[0].name if len(self.stages) > 1 else "start"
         teacher, first, last = (by_checkpoint[name] for name in ("teacher", before, self.stages[-1].name))
         lead = paired_difference(teacher.scores, first.scores)

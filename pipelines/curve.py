@@ -1,0 +1,137 @@
+"""The learning curve: examinations between the steps of a stage, on questions that no final score uses.
+
+What a stage reached by when decides which checkpoint is its best and when a stage may end; both would flatter the
+final scores if they looked at the same questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from distill.config import CurveSettings, RunConfig, StopSettings
+from distill.costs import Cost
+from distill.errors import UserError
+from distill.journal import Journal, writing
+from distill.seeding import derive
+from distill.types import Mode
+from eval.runner import Evaluation, evaluate
+from eval.tasks import Task, load_task
+from pipelines.meter import MeteredSampler
+from pipelines.stages import Crew, Stage
+from students.student import Student
+
+
+class Curve:
+    """Examines the student every so many steps, records the point, and says when a stage has reached its goal."""
+
+    def __init__(self, config: RunConfig, crew: Crew, journal: Journal, tasks: Sequence[Task]) -> None:
+        settings = config.evaluation.curve
+        assert settings is not None, "a run without evaluation.curve has no learning curve"
+        self.settings: CurveSettings = settings
+        self.config, self.crew, self.journal = config, crew, journal
+        self.task = _validation_task(config, tasks)
+
+    def ends(self, stage: Stage, done: int, global_step: int, student: Student) -> bool:
+        """Examine the weights after ``done`` steps of ``stage`` if it is time to; whether the stage may end here."""
+        if done % self.settings.every and done != stage.num_steps:
+            return False
+        scores = [self._examine(mode) for mode in self.settings.modes]
+        cost = Cost()
+        for part in self.crew.meter.account.of_stage(stage.name).values():
+            cost.add(part)
+        self.journal.record_curve(
+            {
+                "stage": stage.name,
+                "step": done,
+                "global_step": global_step,
+                "tokens": cost.tokens,
+                "flops": cost.flops,
+                "seconds": cost.seconds,
+                "scores": [_entry(evaluation) for evaluation in scores],
+            }
+        )
+        if self.settings.keep_best and best_point(self.journal.curve(), stage.name)["step"] == done:
+            self._keep(stage, student)
+        stop = self.config.stop.get(stage.name, StopSettings())
+        return _is_reached(stop.score, _mean(scores[0])) or _is_reached(stop.flops, cost.flops)
+
+    def settle(self, stage: Stage, student: Student) -> None:
+        """At the end of ``stage``: take its best weights, if that is wanted."""
+        if self.settings.keep_best:
+            student.load_weights(load_file(self._best(stage)))
+
+    def _keep(self, stage: Stage, student: Student) -> None:
+        # A run that goes back to a checkpoint finds the same best weights again at the same step.
+        path = self._best(stage)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            save_file({name: tensor.cpu().contiguous() for name, tensor in student.weights().items()}, temporary)
+            temporary.replace(path)
+
+    def _best(self, stage: Stage) -> Path:
+        return self.journal.path / "checkpoints" / f"best-{stage.name}.safetensors"
+
+    def _examine(self, mode: Mode) -> Evaluation:
+        return evaluate(
+            self.task,
+            mode,
+            sampler=MeteredSampler(
+                self.crew.student_sampler, self.crew.meter, self.crew.student_shape, "evaluate", "curve"
+            ),
+            encoder=self.crew.encoder,
+            sampling=self.config.evaluation.sampling.of(mode),
+            samples=self.settings.samples,
+            # The same random numbers at every point: what differs is the weights.
+            seed=derive(self.config.seed, "curve", self.task.name, mode),
+            checkpoint="curve",
+            shape=self.crew.student_shape,
+        )
+
+
+def best_point(points: Sequence[Mapping[str, Any]], stage: str) -> Mapping[str, Any]:
+    """The point of ``stage`` with the highest score, the earliest of equals."""
+    return max((point for point in points if point["stage"] == stage), key=lambda point: point["scores"][0]["mean"])
+
+
+def _validation_task(config: RunConfig, examined: Sequence[Task]) -> Task:
+    """The questions of the curve, none of them in a task of ``examined``."""
+    assert config.evaluation.curve is not None
+    name, num_questions = config.evaluation.curve.task, config.evaluation.curve.num_questions
+    final = {prompt.id: task.name for task in examined for prompt in task.prompts}
+    if name is None and config.prompts.kind == "embedded":
+        # More than enough are drawn: the short chains are few, and the final questions may hold most of them.
+        drawn = load_task("embedded", num_questions=num_questions + len(final), seed=derive(0, "validation"))
+        fresh = tuple(prompt for prompt in drawn.prompts if prompt.id not in final)
+        return replace(drawn, name="embedded-validation", prompts=fresh[:num_questions])
+    if name is None:
+        raise UserError(
+            "evaluation.curve.task is null, and only the embedded task has validation questions of its own; name a "
+            "task, or a JSONL file with questions that evaluation.tasks does not use"
+        )
+    task = load_task(name, num_questions=num_questions)
+    shared = [prompt.id for prompt in task.prompts if prompt.id in final]
+    if shared:
+        raise UserError(
+            f"evaluation.curve.task {name!r} shares {len(shared)} questions with the task {final[shared[0]]!r} of "
+            f"evaluation.tasks; a checkpoint that was chosen on them would look better than it is: name another task"
+        )
+    return task
+
+
+def _entry(evaluation: Evaluation) -> dict[str, Any]:
+    entry = evaluation.entries[0]
+    return {key: entry[key] for key in ("task", "mode", "metric", "mean", "ci95", "num_questions", "num_samples")}
+
+
+def _mean(evaluation: Evaluation) -> float:
+    return float(evaluation.entries[0]["mean"])
+
+
+def _is_reached(goal: float | None, value: float) -> bool:
+    return goal is not None and value >= goal
