@@ -173,10 +173,27 @@ class SampledLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ActionLogprobs:
+    """A policy's log-probabilities of response tokens, [R]: of the token itself, and of the action that it was.
+
+    They differ at the response's end, where any of the family's stop tokens would have been the same action.
+    """
+
+    token_R: Tensor
+    action_R: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Advantage:
-    """One number a response: how much better it was than the others of its group."""
+    """How much better a response was than the others of its group, and what its loss compares with.
+
+    ``value`` holds for every token of the response. ``old`` is the policy before the first optimiser step on this
+    batch; None where that is the policy that is trained. ``anchor`` is a distribution to stay near, if there is one.
+    """
 
     value: float
+    old: ActionLogprobs | None = None
+    anchor: HiddenStates | None = None
 
 
 Signal = HiddenStates | TopK | SampledLogprobs | Advantage
