@@ -39,6 +39,15 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def _load(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The recipe, laid over the one that its key ``extends`` names."""
+    if name in above:
+        raise UserError(f"the recipe {name!r} extends itself ({' extends '.join([*above, name])}); name another base")
+    tree = load_recipe(find_recipe(name))
+    base = tree.pop("extends", None)
+    return tree if base is None else merge(_load(str(base), (*above, name)), tree)
+
+
 def resolve_run(
     *,
     recipe: str | None = None,
@@ -56,7 +65,7 @@ def resolve_run(
     named = [name for name in (teacher, student) if name is not None]
     if recipe is None:
         recipe = EMBEDDED_RECIPE if all(name in EMBEDDED_NAMES for name in named) else REAL_RECIPE
-    tree = load_recipe(find_recipe(recipe))
+    tree = _load(recipe)
     flags: dict[str, Any] = {}
     if teacher is not None:
         assign(flags, "teacher.model", _absolute(teacher))
@@ -76,6 +85,9 @@ def resolve_run(
         assign(over, key, value)
         tree = merge(tree, over)
     tree = merge(tree, flags)
+    if isinstance(tree.get("stages"), dict):
+        # A stage that is null is one that this recipe leaves out of the one it extends.
+        tree["stages"] = {name: stage for name, stage in tree["stages"].items() if stage is not None}
     config = validate(tree, where=f"the configuration (recipe {recipe})")
     if config.name is None:
         parts = (Path(block.model).name for block in (config.teacher, config.student))

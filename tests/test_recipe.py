@@ -23,7 +23,23 @@ def test_dump_of_a_configuration_is_a_recipe_for_it() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_is_valid(name: str) -> None:
     config = resolve_run(recipe=name)
-    assert list(config.stages) == ["off_policy", "on_policy"]
+    assert next(iter(config.stages)) == "off_policy" and len(config.stages) >= 2
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: embedded\nseed: 3\nstages:\n  on_policy: null\n  off_policy: {epochs: 5}\n")
+    config = resolve_run(recipe=str(own))
+    base = resolve_run(recipe="embedded")
+    assert list(config.stages) == ["off_policy"] and config.seed == 3 and config.teacher == base.teacher
+    assert config.stages["off_policy"] == base.stages["off_policy"].model_copy(update={"epochs": 5})
+    assert list(resolve_run(assignments=["stages.off_policy=null"]).stages) == ["on_policy"]
+    own.write_text(f"extends: {own}\n")
+    with pytest.raises(UserError, match="extends itself"):
+        resolve_run(recipe=str(own))
+    own.write_text("extends: embeded\n")
+    with pytest.raises(UserError, match="did you mean embedded"):
+        resolve_run(recipe=str(own))
 
 
 def test_yaml_is_read_as_yaml_1_2() -> None:
