@@ -226,7 +226,60 @@ class OnPolicyStage(Settings):
     optimiser: Optimiser = Optimiser(learning_rate=2e-6)
 
 
-StageSettings = Annotated[OffPolicyStage | OnPolicyStage, Field(discriminator="kind")]
+class PolicyGradientSettings(Settings):
+    """How a verifier's verdicts move the student: GRPO's advantages (arXiv 2402.03300) with DAPO's corrections."""
+
+    grader: str | None = None
+    """Who decides whether a response is right: number, words, math, choice, exact, embedded. Null chooses by the
+    prompts: the strictest grader that all their answers suit."""
+    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    clip_high: PositiveFloat = 0.28
+    """How far a token's probability may move, down and up, within one sampled batch before it stops teaching."""
+    updates_per_step: PositiveInt = 1
+    """Optimiser steps on each sampled batch, each on its share of the groups. Clipping means something from 2 on."""
+    overlong_share: Share = 0.2
+    """The last share of the token limit, in which the reward falls evenly by up to 1 (DAPO); 0 punishes nothing."""
+    dr_grpo: bool = False
+    """Dr. GRPO (arXiv 2503.20783): advantages keep the scale of the reward, and a token counts one over the token limit
+    of all responses instead of one over the tokens that there are."""
+    importance_cap: Annotated[float, Field(ge=1.0)] = 2.0
+    """A token weighs p(trainer) / p(sampler), at most this much: 1 where the two agree."""
+
+
+class GrpoStage(Settings):
+    """The student speaks, a verifier judges the response: the reinforcement-learning baseline."""
+
+    kind: Literal["grpo"] = "grpo"
+    steps: PositiveInt = 150
+    prompts_per_step: PositiveInt = 64
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Size of a group: the responses to one prompt, which are compared with each other."""
+    mixture: Mixture = Mixture()
+    sampling: ModeSampling = ModeSampling()
+    policy_gradient: PolicyGradientSettings = PolicyGradientSettings()
+    kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the reverse KL to the student as the stage found it; 0 keeps no copy of that one."""
+    optimiser: Optimiser = Optimiser(learning_rate=1e-6)
+
+
+class OpdRewardStage(Settings):
+    """On-policy distillation and reinforcement learning in one loss: the teacher judges every token, a verifier the
+    response."""
+
+    kind: Literal["opd_reward"] = "opd_reward"
+    steps: PositiveInt = 150
+    prompts_per_step: PositiveInt = 64
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    mixture: Mixture = Mixture()
+    sampling: ModeSampling = ModeSampling()
+    divergence: DivergenceSettings = DivergenceSettings()
+    divergence_coefficient: PositiveFloat = 1.0
+    policy_gradient: PolicyGradientSettings = PolicyGradientSettings()
+    reward_coefficient: PositiveFloat = 1.0
+    optimiser: Optimiser = Optimiser(learning_rate=2e-6)
+
+
+StageSettings = Annotated[OffPolicyStage | OnPolicyStage | GrpoStage | OpdRewardStage, Field(discriminator="kind")]
 
 
 class CurveSettings(Settings):
@@ -293,6 +346,38 @@ class EvaluationSettings(Settings):
     )
 
 
+class GuardLimits(Settings):
+    """Where a guard warns, and where it stops a run that it has warned of."""
+
+    warn: float
+    stop: float
+
+
+class GuardSettings(Settings):
+    """When a training that goes wrong is stopped. Null switches a guard off. All but ``kl`` compare the last steps
+    with the stage's own, by mode."""
+
+    window: PositiveInt = 5
+    """Steps over which a metric is averaged before it is judged."""
+    length: GuardLimits | None = GuardLimits(warn=2.0, stop=4.0)
+    """Mean response length over that of the stage's first steps."""
+    repetition: GuardLimits | None = GuardLimits(warn=0.2, stop=0.4)
+    """Share of 4-grams that a response had said before, above its lowest."""
+    truncation: GuardLimits | None = GuardLimits(warn=0.2, stop=0.5)
+    """Share of responses that reached the token limit, above its lowest."""
+    closure: GuardLimits | None = GuardLimits(warn=0.2, stop=0.5)
+    """Share of responses with closed thinking, below its highest."""
+    entropy: GuardLimits | None = GuardLimits(warn=0.02, stop=0.005)
+    """The student's entropy over that of the stage's first steps."""
+    kl: GuardLimits | None = GuardLimits(warn=1e-4, stop=1e-5)
+    """Reverse KL to the teacher, nats a token. Rounding to 16 bits alone makes 5e-6 of a model to itself."""
+
+    def limits(self, guard: str) -> GuardLimits | None:
+        found = dict(self)[guard]
+        assert found is None or isinstance(found, GuardLimits)
+        return found
+
+
 class RunConfig(Settings):
     """Everything a run depends on besides the code and the data."""
 
@@ -307,6 +392,7 @@ class RunConfig(Settings):
     stop: dict[str, StopSettings] = {}
     """Stages, by name, that may end early; looked at where ``evaluation.curve`` examines."""
     evaluation: EvaluationSettings = EvaluationSettings()
+    guards: GuardSettings = GuardSettings()
     max_prompt_tokens: PositiveInt = 2048
     """A longer prompt is refused, with the line it came from."""
     sampler_batch: PositiveInt = 256

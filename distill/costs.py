@@ -16,7 +16,10 @@ from typing import Any, Literal
 from distill.family import Shape
 from distill.types import Rollout
 
-Role = Literal["teacher_generate", "teacher_score", "student_sample", "student_train", "evaluate"]
+Role = Literal[
+    "teacher_generate", "teacher_score", "student_sample", "student_score", "verify", "student_train", "evaluate"
+]
+"""``student_score`` is a forward pass of the student, or of its earlier self, over responses that exist already."""
 
 
 def sequence_flops(shape: Shape, num_prompt: int, num_response: int) -> float:

@@ -24,6 +24,10 @@ class NonFiniteError(DistillError):
     """A loss or gradient is NaN or infinite; raised before the optimiser step (exit code 1)."""
 
 
+class GuardError(DistillError):
+    """A guard found that the training goes wrong; a checkpoint of the last step was written (exit code 1)."""
+
+
 class StoppedError(DistillError):
     """A signal asked the run to stop; a resumable checkpoint was written (75 for SIGTERM, 130 for Ctrl-C)."""
 

@@ -16,12 +16,24 @@ from distill.errors import StoppedError
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 _received: signal.Signals | None = None
+_held = False
 
 
 def check() -> None:
     """Raise StoppedError if a signal has asked this process to stop."""
-    if _received is not None:
+    if _received is not None and not _held:
         raise StoppedError(f"stopped by {_received.name}", exit_code=EXIT_CODES[_received])
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Within the block no ``check`` raises: work that has begun to change something is done whole."""
+    global _held
+    _held = True
+    try:
+        yield
+    finally:
+        _held = False
 
 
 @contextmanager

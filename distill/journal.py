@@ -137,6 +137,12 @@ class Journal:
         self._keep("metrics.jsonl", lambda metrics: metrics["global_step"] <= num_steps)
         self._keep("curve.jsonl", lambda point: point["global_step"] < num_steps or point["stage"] == ended)
 
+    def metrics_of(self, stage: str) -> list[dict[str, Any]]:
+        """What was recorded of a stage's steps so far."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [entry for entry in map(json.loads, lines) if entry["stage"] == stage]
+
     def _append(self, name: str, document: Mapping[str, Any]) -> None:
         path = self.path / name
         with writing(path), path.open("a", encoding="utf-8") as file:
@@ -185,6 +191,11 @@ class Journal:
         """State and folder of the newest checkpoint, if there is one."""
         found = self._checkpoints()
         return (read_json(found[-1] / "state.json"), found[-1]) if found else None
+
+    def stage_end(self, stage: str) -> Path:
+        """Folder of the checkpoint at the end of a stage that is finished."""
+        states = ((folder, read_json(folder / "state.json")) for folder in self._checkpoints())
+        return next(folder for folder, state in states if state["stage_end"] and state["stage_name"] == stage)
 
     def _checkpoints(self) -> list[Path]:
         folders = (self.path / "checkpoints").glob("step_*/state.json")

@@ -51,6 +51,10 @@ class PromptSource(Protocol):
     def num_train(self) -> int | None:
         """Different prompts to train on; None where they never run out."""
 
+    @property
+    def grader(self) -> str | None:
+        """The grader that the answers are made for; None where the answers themselves have to decide."""
+
     def at(self, position: int) -> Prompt:
         """The training prompt at a position, counted from the start of training and past the end of the data."""
 
@@ -65,6 +69,7 @@ class EmbeddedSource:
     """Fresh train questions of the embedded task; its test questions are the evaluation's own affair."""
 
     num_train = None
+    grader = "embedded"
 
     def __init__(self, settings: EmbeddedPrompts, *, seed: int) -> None:
         from distill.embedded.task import lengths_up_to
@@ -88,6 +93,8 @@ class EmbeddedSource:
 
 class TableSource:
     """Checked prompts in columns of text, shuffled anew by the seed in every epoch."""
+
+    grader = None
 
     def __init__(self, prompts: Iterator[Prompt], *, seed: int) -> None:
         import pyarrow as pa

@@ -31,6 +31,7 @@ MOST_CHARACTERS = 4000
 
 _TITLES = {
     "loss": "Loss",
+    "reward": "Share of sampled responses that are right",
     "reverse_kl": "Reverse KL to the teacher (nats a token)",
     "forward_kl": "Forward KL to the teacher (nats a token)",
     "student_entropy": "The student's entropy (nats a token)",
@@ -38,10 +39,11 @@ _TITLES = {
     "length": "Response length (tokens)",
     "closure": "Share with closed thinking",
     "truncation": "Share truncated",
+    "repetition": "Share of repeated 4-grams",
 }
 """The charts that are always shown, in this order; every other metric is in a fold below them."""
 
-_SHARES = {"closure", "truncation", "forced"}
+_SHARES = {"reward", "closure", "truncation", "repetition", "forced"}
 _NOT_METRICS = {"stage", "step", "global_step"}
 
 Document = dict[str, Any]

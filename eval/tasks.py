@@ -217,10 +217,10 @@ def _once(name: str, prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
 
 def _own(name: str, prompts: Sequence[Prompt], grader: str | None = None) -> Task:
     """A task of one's own prompts; unless it is named, the references decide on the grader."""
-    return Task(name, _once(name, prompts), grader or _suited_grader([prompt.answer or "" for prompt in prompts]))
+    return Task(name, _once(name, prompts), grader or suited_grader([prompt.answer or "" for prompt in prompts]))
 
 
-def _suited_grader(answers: Sequence[str]) -> str:
+def suited_grader(answers: Sequence[str]) -> str:
     """The strictest grader that all ``answers`` suit: numbers, option letters, words, else mathematics."""
     if all(as_number(answer.rpartition("####")[2]) is not None for answer in answers):
         return "number"

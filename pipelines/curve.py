@@ -21,8 +21,8 @@ from distill.seeding import derive
 from distill.types import Mode
 from eval.runner import Evaluation, evaluate
 from eval.tasks import Task, load_task
+from pipelines.crew import Crew, Stage
 from pipelines.meter import MeteredSampler
-from pipelines.stages import Crew, Stage
 from students.student import Student
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from distill import interrupt
 from distill.costs import Cost, rollout_flops
 from distill.encode import Encoder
-from distill.errors import NonFiniteError, StoppedError
+from distill.errors import DistillError, GuardError, NonFiniteError, StoppedError
 from distill.journal import Journal
 from distill.progress import track
 from distill.seeding import derive
-from distill.types import MODES, Rollout
-from pipelines.stages import Crew, Stage
+from distill.types import MODES, Example, Rollout
+from pipelines.crew import Crew, Stage
+from pipelines.guards import Guards
 from students.student import Student
 
 Checkpoint = Callable[[int, bool], None]
@@ -35,14 +38,15 @@ def run_stage(
     global_step: int,
     checkpoint: Checkpoint,
     checkpoint_every: int,
+    guards: Guards,
     examine: Examine,
 ) -> int:
     """Steps ``first_step`` to the stage's last, or to where ``examine`` ends it; the number of finished steps.
 
     A step that is interrupted leaves no trace; see ``interrupt``.
 
-    ``global_step`` counts the run's finished steps before ``first_step``. A stop on request, or a loss that is not
-    finite, writes a checkpoint of the last finished step on its way out.
+    ``global_step`` counts the run's finished steps before ``first_step``. A stop on request or by a guard, or a loss
+    that is not finite, writes a checkpoint of the last finished step on its way out.
     """
     done = first_step
     try:
@@ -52,16 +56,16 @@ def run_stage(
                     break
                 metrics = _step(stage, student, crew, step)
                 done = step + 1
-                journal.record(
-                    {"stage": stage.name, "step": step, "global_step": global_step + done - first_step, **metrics}
-                )
+                entry = {"stage": stage.name, "step": step, "global_step": global_step + done - first_step, **metrics}
+                journal.record(entry)
                 bar.advance(note=_note(metrics))
+                guards.watch(entry)
                 if done % checkpoint_every == 0 and done < stage.num_steps:
                     checkpoint(done, False)
             else:
                 examine(done)
-    except (StoppedError, NonFiniteError):
-        # Both are raised before a step changes anything, so the weights are those of the last finished step.
+    except (StoppedError, NonFiniteError, GuardError):
+        # All are raised between steps, or before one changes anything: the weights are those of the last finished step.
         if done > first_step:
             checkpoint(done, False)
         raise
@@ -75,26 +79,70 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, An
     before = crew.meter.account.of_stage(stage.name)
     rollouts = stage.sample(step)
     sampled = time.perf_counter()
-    examples = stage.signal(rollouts)
+    judged = stage.signal(rollouts)
     scored = time.perf_counter()
     with crew.meter.measure("student_train", stage.name) as cost:
-        metrics = student.step(
-            examples, stage.loss, step=step, num_steps=stage.num_steps, where=f"{stage.name} step {step}"
-        )
-        cost.tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
-        cost.flops = student.passes * rollout_flops(crew.student_shape, rollouts)
+        metrics = _learn(stage, student, judged.updates, step)
+        trained = [example.rollout for examples in judged.updates for example in examples]
+        cost.tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in trained)
+        cost.flops = student.passes * rollout_flops(crew.student_shape, trained)
     crew.student_sampler.weight_version += 1
     return {
         # No teacher judges some stages; their divergence is null, never zero.
         "reverse_kl": None,
         "forward_kl": None,
         **metrics,
+        **judged.facts,
         **_describe(rollouts, crew.encoder),
         **_spent(before, crew.meter.account.of_stage(stage.name)),
         "seconds": time.perf_counter() - started,
         "seconds.sample": sampled - started,
         "seconds.score": scored - sampled,
     }
+
+
+def _learn(stage: Stage, student: Student, updates: Sequence[Sequence[Example]], step: int) -> dict[str, float | None]:
+    """One optimiser step for each of ``updates`` that has examples; their metrics together.
+
+    The first may be interrupted, or find a number that is not finite, before anything has changed. From then on the
+    step is gone through to its end, so that a checkpoint holds whole steps only.
+    """
+    learned: list[dict[str, Any]] = []
+    for place, examples in enumerate(updates):
+        if not examples:
+            continue
+        with interrupt.held() if learned else nullcontext():
+            try:
+                metrics = student.step(
+                    examples,
+                    stage.loss,
+                    step=step * len(updates) + place,
+                    num_steps=stage.num_steps * len(updates),
+                    where=f"{stage.name} step {step}",
+                )
+            except NonFiniteError as error:
+                if not learned:
+                    raise
+                raise DistillError(f"{error}; the step had begun, so the run stands at its last checkpoint") from error
+        learned.append(metrics)
+    return _together(learned)
+
+
+def _together(updates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Metrics of a step's updates as one: counts and seconds are added, the rest is a mean over tokens."""
+    if not updates:
+        return {"loss": None, "num_tokens": 0, "seconds.train": 0.0}
+    if len(updates) == 1:
+        return dict(updates[0])
+    together: dict[str, float | None] = {}
+    for key in dict.fromkeys(key for update in updates for key in update):
+        known = [update for update in updates if update.get(key) is not None]
+        if key in ("num_tokens", "seconds.train"):
+            together[key] = sum(update[key] for update in known)
+            continue
+        num_tokens = sum(update["num_tokens"] for update in known)
+        together[key] = sum(update[key] * update["num_tokens"] for update in known) / num_tokens if known else None
+    return together
 
 
 def _spent(before: Mapping[str, Cost], after: Mapping[str, Cost]) -> dict[str, float]:
@@ -107,7 +155,7 @@ def _spent(before: Mapping[str, Cost], after: Mapping[str, Cost]) -> dict[str, f
 
 
 def _describe(rollouts: Sequence[Rollout], encoder: Encoder) -> dict[str, float | None]:
-    """Length, closure of thinking, truncation, early stops: all responses together and by mode."""
+    """What the responses look like from outside: all together and by mode."""
     groups = {"": list(rollouts)} | {f"{mode}.": [r for r in rollouts if r.mode == mode] for mode in MODES}
     described: dict[str, float | None] = {}
     for prefix, group in groups.items():
@@ -117,10 +165,29 @@ def _describe(rollouts: Sequence[Rollout], encoder: Encoder) -> dict[str, float 
             ("closure", [float(encoder.closed_thinking(rollout)) for rollout in group]),
             ("truncation", [float(rollout.finish_reason == "length") for rollout in group]),
             ("forced", [float(any(rollout.forced)) for rollout in group]),
+            ("repetition", [repetition(rollout.response_ids) for rollout in group]),
+            # The entropy, sampled: a step that teaches nothing has no forward pass to measure it exactly.
+            ("surprise", [surprise(rollout) for rollout in group]),
         ):
             described[prefix + name] = sum(values) / len(values) if values else None
     return described
 
 
+def surprise(rollout: Rollout) -> float:
+    """Mean of -log p over the tokens that the speaker chose itself; 0 where there is none."""
+    chosen = [value for value, kept in zip(rollout.logprobs, rollout.loss_mask, strict=True) if kept]
+    return -sum(chosen) / len(chosen) if chosen else 0.0
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of a response's 4-grams that it had said before; 0 for one that is shorter than two of them.
+
+    >>> repetition((1, 2, 3, 4, 1, 2, 3, 4))
+    0.2
+    """
+    grams = list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def _note(metrics: Mapping[str, Any]) -> str:
-    return f"loss {metrics['loss']:.4f}"
+    return "nothing to learn from" if metrics["loss"] is None else f"loss {metrics['loss']:.4f}"

@@ -3,6 +3,8 @@
     stage        who speaks (sample)               who judges (signal)       how it is felt (loss)
     off_policy   the teacher, from its store       nobody                    cross-entropy on the response
     on_policy    the student                       the teacher, every token  divergence over the whole vocabulary
+    grpo         the student                       a verifier, once          group-relative policy gradient
+    opd_reward   the student                       both                      the sum of these two
 
 The loop that runs them never asks which one it runs. A new method is a class here and a line in ``STAGES``.
 """
@@ -10,82 +12,22 @@ The loop that runs them never asks which one it runs. A new method is a class he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from distill.chat import switch_in
-from distill.config import Mixture, ModeSampling, OffPolicyStage, OnPolicyStage
+from distill.config import GrpoStage, OffPolicyStage, OnPolicyStage, OpdRewardStage
 from distill.costs import Cost, rollout_flops
 from distill.divergence import linear_cross_entropy, linear_divergence
-from distill.encode import Encoder
 from distill.errors import UserError
-from distill.family import Shape
 from distill.progress import say
-from distill.prompts import PromptSource
-from distill.sampler import Sampler, TransformersSampler
-from distill.seeding import derive, uniform
-from distill.types import Example, HiddenStates, Mode, Prompt, Request, Rollout, Switch
-from pipelines.meter import Meter, MeteredSampler
+from distill.seeding import derive
+from distill.types import Example, HiddenStates, Rollout
+from pipelines.crew import Crew, Judged, group_requests, with_modes
+from pipelines.grpo import Grpo, OpdReward
+from pipelines.meter import MeteredSampler
 from students.student import Felt, Rows
 from teachers.answers import Answers, answer
-from teachers.store import ResponseStore, TeacherIdentity
-from teachers.teacher import Teacher
-
-
-@dataclass(frozen=True, slots=True)
-class Crew:
-    """Everyone a stage can call on."""
-
-    encoder: Encoder
-    teacher: Teacher
-    teacher_sampler: Sampler
-    teacher_identity: TeacherIdentity
-    teacher_shape: Shape
-    student_sampler: TransformersSampler
-    student_shape: Shape
-    prompts: PromptSource
-    store: ResponseStore
-    meter: Meter
-    seed: int
-    run_id: str
-
-
-class Stage(Protocol):
-    """What the loop needs to know of a method."""
-
-    name: str
-
-    @property
-    def num_prompts(self) -> int:
-        """Positions of the prompt source that the stage uses; the next stage begins behind them."""
-        ...
-
-    @property
-    def num_steps(self) -> int:
-        """Optimiser steps; known after ``prepare``."""
-        ...
-
-    def prepare(self) -> None:
-        """Make what must exist before the first step. Interrupted, it goes on where it was."""
-        ...
-
-    def sample(self, step: int) -> list[Rollout]:
-        """The responses of a step: a function of the seed, the step and the student's weights only."""
-        ...
-
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Example]:
-        """What the judge says of them."""
-        ...
-
-    def loss(self, rows: Rows) -> Felt:
-        """The sum of the weighted per-token losses, and per-token metrics."""
-        ...
-
-    def manifest(self) -> dict[str, Any]:
-        """What the run's manifest keeps of this stage."""
-        ...
 
 
 class OffPolicy:
@@ -121,7 +63,7 @@ class OffPolicy:
                 sampling=settings.sampling.of(mode),
                 seed=derive(0, prompt.id, mode, sample),
             )
-            for prompt, mode, switch in _with_modes(prompts, settings.mixture, crew.seed, self.name, self.first_prompt)
+            for prompt, mode, switch in with_modes(prompts, settings.mixture, crew.seed, self.name, self.first_prompt)
             for sample in range(settings.samples_per_prompt)
         ]
         sampler = MeteredSampler(crew.teacher_sampler, crew.meter, crew.teacher_shape, "teacher_generate", self.name)
@@ -163,8 +105,8 @@ class OffPolicy:
         order = np.random.default_rng(derive(self.crew.seed, self.name, "epoch", epoch)).permutation(num)
         return self._responses[int(order[place])]
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Example]:
-        return [Example(rollout) for rollout in rollouts]
+    def signal(self, rollouts: Sequence[Rollout]) -> Judged:
+        return Judged([[Example(rollout) for rollout in rollouts]])
 
     def loss(self, rows: Rows) -> Felt:
         batch = rows.batch
@@ -207,12 +149,12 @@ class OnPolicy:
         sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", self.name)
         return sampler.generate(requests)
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Example]:
+    def signal(self, rollouts: Sequence[Rollout]) -> Judged:
         with self.crew.meter.measure("teacher_score", self.name) as cost:
             signals = self.crew.teacher.score(rollouts)
             cost.tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
             cost.flops = rollout_flops(self.crew.teacher_shape, rollouts)
-        return [Example(rollout, signal) for rollout, signal in zip(rollouts, signals, strict=True)]
+        return Judged([[Example(rollout, signal) for rollout, signal in zip(rollouts, signals, strict=True)]])
 
     def loss(self, rows: Rows) -> Felt:
         batch, settings = rows.batch, self.settings.divergence
@@ -247,49 +189,10 @@ class OnPolicy:
         return {}
 
 
-def group_requests(
-    crew: Crew,
-    prompts: Sequence[Prompt],
-    *,
-    stage: str,
-    first: int,
-    mixture: Mixture,
-    sampling: ModeSampling,
-    samples: int,
-) -> list[Request]:
-    """``samples`` requests for each prompt, one mode a prompt; ``first`` is the position of the first prompt."""
-    return [
-        crew.encoder.request(
-            prompt,
-            mode=mode,
-            switch=switch,
-            sampling=sampling.of(mode),
-            seed=derive(crew.seed, stage, first + place, sample),
-        )
-        for place, (prompt, mode, switch) in enumerate(_with_modes(prompts, mixture, crew.seed, stage, first))
-        for sample in range(samples)
-    ]
-
-
-def _with_modes(
-    prompts: Sequence[Prompt], mixture: Mixture, seed: int, stage: str, first: int
-) -> list[tuple[Prompt, Mode, Switch]]:
-    """Each prompt with the mode it is asked in and how it is asked.
-
-    A prompt's own mode, or the flag in its messages, is kept. For the others the modes are spread evenly, so that every
-    batch has the configured share and not only the average one.
-    """
-    chosen: list[tuple[Prompt, Mode, Switch]] = []
-    for place, prompt in enumerate(prompts):
-        position = first + place
-        share = mixture.think_share
-        thinks = int((position + 1) * share + 1e-9) > int(position * share + 1e-9)
-        flagged = switch_in(prompt.messages)
-        mode: Mode = prompt.mode or flagged or ("think" if thinks else "no_think")
-        soft = flagged is not None or uniform(seed, stage, "switch", position) < mixture.soft_switch_share
-        chosen.append((prompt, mode, "soft" if soft else "hard"))
-    return chosen
-
-
-STAGES: dict[type, Any] = {OffPolicyStage: OffPolicy, OnPolicyStage: OnPolicy}
+STAGES: dict[type, Any] = {
+    OffPolicyStage: OffPolicy,
+    OnPolicyStage: OnPolicy,
+    GrpoStage: Grpo,
+    OpdRewardStage: OpdReward,
+}
 """Settings to method: reading this is reading the catalogue."""

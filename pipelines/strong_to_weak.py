@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from distill.config import RunConfig, StageSettings
 from distill.costs import Cost, CostAccount
 from distill.encode import Encoder
 from distill.errors import DistillError, UserError
-from distill.family import EMBEDDED_NAMES, resolve
+from distill.family import EMBEDDED_NAMES, ModelSource, resolve
 from distill.journal import Journal, read_json, write_json
 from distill.progress import say
 from distill.prompts import load_prompts
@@ -35,16 +36,18 @@ from eval.report import write_report
 from eval.runner import Evaluation, evaluate
 from eval.statistics import paired_difference
 from eval.tasks import Task, load_task
+from pipelines.crew import Crew, Stage
 from pipelines.curve import Curve
+from pipelines.guards import Guards
 from pipelines.hiring import Hired, hired_teacher
 from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
 from pipelines.preflight import Finding, check_pair
-from pipelines.stages import STAGES, Crew, Stage
+from pipelines.stages import STAGES
 from students.student import Student
 from teachers.store import ResponseStore, TeacherIdentity, default_root
 
-STEP_ROLES = ("student_sample", "teacher_score", "student_train")
+STEP_ROLES = ("student_sample", "teacher_score", "student_score", "verify", "student_train")
 """Roles whose costs belong to optimiser steps: on a resume they go back to the checkpoint, with the steps."""
 
 
@@ -117,7 +120,8 @@ class _Run:
         hired = stack.enter_context(
             hired_teacher(config, teacher, self.encoder, device=device, logs=journal.path / "servers")
         )
-        self.student, self.crew = self._assemble(hired, teacher, student, device)
+        self.crew = self._assemble(hired, teacher, student, device)
+        self.student = self.crew.student
         self.stages: list[Stage] = []
         first_prompt = 0
         for name, settings in config.stages.items():
@@ -145,11 +149,15 @@ class _Run:
             }
         )
 
-    def _assemble(
-        self, hired: Hired, teacher: Checkpoint, student: Checkpoint, device: torch.device
-    ) -> tuple[Student, Crew]:
+    def _assemble(self, hired: Hired, teacher: Checkpoint, student: Checkpoint, device: torch.device) -> Crew:
         config = self.config
         student_model = load_model(student, getattr(torch, config.student.dtype), device)
+
+        def start_of(stage: str) -> PreTrainedModel:
+            number = list(config.stages).index(stage)
+            begun = student if number == 0 else self._stage_end(list(config.stages)[number - 1])
+            return load_model(begun, getattr(torch, config.student.dtype), device)
+
         crew = Crew(
             encoder=self.encoder,
             teacher=hired.judge,
@@ -161,17 +169,24 @@ class _Run:
                 tokenizer_hash=self.encoder.vocabulary_hash,
             ),
             teacher_shape=teacher.shape,
+            student=Student(student_model, config.student, stop_ids=self.encoder.stop_ids),
             student_sampler=TransformersSampler(
                 student_model, self.encoder, speaker="student", batch=config.sampler_batch
             ),
             student_shape=student.shape,
+            start_of=start_of,
             prompts=self.prompts,
             store=self.store,
             meter=Meter(),
             seed=config.seed,
             run_id=read_json(self.journal.path / "manifest.json")["id"],
         )
-        return Student(student_model, config.student, stop_ids=self.encoder.stop_ids), crew
+        return crew
+
+    def _stage_end(self, stage: str) -> Checkpoint:
+        """The student that the stage of this name left."""
+        folder = self.journal.stage_end(stage)
+        return open_checkpoint(ModelSource(stage, "directory", str(folder)))
 
     def finish(self) -> dict[str, Any]:
         """Everything that is still to do; the summary."""
@@ -204,6 +219,13 @@ class _Run:
             self._moments = {}
         before = position.global_step - position.step
 
+        guards = Guards(
+            self.config.guards,
+            stage=stage.name,
+            checkpoints=self.journal.path / "checkpoints",
+            history=self.journal.metrics_of(stage.name),
+        )
+
         def checkpoint(done: int, stage_end: bool) -> None:
             if stage_end and self.curve is not None:
                 self.curve.settle(stage, self.student)
@@ -222,6 +244,7 @@ class _Run:
             global_step=position.global_step,
             checkpoint=checkpoint,
             checkpoint_every=self.config.checkpoint_every,
+            guards=guards,
             examine=examine,
         )
         return _Position(number + 1, 0, before + done)

@@ -11,7 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.types import Advantage, Example, HiddenStates, SampledLogprobs, TopK
+from distill.types import ActionLogprobs, Advantage, Example, HiddenStates, SampledLogprobs, TopK
+
+
+@dataclass(frozen=True, slots=True)
+class Advantages:
+    """``Advantage`` of all sequences together: ``value_N`` a number a token, the rest concatenated."""
+
+    value_N: Tensor
+    old: ActionLogprobs | None
+    anchor: HiddenStates | None
+
+
+BatchSignal = HiddenStates | TopK | SampledLogprobs | Advantages | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +43,7 @@ class Batch:
     think_N: Tensor
     last_N: Tensor
     sampled_logprob_N: Tensor
-    signal: HiddenStates | TopK | SampledLogprobs | Tensor | None
+    signal: BatchSignal
 
     @property
     def num_weighted(self) -> float:
@@ -69,7 +81,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
     )
 
 
-def _join(examples: Sequence[Example], device: torch.device) -> HiddenStates | TopK | SampledLogprobs | Tensor | None:
+def _join(examples: Sequence[Example], device: torch.device) -> BatchSignal:
     """All examples' signals as one; every example of a batch was judged in the same way."""
     signals = [example.signal for example in examples]
     kinds = {type(signal) for signal in signals}
@@ -77,12 +89,8 @@ def _join(examples: Sequence[Example], device: torch.device) -> HiddenStates | T
     match signals[0]:
         case None:
             return None
-        case HiddenStates(teacher=teacher):
-            judged = [signal for signal in signals if isinstance(signal, HiddenStates)]
-            assert {signal.teacher for signal in judged} == {teacher}, "a batch mixes teachers"
-            for example, signal in zip(examples, judged, strict=True):
-                assert len(signal.states_Rd) == len(example.rollout.response_ids)
-            return HiddenStates(torch.cat([signal.states_Rd for signal in judged]).to(device), teacher)
+        case HiddenStates():
+            return _join_states(examples, [signal for signal in signals if isinstance(signal, HiddenStates)], device)
         case TopK():
             top = [signal for signal in signals if isinstance(signal, TopK)]
             return TopK(
@@ -94,13 +102,34 @@ def _join(examples: Sequence[Example], device: torch.device) -> HiddenStates | T
             sampled = [signal.logprobs_R for signal in signals if isinstance(signal, SampledLogprobs)]
             return SampledLogprobs(torch.cat(sampled).to(device))
         case Advantage():
-            values = [
-                signal.value
-                for example, signal in zip(examples, signals, strict=True)
-                if isinstance(signal, Advantage)
-                for _ in example.rollout.response_ids
-            ]
-            return torch.tensor(values, dtype=torch.float32, device=device)
+            return _join_advantages(examples, [x for x in signals if isinstance(x, Advantage)], device)
+
+
+def _join_states(examples: Sequence[Example], signals: Sequence[HiddenStates], device: torch.device) -> HiddenStates:
+    teachers = {signal.teacher for signal in signals}
+    assert len(teachers) == 1, f"a batch mixes teachers: {sorted(teachers)}"
+    for example, signal in zip(examples, signals, strict=True):
+        assert len(signal.states_Rd) == len(example.rollout.response_ids)
+    return HiddenStates(torch.cat([signal.states_Rd for signal in signals]).to(device), teachers.pop())
+
+
+def _join_advantages(examples: Sequence[Example], signals: Sequence[Advantage], device: torch.device) -> Advantages:
+    values = [
+        signal.value for example, signal in zip(examples, signals, strict=True) for _ in example.rollout.response_ids
+    ]
+    old = [signal.old for signal in signals if signal.old is not None]
+    anchors = [signal.anchor for signal in signals if signal.anchor is not None]
+    assert len(old) in (0, len(signals)) and len(anchors) in (0, len(signals)), "a batch mixes kinds of advantages"
+    return Advantages(
+        torch.tensor(values, dtype=torch.float32, device=device),
+        ActionLogprobs(
+            torch.cat([policy.token_R for policy in old]).to(device),
+            torch.cat([policy.action_R for policy in old]).to(device),
+        )
+        if old
+        else None,
+        _join_states(examples, anchors, device) if anchors else None,
+    )
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int | None) -> list[list[Example]]:

@@ -44,7 +44,6 @@ def naive(
     given: dict[str, Any],
     *,
     merged_ids: tuple[tuple[int, ...], ...] = (),
-    clip: Clip = Clip(),
     cap: float = 2.0,
 ) -> dict[str, Tensor]:
     """The specification, over whole distributions, differentiated by autograd."""
@@ -58,7 +57,7 @@ def naive(
     old = given.get("old")
     ratio = action / (action.detach() if old is None else old.action_R.exp())
     advantage = given["advantages"]
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip.low, 1 + clip.high) * advantage)
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
     importance = torch.ones_like(token)
     if "sampler_logprobs" in given:
         start = token.detach() if old is None else old.token_R.exp()

@@ -48,7 +48,7 @@ def test_a_file_of_ones_own_gets_the_strictest_grader_that_fits(tmp_path: Path) 
     )
     assert load_task(own(tmp_path, {"prompt": "?", "answer": "New York"}, suffix="@exact")).grader == "exact"
     for formula in ("\\frac{1}{2}x", "x + 1", "(1, 2)", "x = y"):
-        assert tasks._suited_grader(["7", formula]) == "math"
+        assert tasks.suited_grader(["7", formula]) == "math"
 
 
 def test_messages_language_and_domain_of_a_file_are_kept(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""Everyone a stage can call on, and what the loop needs to know of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from distill.chat import switch_in
+from distill.config import Mixture, ModeSampling
+from distill.encode import Encoder
+from distill.family import Shape
+from distill.prompts import PromptSource
+from distill.sampler import Sampler, TransformersSampler
+from distill.seeding import derive, uniform
+from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
+from pipelines.meter import Meter
+from students.student import Felt, Rows, Student
+from teachers.store import ResponseStore, TeacherIdentity
+from teachers.teacher import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Everyone a stage can call on."""
+
+    encoder: Encoder
+    teacher: Teacher
+    teacher_sampler: Sampler
+    teacher_identity: TeacherIdentity
+    teacher_shape: Shape
+    student: Student
+    student_sampler: TransformersSampler
+    student_shape: Shape
+    start_of: Callable[[str], PreTrainedModel]
+    """A copy of the student as it was when the stage of this name began."""
+    prompts: PromptSource
+    store: ResponseStore
+    meter: Meter
+    seed: int
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the judge made of a step's responses.
+
+    ``updates`` are the examples of each optimiser step, as many in every step of a stage; one without examples teaches
+    nothing and is left out. ``facts`` are metrics of the judging.
+    """
+
+    updates: list[list[Example]]
+    facts: dict[str, float | None] = field(default_factory=dict)
+
+
+class Stage(Protocol):
+    """What the loop needs to know of a method."""
+
+    name: str
+
+    @property
+    def num_prompts(self) -> int:
+        """Positions of the prompt source that the stage uses; the next stage begins behind them."""
+        ...
+
+    @property
+    def num_steps(self) -> int:
+        """Sampled batches; known after ``prepare``."""
+        ...
+
+    def prepare(self) -> None:
+        """Make what must exist before the first step. Interrupted, it goes on where it was."""
+        ...
+
+    def sample(self, step: int) -> list[Rollout]:
+        """The responses of a step: a function of the seed, the step and the student's weights only."""
+        ...
+
+    def signal(self, rollouts: Sequence[Rollout]) -> Judged:
+        """What the judge says of them."""
+        ...
+
+    def loss(self, rows: Rows) -> Felt:
+        """The sum of the weighted per-token losses, and per-token metrics."""
+        ...
+
+    def manifest(self) -> dict[str, Any]:
+        """What the run's manifest keeps of this stage."""
+        ...
+
+
+def group_requests(
+    crew: Crew,
+    prompts: Sequence[Prompt],
+    *,
+    stage: str,
+    first: int,
+    mixture: Mixture,
+    sampling: ModeSampling,
+    samples: int,
+) -> list[Request]:
+    """``samples`` requests for each prompt, one mode a prompt; ``first`` is the position of the first prompt."""
+    return [
+        crew.encoder.request(
+            prompt,
+            mode=mode,
+            switch=switch,
+            sampling=sampling.of(mode),
+            seed=derive(crew.seed, stage, first + place, sample),
+        )
+        for place, (prompt, mode, switch) in enumerate(with_modes(prompts, mixture, crew.seed, stage, first))
+        for sample in range(samples)
+    ]
+
+
+def with_modes(
+    prompts: Sequence[Prompt], mixture: Mixture, seed: int, stage: str, first: int
+) -> list[tuple[Prompt, Mode, Switch]]:
+    """Each prompt with the mode it is asked in and how it is asked.
+
+    A prompt's own mode, or the flag in its messages, is kept. For the others the modes are spread evenly, so that every
+    batch has the configured share and not only the average one.
+    """
+    chosen: list[tuple[Prompt, Mode, Switch]] = []
+    for place, prompt in enumerate(prompts):
+        position = first + place
+        share = mixture.think_share
+        thinks = int((position + 1) * share + 1e-9) > int(position * share + 1e-9)
+        flagged = switch_in(prompt.messages)
+        mode: Mode = prompt.mode or flagged or ("think" if thinks else "no_think")
+        soft = flagged is not None or uniform(seed, stage, "switch", position) < mixture.soft_switch_share
+        chosen.append((prompt, mode, "soft" if soft else "hard"))
+    return chosen
