@@ -56,42 +56,42 @@ GUARDS: dict[str, Guard] = {
         lambda means: means.last / means.first,
         "above",
         "responses are {value:.1f} times as long as at the beginning",
-        "lower the learning rate; in a GRPO stage, punish length earlier (policy_gradient.overlong_share)",
+        "Lower the learning rate; in a GRPO stage, punish length earlier (policy_gradient.overlong_share)",
     ),
     "repetition": Guard(
         _by_mode("repetition"),
         lambda means: means.last - means.lowest,
         "above",
         "the share of repeated 4-grams has risen by {value:.2f}",
-        "lower the learning rate, or raise the sampling's temperature if it is below 1",
+        "Lower the learning rate, or raise the sampling's temperature if it is below 1",
     ),
     "truncation": Guard(
         _by_mode("truncation"),
         lambda means: means.last - means.lowest,
         "above",
         "the share of responses cut off at the token limit has risen by {value:.2f}",
-        "lower the learning rate, or raise sampling.*.max_new_tokens if the responses are good",
+        "Lower the learning rate, or raise sampling.*.max_new_tokens if the responses are good",
     ),
     "closure": Guard(
         _by_mode("closure"),
         lambda means: means.highest - means.last,
         "above",
         "the share of responses with closed thinking has fallen by {value:.2f}",
-        "lower the learning rate, or lengthen the stage before, which teaches the format",
+        "Lower the learning rate, or lengthen the stage before, which teaches the format",
     ),
     "entropy": Guard(
         _by_mode("surprise"),
         lambda means: means.last / means.first if means.first > 0 else 1.0,
         "below",
         "the student's entropy, as sampled, is {value:.3f} of what it was at the beginning",
-        "lower the learning rate; in a GRPO stage, raise policy_gradient.clip_high or end the stage earlier",
+        "Lower the learning rate; in a GRPO stage, raise policy_gradient.clip_high or end the stage earlier",
     ),
     "kl": Guard(
         ("reverse_kl",),
         lambda means: means.last,
         "below",
         "the divergence to the teacher is {value:.1e} nats a token, which no student and teacher of their own have",
-        "see that teacher.model is not the student itself, and that its server has the teacher's weights",
+        "See that teacher.model is not the student itself, and that its server has the teacher's weights",
     ),
 }
 """The catalogue. A guard's limits are the key of the same name in the configuration's block ``guards``."""
@@ -140,7 +140,7 @@ class _Watch:
 
     def sentence(self) -> str:
         """What was found, and the history it was found in: evenly spaced window means, the newest last."""
-        ends = range(len(self.values), self.window - 1, -max(1, (len(self.values) - self.window) // (SHOWN - 1) or 1))
+        ends = range(len(self.values), self.window - 1, -max(1, (len(self.values) - self.window) // (SHOWN - 1)))
         means = [self._mean(self.values[end - self.window : end]) for end in list(ends)[:SHOWN][::-1]]
         history = ", ".join(f"{mean:.3g}" for mean in means)
         return f"{GUARDS[self.name].finding.format(value=self.value)} ({self.metric}: {history})"
@@ -179,7 +179,7 @@ class Guards:
             if verdict == "stop":
                 raise GuardError(
                     f"the guard {watch.name!r} stopped the run at {where}: {watch.sentence()}. "
-                    f"{GUARDS[watch.name].advice.capitalize()}, or set guards.{watch.name} "
+                    f"{GUARDS[watch.name].advice}, or set guards.{watch.name} "
                     f"(stop is {watch.limits.stop:g}, null switches it off), and give another --out. "
                     f"The student as it is: {self.checkpoints}/step_{metrics['global_step']}"
                 )
