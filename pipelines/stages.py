@@ -147,7 +147,11 @@ class OnPolicy:
             samples=settings.samples_per_prompt,
         )
         sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", self.name)
-        return sampler.generate(requests)
+        try:
+            return sampler.generate(requests, crew.teacher.hear)
+        except BaseException:
+            crew.teacher.forget()
+            raise
 
     def signal(self, rollouts: Sequence[Rollout]) -> Judged:
         with self.crew.meter.measure("teacher_score", self.name) as cost:

@@ -3,17 +3,20 @@
 Asynchronous inside (an event loop in a thread of its own), plain functions outside. A request is idempotent: whatever
 it asks for is decided by its content, so one whose answer was lost is simply sent again. What an answer says is checked
 by whoever asked; an answer that is wrong is never asked for again.
+
+A request goes to the replica that is expected to answer it first. A replica that shows no sign of life while it has
+work (see ``teachers.pulse``) is taken to have hung: what it had is asked for elsewhere, or from it when it is back.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import queue
 import random
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
@@ -23,11 +26,13 @@ import httpx
 from distill import interrupt
 from distill.errors import DistillError, StoppedError, UserError
 from distill.progress import say
+from teachers import pulse
+from teachers.replica import Replica
 
 PATIENCE_SECONDS = 600.0
 """How long a server that does not answer is waited for."""
-REQUEST_SECONDS = 3600.0
-"""Longest wait for one answer; a long response of a busy teacher takes many minutes."""
+SLOWEST_TOKENS_PER_SECOND = 5.0
+"""A request is given up and sent again when it took longer than it would at this speed, and ``STALL_SECONDS``."""
 MAX_SERVER_ERRORS = 5
 """Answers with a server error (5xx) after which a request is given up: the server is there and cannot do it."""
 
@@ -39,17 +44,6 @@ _TELL_AFTER_SECONDS, _TELL_EVERY_SECONDS = 5.0, 60.0  # one line for all request
 
 J = TypeVar("J")
 R = TypeVar("R")
-
-
-@dataclass
-class Endpoint:
-    """One replica; ``load`` is the cost of what it is working on."""
-
-    url: str
-    model: str | None = None
-    load: float = 0.0
-    avoid_until: float = 0.0
-    told_at: float = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +74,7 @@ class Client:
     ) -> None:
         if not urls:
             raise UserError("a teacher client needs at least one URL")
-        self.endpoints = [Endpoint(_checked_url(url)) for url in urls]
+        self.replicas = [Replica(checked_url(url), api_key=api_key) for url in urls]
         self.patience, self.before, self.check = patience, before, check
         self._width = width
         self._free = width
@@ -88,16 +82,19 @@ class Client:
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher client", daemon=True)
         self._thread.start()
         self._changed = asyncio.Condition()
-        self._http = httpx.AsyncClient(
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            timeout=httpx.Timeout(REQUEST_SECONDS, connect=10.0),
-            limits=httpx.Limits(max_connections=None),
-            # A proxy that the environment names is for the world outside.
-            trust_env=not all(_is_loopback(endpoint.url) for endpoint in self.endpoints),
-        )
 
     def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+        """End what is under way and let the connections go."""
+
+        async def close() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for replica in self.replicas:
+                await replica.close()
+
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -108,44 +105,44 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def each(self, jobs: Sequence[Job[J]], ask: Callable[[J], Awaitable[R]]) -> Iterator[tuple[J, R]]:
-        """Every job's item with what ``ask`` makes of it, in the order in which they are done.
+    def submit(self, job: Job[J], ask: Callable[[J], Awaitable[R]]) -> Future[R]:
+        """Begin on ``job`` in the background, as soon as there is room for it: what ``ask`` makes of its item.
 
-        ``ask`` runs in the client's loop and calls ``post``. Raises what it raises; the other jobs are then cancelled.
+        ``ask`` runs in the client's loop and calls ``post``. A future that is cancelled ends its request.
         """
-        if not jobs:
-            return
         self.before()
-        done: queue.SimpleQueue[tuple[J, R] | None] = queue.SimpleQueue()
 
-        async def one(job: Job[J]) -> None:
+        async def one() -> R:
             async with self._room(job.cost):
-                done.put((job.item, await ask(job.item)))
+                return await ask(job.item)
 
-        async def everything() -> None:
-            async with asyncio.TaskGroup() as group:
-                for job in jobs:
-                    group.create_task(one(job))
+        return asyncio.run_coroutine_threadsafe(one(), self._loop)
 
-        future = asyncio.run_coroutine_threadsafe(everything(), self._loop)
-        future.add_done_callback(lambda _: done.put(None))
+    def each(self, jobs: Sequence[Job[J]], ask: Callable[[J], Awaitable[R]]) -> Iterator[tuple[J, R]]:
+        """Every job's item with what ``ask`` makes of it, in the order in which they are done; see ``collect``."""
+        return self.collect([(job.item, self.submit(job, ask)) for job in jobs])
+
+    def collect(self, under_way: Sequence[tuple[J, Future[R]]]) -> Iterator[tuple[J, R]]:
+        """What was submitted, in the order in which it is done. Raises what a job raises, and then ends the others."""
+        done: queue.SimpleQueue[tuple[J, Future[R]]] = queue.SimpleQueue()
         try:
-            while True:
-                interrupt.check()
-                self.check()
-                try:
-                    pair = done.get(timeout=_POLL_SECONDS)
-                except queue.Empty:
-                    continue
-                if pair is None:
-                    break
-                yield pair
-            try:
-                future.result()
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from None
+            for item, future in under_way:
+                future.add_done_callback(lambda future, item=item: done.put((item, future)))  # type: ignore[misc]
+            for _ in under_way:
+                item, future = self._next(done)
+                yield item, future.result()
         finally:
-            future.cancel()
+            for _, future in under_way:
+                future.cancel()
+
+    def _next(self, done: queue.SimpleQueue[tuple[J, Future[R]]]) -> tuple[J, Future[R]]:
+        while True:
+            interrupt.check()
+            self.check()
+            try:
+                return done.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
 
     @asynccontextmanager
     async def _room(self, cost: int) -> AsyncIterator[None]:
@@ -167,14 +164,15 @@ class Client:
         path: str,
         body: Mapping[str, Any],
         *,
-        load: float,
+        load: int,
         is_broken_off: Callable[[httpx.Response], bool] = lambda answer: False,
     ) -> tuple[str, httpx.Response]:
         """The answer (status 200) to ``body``, and the URL that gave it.
 
-        ``load`` is the work that the request means, for sharing work between replicas. ``is_broken_off`` recognises an
-        answer that a server gave because it was being ended. Connections that are lost, time-outs and server errors are
-        tried again, with growing pauses and on another replica where there is one.
+        ``load`` is the number of tokens that the server may have to read and write for it: replicas share the work by
+        it, and it bounds how long an answer may take. ``is_broken_off`` recognises an answer that a server gave because
+        it was being ended. Connections that are lost, time-outs, servers that have hung and server errors are tried
+        again, with growing pauses and on another replica where there is one.
 
         Raises StoppedError (exit code 75) where none answered for ``patience`` seconds, DistillError for a request
         that is refused or that the server keeps failing on.
@@ -182,61 +180,103 @@ class Client:
         pause, num_errors = _FIRST_PAUSE, 0
         trouble_since: float | None = None
         while True:
-            endpoint = min(self.endpoints, key=lambda one: (one.avoid_until > time.monotonic(), one.load))
-            endpoint.load += load
+            replica = self._choose(load)
             try:
-                model = await self._model(endpoint)
-                answer = await self._http.post(endpoint.url + path, json={"model": model, **body})
+                # Without a pause after the choice: the next one has to see this one's load.
+                with replica.working(load):
+                    answer = await self._send(replica, path, body, load=load)
             except httpx.TransportError as error:
                 trouble, is_gone = f"{type(error).__name__} {error}".strip(), True
             else:
                 if answer.status_code == 200 and not is_broken_off(answer):
-                    return endpoint.url, answer
+                    return replica.url, answer
                 if answer.status_code == 200:
                     trouble, is_gone = "it broke off its answer", True
                 else:
                     trouble, is_gone = _complaint(answer), answer.status_code in _BUSY
                 if not is_gone and answer.status_code < 500:
-                    raise _refusal(endpoint.url + path, answer.status_code, trouble)
-            finally:
-                endpoint.load -= load
-            endpoint.avoid_until = time.monotonic() + _AVOID_SECONDS
+                    raise _refusal(replica.url + path, answer.status_code, trouble)
+            replica.avoid_until = time.monotonic() + _AVOID_SECONDS
             num_errors += not is_gone
             if num_errors >= MAX_SERVER_ERRORS:
                 raise DistillError(
-                    f"the teacher's server {endpoint.url} failed {num_errors} times on the same request ({trouble}); "
+                    f"the teacher's server {replica.url} failed {num_errors} times on the same request ({trouble}); "
                     f"its log says why"
                 )
-            now = time.monotonic()
-            trouble_since = trouble_since or now
-            waited = now - trouble_since
-            if waited > self.patience:
-                raise StoppedError(
-                    f"the teacher's server {endpoint.url} has not answered for {waited:.0f} s ({trouble}); "
-                    f"start it again, then give the same command",
-                    exit_code=75,
-                )
-            if waited > _TELL_AFTER_SECONDS and now - endpoint.told_at > _TELL_EVERY_SECONDS:
-                endpoint.told_at = now
-                say(f"the teacher's server {endpoint.url} does not answer ({trouble}); waiting for it")
+            trouble_since = trouble_since or time.monotonic()
+            self._complain(replica, trouble, waited=time.monotonic() - trouble_since)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def _model(self, endpoint: Endpoint) -> str:
+    def _choose(self, load: int) -> Replica:
+        """The replica that should answer first. A little worse is one that failed lately, much worse one that hung."""
+        now = time.monotonic()
+        best = min((r.seconds_per_load for r in self.replicas if r.seconds_per_load is not None), default=1.0)
+        return min(
+            self.replicas,
+            key=lambda one: (one.has_hung, one.avoid_until > now, one.expected_seconds(load, best=best, now=now)),
+        )
+
+    def _complain(self, replica: Replica, trouble: str, *, waited: float) -> None:
+        """Say that a server does not answer, now and then; raise StoppedError where it took too long."""
+        if waited > self.patience:
+            raise StoppedError(
+                f"the teacher's server {replica.url} has not answered for {waited:.0f} s ({trouble}); "
+                f"start it again, then give the same command",
+                exit_code=75,
+            )
+        now = time.monotonic()
+        if waited > _TELL_AFTER_SECONDS and now - replica.told_at > _TELL_EVERY_SECONDS:
+            replica.told_at = now
+            say(f"the teacher's server {replica.url} does not answer ({trouble}); waiting for it")
+
+    async def _send(self, replica: Replica, path: str, body: Mapping[str, Any], *, load: int) -> httpx.Response:
+        """One try. Raises httpx.TransportError also where the replica has hung or takes far too long."""
+        if replica.has_hung and not await replica.has_come_back():
+            raise httpx.ReadTimeout("it has hung")
+        model = await self._model(replica)
+        deadline = pulse.STALL_SECONDS + load / SLOWEST_TOKENS_PER_SECOND
+        with replica.lane() as http:
+            began = time.monotonic()
+            request = asyncio.ensure_future(http.post(replica.url + path, json={"model": model, **body}))
+            replica.requests.add(request)
+            try:
+                async with asyncio.timeout(deadline):
+                    answer = await request
+            except TimeoutError:
+                raise httpx.ReadTimeout(f"no answer within {deadline:.0f} s") from None
+            except asyncio.CancelledError:
+                # The replica's watch ends the requests of one that has hung; else it is this task that is to end.
+                if replica.has_hung and not _is_being_cancelled():
+                    raise httpx.ReadTimeout(f"no sign of life for {replica.pulse.silence:.0f} s") from None
+                raise
+            finally:
+                request.cancel()
+                replica.requests.discard(request)
+            if answer.is_success:
+                replica.answered(load, seconds=time.monotonic() - began)
+            return answer
+
+    async def _model(self, replica: Replica) -> str:
         """The name under which the replica serves its model."""
-        if endpoint.model is None:
-            answer = await self._http.get(endpoint.url + "/v1/models")
+        if replica.model is None:
+            answer = await replica.get("/v1/models")
             if answer.status_code in _BUSY:
                 raise httpx.ConnectError(f"status {answer.status_code}")
             if answer.status_code != 200:
-                raise _refusal(endpoint.url + "/v1/models", answer.status_code, _complaint(answer))
+                raise _refusal(replica.url + "/v1/models", answer.status_code, _complaint(answer))
             try:
-                endpoint.model = str(answer.json()["data"][0]["id"])
+                replica.model = str(answer.json()["data"][0]["id"])
             except (ValueError, KeyError, IndexError, TypeError):
                 raise UserError(
-                    f"{endpoint.url}/v1/models does not name a model; is this the URL of a vLLM server?"
+                    f"{replica.url}/v1/models does not name a model; is this the URL of a vLLM server?"
                 ) from None
-        return endpoint.model
+        return replica.model
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def is_healthy(url: str) -> bool:
@@ -247,7 +287,7 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-def _checked_url(url: str) -> str:
+def checked_url(url: str) -> str:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
@@ -255,10 +295,6 @@ def _checked_url(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise UserError(f"{url!r} is no URL of a server; write http://HOST:PORT")
     return url.rstrip("/").removesuffix("/v1")
-
-
-def _is_loopback(url: str) -> bool:
-    return httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
 
 
 def _complaint(answer: httpx.Response) -> str:

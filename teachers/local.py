@@ -29,6 +29,12 @@ class LocalTeacher:
         """The LM head's weight, [vocabulary, d]."""
         return cast(nn.Linear, self.model.get_output_embeddings()).weight
 
+    def hear(self, rollout: Rollout) -> None:
+        """Nothing: student and teacher share a processor, and larger batches are faster."""
+
+    def forget(self) -> None:
+        """Nothing was kept."""
+
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
         """The last hidden states (after the final norm) that predict each response token, rows P-1 .. P+R-2.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +30,10 @@ REQUEST_TOKENS = 8192
 """Most tokens in one request, so that replicas share the work evenly."""
 REQUEST_SEQUENCES = 32
 """Most sequences in one request: each takes about 130 bytes of the reply's header."""
+HEARD_TOKENS = 2048
+"""Tokens of finished responses that are worth a request while others are still being spoken."""
+REPLY_BYTES = 2 * 2**30
+"""Most bytes of states in the replies under way at once, all servers together."""
 NORM_TOLERANCE = 0.02
 """Relative error of a state's length that rounding may cause."""
 
@@ -38,9 +43,8 @@ _DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """Rollouts that are scored by one request, with their places in the caller's order."""
+    """Rollouts that are scored by one request."""
 
-    places: tuple[int, ...]
     rollouts: tuple[Rollout, ...]
 
     @property
@@ -67,18 +71,54 @@ class RemoteTeacher:
         self.head_VD = lm_head(checkpoint, dtype).to(device)
         """The LM head's weight, [vocabulary, d]."""
         self._norm_D = final_norm(checkpoint)
+        self._heard: list[Rollout] = []
+        self._under_way: list[tuple[_Request, Future[list[Tensor]]]] = []
+
+    def hear(self, rollout: Rollout) -> None:
+        """Start judging ``rollout`` in the background, with others that end at about the same time.
+
+        Raises what went wrong with those that were heard before.
+        """
+        for _, future in self._under_way:
+            if future.done():
+                future.result()
+        self._heard.append(rollout)
+        request = _Request(tuple(self._heard))
+        if request.num_tokens >= HEARD_TOKENS or len(self._heard) >= REQUEST_SEQUENCES:
+            self._heard = []
+            self._under_way.append((request, self._submit(request)))
+
+    def forget(self) -> None:
+        """Drop what was heard and not asked for; requests under way are ended."""
+        for _, future in self._under_way:
+            future.cancel()
+        self._heard, self._under_way = [], []
 
     def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
         """The last hidden states that predict each response token, rows P-1 .. P+R-2, in the order of ``rollouts``.
 
+        What was heard of them is under way already; the rest is asked for now, and what else was heard is dropped.
         Raises DistillError for a reply that cannot be the teacher's, StoppedError where no server answers.
         """
+        wanted = {id(rollout): rollout for rollout in rollouts}
+        under_way: list[tuple[_Request, Future[list[Tensor]]]] = []
+        others: list[tuple[_Request, Future[list[Tensor]]]] = []
+        for request, future in self._under_way:
+            is_wanted = all(id(rollout) in wanted for rollout in request.rollouts)
+            (under_way if is_wanted else others).append((request, future))
+        self._under_way = others
+        self.forget()
+        known = {id(rollout) for request, _ in under_way for rollout in request.rollouts}
+        missing = [rollout for place, rollout in wanted.items() if place not in known]
+        under_way += [(request, self._submit(request)) for request in _requests(missing)]
         states: dict[int, HiddenStates] = {}
-        jobs = [Job(request, request.num_tokens) for request in _requests(rollouts)]
-        for request, sequences in self.client.each(jobs, self._ask):
-            for place, states_Rd in zip(request.places, sequences, strict=True):
-                states[place] = HiddenStates(states_Rd.to(self.device, self.dtype), self.name)
-        return [states[place] for place in range(len(rollouts))]
+        for request, sequences in self.client.collect(under_way):
+            for rollout, states_Rd in zip(request.rollouts, sequences, strict=True):
+                states[id(rollout)] = HiddenStates(states_Rd.to(self.device, self.dtype), self.name)
+        return [states[id(rollout)] for rollout in rollouts]
+
+    def _submit(self, request: _Request) -> Future[list[Tensor]]:
+        return self.client.submit(Job(request, request.num_tokens), self._ask)
 
     async def _ask(self, request: _Request) -> list[Tensor]:
         inputs = request.inputs
@@ -117,6 +157,11 @@ class RemoteTeacher:
                 f"instead of 1): the server holds another model, or scales its states to unit length; start it with "
                 f"`distill teacher serve --role score` for this teacher"
             )
+
+
+def state_bytes(checkpoint: Checkpoint, wire: Wire) -> int:
+    """Bytes of one token's state on the wire."""
+    return checkpoint.shape.width * _DTYPE[wire].itemsize
 
 
 def read_states(answer: httpx.Response, lengths: Sequence[int], *, width: int, wire: Wire, url: str) -> list[Tensor]:
@@ -181,4 +226,4 @@ def _requests(rollouts: Sequence[Rollout]) -> list[_Request]:
         else:
             groups.append([place])
             size = lengths[place]
-    return [_Request(tuple(group), tuple(rollouts[place] for place in group)) for group in groups]
+    return [_Request(tuple(rollouts[place] for place in group)) for group in groups]

@@ -52,7 +52,12 @@ class RemoteSampler:
         response = _Response(request, self.encoder)
         while response.finish_reason is None:
             body = response.next_body()
-            url, answer = await self.client.post("/v1/completions", body, load=1.0, is_broken_off=_is_aborted)
+            url, answer = await self.client.post(
+                "/v1/completions",
+                body,
+                load=len(body["prompt"]) + body["max_tokens"],
+                is_broken_off=_is_aborted,
+            )
             segment = _read_segment(answer.json(), body, url=url, vocabulary=self.vocabulary)
             response.append(segment)
         return Rollout(

@@ -21,6 +21,17 @@ class Teacher(Protocol):
         """The LM head's weight, [vocabulary, d]."""
         ...
 
+    def hear(self, rollout: Rollout) -> None:
+        """Take note of a response that has ended; it may be judged in the background from now on.
+
+        What ``score`` returns does not depend on it.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Drop what was heard: nobody is going to ask for it."""
+        ...
+
     def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
         """The last hidden states (after the final norm) that predict each response token, rows P-1 .. P+R-2.
 

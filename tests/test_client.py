@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -21,6 +21,7 @@ from distill.types import Prompt, Request, Rollout, Sampling
 from teachers.client import Client, Job
 from teachers.remote import RemoteTeacher, Wire
 from teachers.remote_sampler import RemoteSampler
+from teachers.roles import find_role
 from teachers.service import free_port
 
 TEACHER = open_checkpoint(resolve("tiny", role="teacher"))
@@ -39,13 +40,17 @@ Answer = tuple[int, dict[str, str], bytes]
 Handle = Callable[[str, dict[str, Any]], Answer]
 
 
+def models(path: str) -> Answer:
+    return 200, {}, json.dumps({"data": [{"id": "tiny"}]}).encode()
+
+
 @contextmanager
-def serving(handle: Handle, port: int = 0) -> Iterator[str]:
-    """A server on loopback that answers POST with ``handle(path, body)``."""
+def serving(handle: Handle, port: int = 0, get: Callable[[str], Answer] = models) -> Iterator[str]:
+    """A server on loopback that answers POST with ``handle(path, body)`` and GET with ``get(path)``."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._answer((200, {}, json.dumps({"data": [{"id": "tiny"}]}).encode()))
+            self._answer(get(self.path))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -57,7 +62,8 @@ def serving(handle: Handle, port: int = 0) -> Iterator[str]:
             for name, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(BrokenPipeError):  # whoever asked no longer wants to know
+                self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -262,6 +268,200 @@ def test_what_is_under_way_is_bounded_and_a_slow_replica_gets_less() -> None:
         teacher.score(rollouts)
     assert 320 <= most <= 4 * 320
     assert served["fast"] + served["slow"] == 24 and served["fast"] > served["slow"] > 0
+
+
+def test_a_replica_that_was_slow_is_avoided_even_where_all_work_could_go_at_once() -> None:
+    served = {"fast": 0, "slow": 0}
+
+    def replica(name: str, seconds: float) -> Handle:
+        def handle(path: str, body: dict[str, Any]) -> Answer:
+            served[name] += 1
+            time.sleep(seconds)
+            return pooled(body)
+
+        return handle
+
+    rollouts = [rollout(number, prompt=2, response=9) for number in range(32 * 16)]
+    with (
+        serving(replica("fast", 0.01)) as fast,
+        serving(replica("slow", 3.0)) as slow,
+        Client([fast, slow], width=10**6) as client,
+    ):
+        teacher = RemoteTeacher(client, TEACHER, wire="bf16", dtype=torch.float32, device=torch.device("cpu"))
+        teacher.score(rollouts)
+        assert served == {"fast": 8, "slow": 8}  # nothing is known of either
+        teacher.score(rollouts)
+        assert served["slow"] <= 8 + 3
+
+
+def test_what_is_heard_is_judged_while_others_still_speak_and_nothing_depends_on_it() -> None:
+    rollouts = [rollout(number, prompt=1 + number % 5, response=1 + number % 7) for number in range(100)]
+    asked: list[list[int]] = []
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        asked.extend(body["input"])
+        return pooled(body)
+
+    with serving(handle) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        reference = teacher.score(rollouts)
+        for order in (rollouts, rollouts[::-1], rollouts[::3]):
+            asked.clear()
+            for one in order:
+                teacher.hear(one)
+            deadline = time.monotonic() + 10
+            while len(asked) < len(order) // 32 * 32 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(asked) == len(order) // 32 * 32  # whole requests are on their way before anybody asks
+            scored = teacher.score(rollouts)
+            assert len(asked) == len(rollouts)  # and each is asked for once
+            for ours, theirs in zip(reference, scored, strict=True):
+                assert torch.equal(ours.states_Rd, theirs.states_Rd)
+
+
+def test_an_abandoned_step_ends_what_is_under_way() -> None:
+    arrived, leave = threading.Semaphore(0), threading.Event()
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        arrived.release()
+        leave.wait(20)
+        return pooled(body)
+
+    with serving(handle) as url:
+        try:
+            with Client([url], width=1000) as client:
+                teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+                for number in range(64):
+                    teacher.hear(rollout(number))
+                assert arrived.acquire(timeout=10) and arrived.acquire(timeout=10)
+                assert all(replica.load > 0 for replica in client.replicas)
+                teacher.forget()
+                deadline = time.monotonic() + 10
+                while any(replica.load for replica in client.replicas) and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                assert all(replica.load == 0 for replica in client.replicas)
+                # One that is left at the end of the client ends with it.
+                for number in range(32):
+                    teacher.hear(rollout(number))
+                assert arrived.acquire(timeout=10)
+        finally:
+            leave.set()
+
+
+def test_a_lie_about_what_was_heard_is_noticed_at_the_next_word() -> None:
+    with serving(LIES["not a number"][0]) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        with pytest.raises(DistillError, match="not finite"):
+            for number in range(1000):
+                teacher.hear(rollout(number))
+                time.sleep(0.01)
+
+
+ENGINE = 'vllm:num_requests_running{{engine="0"}} 3.0\nvllm:generation_tokens_total{{engine="0"}} {count}\n'
+
+
+def engine_says(count: Callable[[], int]) -> Callable[[str], Answer]:
+    def get(path: str) -> Answer:
+        return (200, {}, ENGINE.format(count=count()).encode()) if path == "/metrics" else models(path)
+
+    return get
+
+
+@pytest.fixture
+def short_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teachers.pulse.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("teachers.pulse.STALL_SECONDS", 0.6)
+
+
+@pytest.mark.usefixtures("short_stall")
+def test_a_server_that_hangs_is_left_for_one_that_does_not() -> None:
+    leave = threading.Event()
+
+    def hang(path: str, body: dict[str, Any]) -> Answer:
+        leave.wait(30)
+        return pooled(body)
+
+    rollouts = [rollout(number) for number in range(32 * 8)]
+    with (
+        serving(hang, get=engine_says(lambda: 7)) as stuck,
+        serving(lambda path, body: pooled(body)) as well,
+        Client([stuck, well], width=10**6) as client,
+    ):
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        try:
+            started = time.monotonic()
+            assert len(teacher.score(rollouts)) == len(rollouts)
+            assert time.monotonic() - started < 15
+            assert [replica.has_hung for replica in client.replicas] == [True, False]
+        finally:
+            leave.set()
+
+
+@pytest.mark.usefixtures("short_stall")
+def test_a_server_that_hangs_alone_stops_the_run_and_one_that_comes_back_goes_on() -> None:
+    leave, count = threading.Event(), 0
+
+    def hang(path: str, body: dict[str, Any]) -> Answer:
+        leave.wait(30)
+        return pooled(body)
+
+    with serving(hang, get=engine_says(lambda: count)) as url:
+        try:
+            with Client([url], width=1000, patience=0.5) as client:
+                teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+                with pytest.raises(StoppedError, match=r"no sign of life|it has hung") as stopped:
+                    teacher.score([rollout(1)])
+                assert stopped.value.exit_code == 75
+                leave.set()
+                count = 1
+                assert len(teacher.score([rollout(1)])) == 1
+        finally:
+            leave.set()
+
+
+@pytest.mark.usefixtures("short_stall")
+def test_a_server_that_is_merely_slow_is_waited_for() -> None:
+    asked = []
+
+    def slow(path: str, body: dict[str, Any]) -> Answer:
+        asked.append(path)
+        time.sleep(2.0)
+        return pooled(body)
+
+    started = time.monotonic()
+    with (
+        serving(slow, get=engine_says(lambda: int(10 * (time.monotonic() - started)))) as url,
+        Client([url], width=1000) as client,
+    ):
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        assert len(teacher.score([rollout(1, prompt=40)])) == 1
+    assert asked == ["/pooling"]
+
+
+def test_a_server_is_asked_what_it_is_for() -> None:
+    def having(*routes: str) -> Callable[[str], Answer]:
+        return lambda path: (405 if path in routes else 404, {}, b"")
+
+    def refuse(path: str, body: dict[str, Any]) -> Answer:
+        return 500, {}, b""
+
+    with serving(refuse, get=having("/pooling", "/v1/embeddings")) as url:
+        assert find_role(url) == find_role(url + "/v1") == "score"
+    with serving(refuse, get=having("/v1/completions", "/v1/chat/completions")) as url:
+        assert find_role(url) == "generate"
+    with (
+        serving(refuse, get=having("/v1/embeddings")) as url,
+        pytest.raises(UserError, match=rf"{url} neither scores nor generates.*/pooling: status 404"),
+    ):
+        find_role(url)
+    with (
+        serving(refuse, get=lambda path: (401, {}, b"")) as url,
+        pytest.raises(UserError, match="DISTILL_TEACHER_API_KEY"),
+    ):
+        find_role(url)
+    with pytest.raises(StoppedError, match="has not answered") as stopped:
+        find_role(f"http://127.0.0.1:{free_port('127.0.0.1')}", patience=0.1)
+    assert stopped.value.exit_code == 75
 
 
 def test_a_key_is_sent_and_its_refusal_says_where_it_goes() -> None:
