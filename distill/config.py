@@ -80,9 +80,18 @@ class TeacherSettings(Settings):
     wire: Literal["bf16", "fp32"] = "bf16"
     """Number type in which hidden states travel from a vLLM server."""
     tensor_parallel: PositiveInt = 1
-    """GPUs that each of the run's own vLLM servers is cut over."""
+    """GPUs that each layer of each of the run's own vLLM servers is cut over."""
+    pipeline_parallel: PositiveInt = 1
+    """Groups of layers, one after the other on further GPUs, that each of the run's own vLLM servers is cut into."""
+    replicas: PositiveInt = 1
+    """The run's own vLLM servers of a role, side by side; each takes tensor_parallel times pipeline_parallel GPUs."""
+    quantization: str | None = None
+    """How the run's own vLLM servers quantise the weights as they load them (vLLM's name, for example fp8). It is
+    another teacher then, a little: null serves the checkpoint as it is."""
     server_args: tuple[str, ...] = ()
     """Further arguments of the run's own vLLM servers, as vLLM takes them."""
+    patience_seconds: PositiveFloat = 600.0
+    """How long a vLLM server that does not answer is waited for; then the run stops with exit code 75."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_tokens: PositiveInt = 65536
     """Most tokens, padding included, in one scoring forward pass; under way at once to each vLLM server."""

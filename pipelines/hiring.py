@@ -1,30 +1,35 @@
 """Hiring a run's teacher: a model in this process, or vLLM servers, our own or somebody else's.
 
-Of the run's own servers one is up at a time: generating and scoring are two roles of the same weights, and the roles
-take turns on the same devices. A role's server starts when its first work comes and stays until the other role's
-comes, so a resumed run starts only what it still needs.
+Of the run's own servers those of one role are up at a time: generating and scoring are two roles of the same weights,
+and the roles take turns on the same devices. A role's servers start when its first work comes and stay until the other
+role's comes, so a resumed run starts only what it still needs.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from distill.checkpoint import Checkpoint, load_model
-from distill.config import RunConfig
+from distill.config import RunConfig, TeacherSettings
 from distill.encode import Encoder
+from distill.interrupt import deferred_signals
 from distill.sampler import Sampler, TransformersSampler
 from teachers.client import Client
 from teachers.local import LocalTeacher
-from teachers.remote import RemoteTeacher
+from teachers.remote import REPLY_BYTES, RemoteTeacher, state_bytes
 from teachers.remote_sampler import RemoteSampler
-from teachers.service import ROLES, Launch, Role, Service, free_port
+from teachers.roles import find_role
+from teachers.service import ROLES, Launch, Role, Service, free_port, replicas
 from teachers.teacher import Teacher
 
 KEY_VARIABLE = "DISTILL_TEACHER_API_KEY"
@@ -53,66 +58,115 @@ def hired_teacher(
         )
         return
     with ExitStack() as stack:
-        shifts = Shifts({role: _launch(config, checkpoint, role, device) for role in ROLES}, logs)
+        own = [
+            role for role, urls in (("score", settings.urls.score), ("generate", settings.urls.generate)) if not urls
+        ]
+        shifts = Shifts({role: _launches(config, checkpoint, role, device) for role in ROLES if role in own}, logs)
         stack.callback(shifts.end)
-        score = stack.enter_context(_client(shifts, "score", settings.urls.score, settings.batch_tokens))
-        generate = stack.enter_context(_client(shifts, "generate", settings.urls.generate, config.sampler_batch))
+        most = REPLY_BYTES / state_bytes(checkpoint, settings.wire)
+        clients = _Clients(shifts, settings)
+        score = stack.enter_context(clients.of("score", width=settings.batch_tokens, most=most))
+        generate = stack.enter_context(clients.of("generate", width=config.sampler_batch))
         yield Hired(
             RemoteTeacher(score, checkpoint, wire=settings.wire, dtype=dtype, device=device),
             RemoteSampler(generate, encoder, speaker="teacher", vocabulary=checkpoint.shape.vocabulary),
         )
 
 
-def _launch(config: RunConfig, checkpoint: Checkpoint, role: Role, device: torch.device) -> Launch:
+def found_servers(urls: Sequence[str]) -> list[str]:
+    """The assignments (``a.b=c``) that make a run use servers which run already; what each one is for, it is asked."""
+    by_role: dict[Role, list[str]] = {}
+    with deferred_signals():
+        for url in urls:
+            by_role.setdefault(find_role(url, api_key=os.environ.get(KEY_VARIABLE)), []).append(url)
+    return ["teacher.backend=vllm", *(f"teacher.urls.{role}={json.dumps(found)}" for role, found in by_role.items())]
+
+
+def devices_here() -> list[str]:
+    """The GPUs that this process may use, or its CPU cores where there is no GPU."""
+    if not torch.cuda.is_available():
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        return [str(core) for core in sorted(cores)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _launches(config: RunConfig, checkpoint: Checkpoint, role: Role, device: torch.device) -> list[Launch]:
+    settings = config.teacher
     # One more than prompt and response: forced tokens at the very end are scored by asking for one after them.
     longest = config.max_prompt_tokens + config.longest_response + 1
-    return Launch(
+    launch = Launch(
         checkpoint,
         role,
-        dtype=config.teacher.dtype,
+        dtype=settings.dtype,
         max_model_len=min(longest, checkpoint.max_positions),
         on_gpu=device.type == "cuda",
-        tensor_parallel=config.teacher.tensor_parallel,
-        port=free_port("127.0.0.1"),
+        tensor_parallel=settings.tensor_parallel,
+        pipeline_parallel=settings.pipeline_parallel,
+        quantization=settings.quantization,
         api_key=os.environ.get(KEY_VARIABLE),
-        extra=config.teacher.server_args,
+        extra=settings.server_args,
     )
+    launch.check()
+    return [replace(one, port=free_port(one.host)) for one in replicas(launch, settings.replicas, devices_here())]
 
 
-def _client(shifts: Shifts, role: Role, urls: Sequence[str], width: int) -> Client:
-    """Asks the servers at ``urls``, or our own where there are none; ``width`` is for one server."""
-    key = os.environ.get(KEY_VARIABLE)
-    if urls:
-        return Client(urls, width=width * len(urls), api_key=key)
-    return Client([shifts.url(role)], width=width, api_key=key, before=partial(shifts.begin, role), check=shifts.check)
+@dataclass(frozen=True, slots=True)
+class _Clients:
+    """Who asks a role's servers: those at the configured URLs, or our own where there are none."""
+
+    shifts: Shifts
+    settings: TeacherSettings
+
+    def of(self, role: Role, *, width: int, most: float = math.inf) -> Client:
+        """``width`` is for one server, ``most`` for all of them."""
+        urls = self.settings.urls.score if role == "score" else self.settings.urls.generate
+        shared: dict[str, Any] = {
+            "api_key": os.environ.get(KEY_VARIABLE),
+            "patience": self.settings.patience_seconds,
+        }
+        if urls:
+            return Client(urls, width=int(min(width * len(urls), most)), **shared)
+        own = self.shifts.urls(role)
+        shared |= {"before": partial(self.shifts.begin, role), "check": self.shifts.check}
+        return Client(own, width=int(min(width * len(own), most)), **shared)
 
 
 class Shifts:
-    """The run's own servers, one at a time."""
+    """The run's own servers, those of one role at a time."""
 
-    def __init__(self, launches: dict[Role, Launch], logs: Path) -> None:
+    def __init__(self, launches: dict[Role, list[Launch]], logs: Path) -> None:
         self._launches, self._logs = launches, logs
-        self._on_duty: Service | None = None
+        self._role: Role | None = None
+        self._on_duty: list[Service] = []
 
-    def url(self, role: Role) -> str:
-        """Where the role's server is, or will be."""
-        return f"http://127.0.0.1:{self._launches[role].port}"
+    def urls(self, role: Role) -> list[str]:
+        """Where the role's servers are, or will be."""
+        return [f"http://{launch.host}:{launch.port}" for launch in self._launches[role]]
 
     def begin(self, role: Role) -> None:
-        """Have the role's server up, the other one's ended."""
-        if self._on_duty is not None and self._on_duty.launch.role == role:
+        """Have the role's servers up, the other ones ended."""
+        if self._role == role:
             return
         self.end()
-        self._on_duty = Service(self._launches[role], log=self._logs / f"{role}.log")
-        self._on_duty.start()
-        self._on_duty.wait()
+        logs = [
+            self._logs / f"{role}{'' if number == 0 else f'-{number}'}.log"
+            for number in range(len(self._launches[role]))
+        ]
+        self._on_duty = [Service(launch, log=log) for launch, log in zip(self._launches[role], logs, strict=True)]
+        for service in self._on_duty:
+            service.start()
+        for service in self._on_duty:
+            service.wait()
+        self._role = role
 
     def check(self) -> None:
-        """Raise DistillError if the server on duty is gone for good."""
-        if self._on_duty is not None:
-            self._on_duty.check()
+        """Raise DistillError if a server on duty is gone for good."""
+        for service in self._on_duty:
+            service.check()
 
     def end(self) -> None:
-        if self._on_duty is not None:
-            self._on_duty.stop()
-            self._on_duty = None
+        self._role = None
+        for service in self._on_duty:
+            service.stop()
+        self._on_duty = []

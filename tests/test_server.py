@@ -176,7 +176,7 @@ def test_kill_9_of_the_parent_leaves_no_process(tmp_path: Path) -> None:
     command += ["--role", "score", "--max-model-len", "64", "--log", str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        url = json.loads(parent.stdout.readline())["url"]
+        (url,) = json.loads(parent.stdout.readline())["urls"]
         (watcher,) = (int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
         assert is_healthy(url) and len(alive(watcher)) >= 3  # the watcher, the API server, the engine
         parent.kill()
