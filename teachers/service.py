@@ -137,6 +137,8 @@ class Launch:
             *("--model", str(self.checkpoint.path)),
             *("--served-model-name", self.checkpoint.name),
             *("--host", self.host, "--port", str(port)),
+            # A line for every request tells nothing and, with short responses, costs more than it should.
+            "--disable-uvicorn-access-log",
             *("--dtype", self.dtype),
             *("--max-model-len", str(self.max_model_len)),
             *self._parallel_flags(),
@@ -414,7 +416,7 @@ class Service:
         """Whether the server has shown no sign of life for too long; one that merely rests is asked for one."""
         try:
             pulse.note(self._ask("GET", "/metrics", None).text)
-            if pulse.silence > PROBE_SECONDS and self._ask("POST", *_CANARY[self.launch.role]).is_success:
+            if pulse.silence > STALL_SECONDS / 4 and self._ask("POST", *_CANARY[self.launch.role]).is_success:
                 pulse.beat()
         except httpx.TransportError:
             pass

@@ -28,7 +28,7 @@ print(json.dumps([parsed, list(QUANTIZATION_METHODS)]))
 DESTINATIONS = (
     *("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "quantization"),
     *("nnodes", "node_rank", "master_addr", "master_port", "headless"),
-    *("runner", "convert", "logprobs_mode", "max_model_len"),
+    *("runner", "convert", "logprobs_mode", "max_model_len", "disable_uvicorn_access_log"),
 )
 
 
@@ -69,6 +69,7 @@ def test_the_installed_vllm_knows_every_flag() -> None:
         assert found["enable_expert_parallel"] and found["quantization"] == "fp8_per_block"
         assert (found["nnodes"], found["node_rank"], found["headless"]) == (2, launch.nodes.rank, not launch.answers)
         assert (found["master_addr"], found["master_port"], found["max_model_len"]) == ("gpu-1", 7000, 64)
+        assert found["disable_uvicorn_access_log"]
         if launch.role == "score":
             assert (found["runner"], found["convert"]) == ("pooling", "embed")
         else:

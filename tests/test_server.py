@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -208,3 +209,29 @@ def test_a_whole_run_with_a_served_teacher(tmp_path: Path) -> None:
     thinks = {entry["checkpoint"]: entry["mean"] for entry in summary["scores"] if entry["mode"] == "think"}
     assert thinks["teacher"] > thinks["start"]
     assert sorted(path.name for path in (tmp_path / "run" / "servers").iterdir()) == ["generate.log", "score.log"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_served_teacher_teaches_what_one_in_this_process_does(tmp_path: Path) -> None:
+    """Final scores differ by no more than three standard errors of their difference; the first step not at all."""
+    settings = ["stages.on_policy.steps=20", "evaluation.num_questions=256"]
+    runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    for backend in ("local", "vllm"):
+        out = tmp_path / backend
+        command = [sys.executable, "-m", "distill.cli", "run", "--json", "--out", str(out)]
+        command += [part for text in (*settings, f"teacher.backend={backend}") for part in ("--set", text)]
+        # One store: both learn from the same responses, and what differs afterwards is who judges.
+        environment = {**os.environ, "DISTILL_STORE": str(tmp_path / "store")}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=700, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        runs[backend] = json.loads(done.stdout), [line for line in lines if line["stage"] == "on_policy"]
+    (local, local_steps), (served, served_steps) = runs["local"], runs["vllm"]
+    assert served["costs"]["teacher_generate"]["tokens"] == 0
+    assert served_steps[0]["reverse_kl"] == pytest.approx(local_steps[0]["reverse_kl"], abs=1e-4)
+    assert served_steps[-1]["reverse_kl"] < served_steps[0]["reverse_kl"]
+    for ours, theirs in zip(local["scores"], served["scores"], strict=True):
+        assert (ours["checkpoint"], ours["mode"]) == (theirs["checkpoint"], theirs["mode"])
+        widths = [(entry["ci95"][1] - entry["ci95"][0]) / 2 for entry in (ours, theirs)]
+        assert abs(ours["mean"] - theirs["mean"]) <= 3 / 1.96 * math.hypot(*widths), (ours, theirs)
