@@ -64,7 +64,7 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Pair:
     """Student p and teacher q of a block of rows, and ratio = log p - log q, which every divergence is made of.
 
     Log-ratios of finite logits are finite, so p * ratio is 0, not 0 * inf, where p underflows.
@@ -77,30 +77,30 @@ class _Pair:
     forward_kl_B: Tensor
 
 
-def _reverse_kl(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+def _reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     return pair.reverse_kl_B, pair.ratio_BV.mul_(pair.p_BV)
 
 
-def _forward_kl(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+def _forward_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     return pair.forward_kl_B, torch.neg(pair.q_BV, out=pair.ratio_BV)
 
 
-def _jsd(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+def _jsd(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     teacher_BV = _log_share_(pair.ratio_BV.neg(), beta)
     student_BV = _log_share_(pair.ratio_BV, 1 - beta)
     slope_BV = student_BV.mul_(pair.p_BV).mul_(1 - beta)
-    return beta * _row_dot(pair.q_BV, teacher_BV) + slope_BV.sum(-1), slope_BV
+    return beta * row_dot(pair.q_BV, teacher_BV) + slope_BV.sum(-1), slope_BV
 
 
-def _skew_forward_kl(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+def _skew_forward_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     teacher_BV = _log_share_(pair.ratio_BV.neg_(), beta)
-    values_B = _row_dot(pair.q_BV, teacher_BV)
+    values_B = row_dot(pair.q_BV, teacher_BV)
     return values_B, teacher_BV.exp_().mul_(pair.p_BV).mul_(beta - 1)
 
 
-def _skew_reverse_kl(pair: _Pair, beta: float) -> tuple[Tensor, Tensor]:
+def _skew_reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     student_BV = _log_share_(pair.ratio_BV, beta)
-    values_B = _row_dot(pair.p_BV, student_BV)
+    values_B = row_dot(pair.p_BV, student_BV)
     return values_B, student_BV.sub_(student_BV.exp(), alpha=beta).mul_(pair.p_BV)
 
 
@@ -113,7 +113,7 @@ def _log_share_(ratio_BV: Tensor, alpha: float) -> Tensor:
     return torch.logaddexp(ratio_BV, ratio_BV.new_tensor(math.log(alpha)), out=ratio_BV).neg_()
 
 
-KINDS: dict[str, Callable[[_Pair, float], tuple[Tensor, Tensor]]] = {
+KINDS: dict[str, Callable[[Pair, float], tuple[Tensor, Tensor]]] = {
     "reverse_kl": _reverse_kl,  # KL(p || q)
     "forward_kl": _forward_kl,  # KL(q || p)
     "jsd": _jsd,  # beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
@@ -124,7 +124,7 @@ KINDS: dict[str, Callable[[_Pair, float], tuple[Tensor, Tensor]]] = {
 gradient to the logits, slope - p * sum(slope), cancels it. The slope may take the ratio's memory."""
 
 
-def _row_dot(x_BV: Tensor, y_BV: Tensor) -> Tensor:
+def row_dot(x_BV: Tensor, y_BV: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.vecdot(x_BV, y_BV))
 
 
@@ -166,20 +166,20 @@ class _TeacherLoss:
     def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
         logits_BV, teacher_BV = logits
         if self.sampled_ids_N is not None and self.sampled_logprob_N is not None:
-            self.sampled_logprob_N[rows] = _pick(logits_BV, self.sampled_ids_N[rows]) - logits_BV.logsumexp(-1)
-        _log_softmax_(logits_BV, self.temperature)
-        _log_softmax_(teacher_BV, self.temperature)
+            self.sampled_logprob_N[rows] = pick(logits_BV, self.sampled_ids_N[rows]) - logits_BV.logsumexp(-1)
+        log_softmax_(logits_BV, self.temperature)
+        log_softmax_(teacher_BV, self.temperature)
         shares = [_merge_(logits_BV, group_G) for group_G in self.groups]
         for group_G in self.groups:
             _merge_(teacher_BV, group_G)
 
         p_BV, q_BV = logits_BV.exp(), teacher_BV.exp()
-        self.student_entropy_N[rows] = -_row_dot(p_BV, logits_BV)
-        self.teacher_entropy_N[rows] = -_row_dot(q_BV, teacher_BV)
+        self.student_entropy_N[rows] = -row_dot(p_BV, logits_BV)
+        self.teacher_entropy_N[rows] = -row_dot(q_BV, teacher_BV)
         ratio_BV = torch.sub(logits_BV, teacher_BV, out=teacher_BV)
-        self.reverse_kl_N[rows] = reverse_kl_B = _row_dot(p_BV, ratio_BV)
-        self.forward_kl_N[rows] = forward_kl_B = -_row_dot(q_BV, ratio_BV)
-        self.values_N[rows], slope_BV = self.kind(_Pair(p_BV, q_BV, ratio_BV, reverse_kl_B, forward_kl_B), self.beta)
+        self.reverse_kl_N[rows] = reverse_kl_B = row_dot(p_BV, ratio_BV)
+        self.forward_kl_N[rows] = forward_kl_B = -row_dot(q_BV, ratio_BV)
+        self.values_N[rows], slope_BV = self.kind(Pair(p_BV, q_BV, ratio_BV, reverse_kl_B, forward_kl_B), self.beta)
 
         torch.sub(slope_BV, p_BV.mul_(slope_BV.sum(-1, keepdim=True)), out=logits_BV)
         logits_BV.mul_(weights_B1 / self.temperature)
@@ -196,22 +196,22 @@ class _TargetLoss:
 
     def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
         (logits_BV,) = logits
-        _log_softmax_(logits_BV, 1.0)
+        log_softmax_(logits_BV, 1.0)
         target_ids_B = self.target_ids_N[rows]
-        self.values_N[rows] = -_pick(logits_BV, target_ids_B)
+        self.values_N[rows] = -pick(logits_BV, target_ids_B)
         p_BV = logits_BV.exp()
-        self.entropy_N[rows] = -_row_dot(p_BV, logits_BV)
+        self.entropy_N[rows] = -row_dot(p_BV, logits_BV)
         torch.mul(p_BV, weights_B1, out=logits_BV)
         logits_BV.scatter_add_(-1, target_ids_B[:, None], -weights_B1)
 
 
-def _log_softmax_(logits_BV: Tensor, temperature: float) -> None:
+def log_softmax_(logits_BV: Tensor, temperature: float) -> None:
     if temperature != 1:
         logits_BV.div_(temperature)
     torch.log_softmax(logits_BV, -1, out=logits_BV)
 
 
-def _pick(x_BV: Tensor, ids_B: Tensor) -> Tensor:
+def pick(x_BV: Tensor, ids_B: Tensor) -> Tensor:
     return x_BV.gather(-1, ids_B[:, None]).squeeze(-1)
 
 
@@ -221,13 +221,13 @@ Params = ParamSpec("Params")
 Returns = TypeVar("Returns")
 
 
-def _eager(call: Callable[Params, Returns]) -> Callable[Params, Returns]:
+def eager(call: Callable[Params, Returns]) -> Callable[Params, Returns]:
     """Keeps torch.compile out: the loop has as many rounds as a batch has tiles, and would compile anew for each."""
     disable: Callable[..., Any] = torch.compiler.disable
     return cast(Callable[Params, Returns], disable(call))
 
 
-@_eager
+@eager
 def linear_divergence(
     student_hidden: Tensor,
     student_head: Tensor,
@@ -259,9 +259,9 @@ def linear_divergence(
 
     Raises ``UserError`` for an unknown kind, a parameter out of range or shapes that do not fit together.
     """
-    _check_linear("student", student_hidden, student_head)
-    _check_linear("teacher", teacher_hidden, teacher_head)
-    _check_choices(kind, beta, temperature)
+    check_linear("student", student_hidden, student_head)
+    check_linear("teacher", teacher_hidden, teacher_head)
+    check_choices(kind, beta, temperature)
     num_rows, num_vocab = len(student_hidden), len(student_head)
     if len(teacher_head) != num_vocab:
         raise UserError(
@@ -270,10 +270,10 @@ def linear_divergence(
         )
     if len(teacher_hidden) != num_rows:
         raise UserError(f"student_hidden has {num_rows} rows and teacher_hidden {len(teacher_hidden)}; give one each.")
-    weights_N = _weights(weights, student_hidden)
-    groups = [torch.tensor(ids, device=student_hidden.device) for ids in _check_groups(merged_ids or (), num_vocab)]
+    weights_N = weights_of(weights, student_hidden)
+    groups = [torch.tensor(ids, device=student_hidden.device) for ids in check_groups(merged_ids or (), num_vocab)]
     if sampled_ids is not None:
-        _check_ids("sampled_ids", sampled_ids, num_rows, num_vocab)
+        check_ids("sampled_ids", sampled_ids, num_rows, num_vocab)
     loss = _TeacherLoss(kind, beta, temperature, groups=groups, sampled_ids_N=sampled_ids, like_N=weights_N)
     models = [(student_hidden, student_head), (teacher_hidden, teacher_head)]
     return Divergence(
@@ -287,7 +287,7 @@ def linear_divergence(
     )
 
 
-@_eager
+@eager
 def linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -301,9 +301,9 @@ def linear_cross_entropy(
     ``hidden`` [N, d], ``head`` [V, d] and ``target_ids`` [N]; a token that must not count has weight 0 and any id of
     the vocabulary. ``weights``, ``chunk_rows``, dtypes and errors are those of ``linear_divergence``.
     """
-    _check_linear("the model", hidden, head)
-    _check_ids("target_ids", target_ids, len(hidden), len(head))
-    weights_N = _weights(weights, hidden)
+    check_linear("the model", hidden, head)
+    check_ids("target_ids", target_ids, len(hidden), len(head))
+    weights_N = weights_of(weights, hidden)
     loss = _TargetLoss(target_ids, like_N=weights_N)
     total = tiled_total([(hidden, head)], loss, weights_N, chunk_rows)
     return CrossEntropy(total=total, values=loss.values_N, entropy=loss.entropy_N)
@@ -318,7 +318,7 @@ def linear_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, *, chunk_rows: in
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
-def _check_linear(whose: str, hidden: Tensor, head: Tensor) -> None:
+def check_linear(whose: str, hidden: Tensor, head: Tensor) -> None:
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise UserError(
             f"{whose}: hidden states of shape {list(hidden.shape)} do not fit a head of shape {list(head.shape)};"
@@ -328,7 +328,7 @@ def _check_linear(whose: str, hidden: Tensor, head: Tensor) -> None:
         raise UserError(f"{whose}: hidden states are {hidden.dtype} and the head is {head.dtype}; cast one of them.")
 
 
-def _check_choices(kind: str, beta: float, temperature: float) -> None:
+def check_choices(kind: str, beta: float, temperature: float) -> None:
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0)[0]
         raise UserError(f"There is no divergence kind {kind!r}; did you mean {near!r}? There are: {', '.join(KINDS)}.")
@@ -340,14 +340,14 @@ def _check_choices(kind: str, beta: float, temperature: float) -> None:
         raise UserError(f"temperature is {temperature} and must be a positive number; 1 is the model's own.")
 
 
-def _check_ids(name: str, ids: Tensor, num_rows: int, num_vocab: int) -> None:
+def check_ids(name: str, ids: Tensor, num_rows: int, num_vocab: int) -> None:
     if ids.shape != (num_rows,) or ids.dtype != torch.int64:
         raise UserError(f"{name} is {ids.dtype} of shape {list(ids.shape)}; it must be int64 of shape [{num_rows}].")
     if num_rows and not 0 <= int(ids.min()) <= int(ids.max()) < num_vocab:
         raise UserError(f"{name} holds ids {int(ids.min())} to {int(ids.max())}; the head has {num_vocab} rows.")
 
 
-def _check_groups(groups: Sequence[Sequence[int]], num_vocab: int) -> list[list[int]]:
+def check_groups(groups: Sequence[Sequence[int]], num_vocab: int) -> list[list[int]]:
     ids = [token for group in groups for token in group]
     if not all(groups) or len(set(ids)) != len(ids) or not all(0 <= token < num_vocab for token in ids):
         raise UserError(
@@ -357,7 +357,7 @@ def _check_groups(groups: Sequence[Sequence[int]], num_vocab: int) -> list[list[
     return [list(group) for group in groups]
 
 
-def _weights(weights: Tensor | None, hidden: Tensor) -> Tensor:
+def weights_of(weights: Tensor | None, hidden: Tensor) -> Tensor:
     """The weights in the dtype that all arithmetic is done in."""
     calc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if weights is None:

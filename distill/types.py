@@ -155,9 +155,10 @@ class HiddenStates:
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The teacher's k most probable tokens a position and the probability mass of all the others.
+    """The teacher's log-probabilities of k tokens a position, and the probability mass of all the others.
 
-    ``ids_RK`` and ``logprobs_RK`` are [R, k]; ``tail_logprob_R`` is [R], log of one minus the sum of the k.
+    The k are the teacher's most probable ones, or those that the student chose; they are distinct. ``ids_RK`` and
+    ``logprobs_RK`` are [R, k]; ``tail_logprob_R`` is [R], log of one minus the sum of the k.
     """
 
     ids_RK: Tensor

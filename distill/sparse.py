@@ -1,0 +1,384 @@
+"""Losses for teachers that say less than their whole distribution, and the reductions that make such signals.
+
+Two signals: the teacher's k most probable tokens with the mass of all others (``linear_topk_divergence``), and its
+log-probability of the sampled token alone (``linear_sampled_divergence``). The student's whole distribution is known
+either way, and the loop over tiles is the one of ``distill.tiles``: no [N, V] tensor exists.
+
+Top k. The ids of a row and one action for everything else, the tail, are a partition of the vocabulary into k + 1
+actions, the same one for student and teacher. The divergence between the two distributions over these actions is a
+divergence, and at most the one over the whole vocabulary: what is lost is how the tail is spread. Without the tail the
+sum is none: it can be negative, and is smallest for a student that leaves the k tokens. So it exists for experiments
+alone (``tail=False``), and a run cannot ask for it.
+
+Stop ids that count as one action are merged where the partition allows it: those of a row's k ids become one action, on
+both sides. A stop id outside the row's k is in the tail, also on both sides: the teacher's probability of it is not
+known, and adding the student's to the merged action would compare two different events.
+
+The sampled token. With y drawn from the student p, and the teacher q, log p(y) - log q(y) (k1) and r - 1 - log r with
+r = q(y) / p(y) (k3) both have the reverse KL as their mean; k3 is never negative and varies less near the teacher.
+Their derivatives do not have its gradient as their mean, since y itself depends on p: the derivative of k1 is
+grad log p(y), whose mean is zero, and that of k3 has the gradient of the *forward* KL as its mean. What is missing is
+the estimate times grad log p(y). The sum of both, less the grad log p(y) of k1, is the same for k1 and k3, for k3
+because (r - 1 - log r) + (1 - r) = -log r:
+
+    (log p(y) - log q(y)) * grad log p(y)
+
+This is the gradient here, the policy gradient with the reward log q(y) - log p(y); its mean is the gradient that
+``linear_divergence`` takes exactly. The choice of an estimator decides what is reported.
+
+Left out on purpose: temperature (a teacher that gives some log-probabilities gives them at 1), and stop ids as one
+action for the sampled token (the teacher's probability of the other one is not known).
+
+Shapes: N rows, V vocabulary rows, D width, K ids a row; a block has B rows, and A = K + 1 actions.
+Source of the estimators: J. Schulman, Approximating KL divergence (2020), http://joschu.net/blog/kl-approx.html.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.divergence import (
+    KINDS,
+    LOG_ZERO,
+    Pair,
+    check_choices,
+    check_groups,
+    check_ids,
+    check_linear,
+    eager,
+    log_softmax_,
+    pick,
+    row_dot,
+    weights_of,
+)
+from distill.errors import UserError
+from distill.tiles import tiled_total
+
+TAIL_FLOOR = 2.0**-24
+"""Least mass of a tail that was found as one minus a sum of float32 probabilities: below, it is rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopKDivergence:
+    """What ``linear_topk_divergence`` returns: a differentiable total, and detached facts of shape [N] in nats.
+
+    ``values``, ``reverse_kl`` and ``forward_kl`` are of the k + 1 actions; with a tail, and nothing merged, they are
+    lower bounds of what ``linear_divergence`` reports. ``student_tail`` is the student's probability of the tail.
+    ``student_entropy`` and ``sampled_logprob`` are of the student's whole distribution, unmerged.
+    """
+
+    total: Tensor
+    values: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+    student_tail: Tensor
+    student_entropy: Tensor
+    sampled_logprob: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledDivergence:
+    """What ``linear_sampled_divergence`` returns: a total, and detached facts of shape [N] in nats.
+
+    The gradient of ``total`` is the policy gradient of this module's docstring, not the derivative of ``values``.
+    """
+
+    total: Tensor
+    values: Tensor
+    student_entropy: Tensor
+    sampled_logprob: Tensor
+
+
+# --- The top k and the tail -------------------------------------------------------------------------------------------
+
+_MASS_TERM = {"reverse_kl": 1.0, "skew_reverse_kl": 1.0}
+"""The multiple of p that the slopes of ``KINDS`` leave out, which matters where the probabilities do not sum to one."""
+
+
+class _TopKLoss:
+    """Divergence over the k + 1 actions of each row; a ``distill.tiles.TileLoss``."""
+
+    def __init__(
+        self,
+        kind: str,
+        beta: float,
+        *,
+        ids_NK: Tensor,
+        log_q_NA: Tensor,
+        groups: list[Tensor],
+        sampled_ids_N: Tensor | None,
+        tail: bool,
+    ) -> None:
+        self.kind, self.beta, self.mass_term = KINDS[kind], beta, 0.0 if tail else _MASS_TERM.get(kind, 0.0)
+        self.ids_NK, self.log_q_NA, self.groups, self.tail = ids_NK, log_q_NA, groups, tail
+        self.sampled_ids_N = sampled_ids_N
+        like_N = log_q_NA[:, 0]
+        self.values_N, self.reverse_kl_N, self.forward_kl_N = (torch.empty_like(like_N) for _ in range(3))
+        self.student_tail_N, self.student_entropy_N = (torch.empty_like(like_N) for _ in range(2))
+        self.sampled_logprob_N = None if sampled_ids_N is None else torch.empty_like(like_N)
+
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
+        (logits_BV,) = logits
+        ids_BK, log_q_BA = self.ids_NK[rows], self.log_q_NA[rows].clone()
+        log_softmax_(logits_BV, 1.0)
+        self.student_entropy_N[rows] = -row_dot(logits_BV.exp(), logits_BV)
+        if self.sampled_ids_N is not None and self.sampled_logprob_N is not None:
+            self.sampled_logprob_N[rows] = pick(logits_BV, self.sampled_ids_N[rows])
+        log_p_BK = logits_BV.gather(-1, ids_BK)
+        logits_BV.scatter_(-1, ids_BK, LOG_ZERO)  # what stays is the tail
+        tail_B1 = logits_BV.logsumexp(-1, keepdim=True)
+        self.student_tail_N[rows] = tail_p_B = tail_B1.squeeze(-1).exp()
+        log_p_BA = torch.cat([log_p_BK, tail_B1], -1)
+        if not self.tail:
+            log_p_BA[:, -1] = log_q_BA[:, -1] = LOG_ZERO
+        members = [torch.isin(ids_BK, group_G) for group_G in self.groups]
+        shares = [_merge_members_(log_p_BA[:, :-1], member_BK) for member_BK in members]
+        for member_BK in members:
+            _merge_members_(log_q_BA[:, :-1], member_BK)
+
+        p_BA, q_BA = log_p_BA.exp(), log_q_BA.exp()
+        ratio_BA = log_p_BA - log_q_BA
+        self.reverse_kl_N[rows] = reverse_kl_B = row_dot(p_BA, ratio_BA)
+        self.forward_kl_N[rows] = forward_kl_B = -row_dot(q_BA, ratio_BA)
+        self.values_N[rows], slope_BA = self.kind(Pair(p_BA, q_BA, ratio_BA, reverse_kl_B, forward_kl_B), self.beta)
+        if self.mass_term:
+            slope_BA = slope_BA + self.mass_term * p_BA
+
+        sum_B1 = slope_BA.sum(-1, keepdim=True)
+        grad_BK = slope_BA[:, :-1] - p_BA[:, :-1] * sum_B1
+        for member_BK, share_BK in zip(members, shares, strict=True):
+            grad_BK = torch.where(member_BK, share_BK * (grad_BK * _first(member_BK)).sum(-1, keepdim=True), grad_BK)
+        # A token of the tail receives the tail's gradient by its share of it.
+        grad_tail_B1 = slope_BA[:, -1:] - tail_p_B[:, None] * sum_B1
+        logits_BV.sub_(tail_B1).exp_().mul_(grad_tail_B1 * weights_B1)
+        logits_BV.scatter_(-1, ids_BK, grad_BK * weights_B1)
+
+
+def _first(member_BK: Tensor) -> Tensor:
+    """True at the first True of each row."""
+    return member_BK & (member_BK.cumsum(-1) == 1)
+
+
+def _merge_members_(log_probs_BK: Tensor, member_BK: Tensor) -> Tensor:
+    """Adds the probabilities of each row's members into the first of them, in place; each one's share of the sum."""
+    members_BK = log_probs_BK.masked_fill(~member_BK, -math.inf)
+    merged_B1 = members_BK.logsumexp(-1, keepdim=True)
+    log_probs_BK.masked_fill_(member_BK, LOG_ZERO)
+    log_probs_BK.copy_(torch.where(_first(member_BK), merged_B1, log_probs_BK))
+    return torch.where(member_BK, (members_BK - merged_B1).exp(), 0.0)
+
+
+@eager
+def linear_topk_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    tail_logprob: Tensor,
+    *,
+    kind: str,
+    beta: float = 0.5,
+    weights: Tensor | None = None,
+    merged_ids: Sequence[Sequence[int]] | None = None,
+    sampled_ids: Tensor | None = None,
+    tail: bool = True,
+    chunk_rows: int | None = None,
+) -> TopKDivergence:
+    """Weighted sum over tokens of the divergence to a teacher that gave k log-probabilities a token, in nats.
+
+    ``ids`` [N, K] are distinct in each row, ``logprobs`` [N, K] the teacher's log-probabilities of them and
+    ``tail_logprob`` [N] that of all other tokens together. ``tail=False`` leaves the tail's term out of the sum: no
+    divergence any more, see the module's docstring. Everything else is as in ``linear_divergence``, at temperature 1.
+
+    Raises ``UserError`` for an unknown kind, a parameter out of range or shapes that do not fit together.
+    """
+    check_linear("student", student_hidden, student_head)
+    check_choices(kind, beta, 1.0)
+    num_rows, num_vocab = len(student_hidden), len(student_head)
+    _check_rows_of_ids(ids, num_rows, num_vocab)
+    if logprobs.shape != ids.shape or tail_logprob.shape != (num_rows,):
+        raise UserError(
+            f"ids are {list(ids.shape)}, their log-probabilities {list(logprobs.shape)} and the tail's "
+            f"{list(tail_logprob.shape)}; one each for every id, and one tail for every row, are needed."
+        )
+    weights_N = weights_of(weights, student_hidden)
+    groups = [torch.tensor(group, device=ids.device) for group in check_groups(merged_ids or (), num_vocab)]
+    if sampled_ids is not None:
+        check_ids("sampled_ids", sampled_ids, num_rows, num_vocab)
+    log_q_NA = torch.cat([logprobs, tail_logprob[:, None]], -1).detach().to(weights_N.dtype).clamp_(min=LOG_ZERO)
+    loss = _TopKLoss(kind, beta, ids_NK=ids, log_q_NA=log_q_NA, groups=groups, sampled_ids_N=sampled_ids, tail=tail)
+    return TopKDivergence(
+        total=tiled_total([(student_hidden, student_head)], loss, weights_N, chunk_rows),
+        values=loss.values_N,
+        reverse_kl=loss.reverse_kl_N,
+        forward_kl=loss.forward_kl_N,
+        student_tail=loss.student_tail_N,
+        student_entropy=loss.student_entropy_N,
+        sampled_logprob=loss.sampled_logprob_N,
+    )
+
+
+# --- The sampled token ------------------------------------------------------------------------------------------------
+
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda log_ratio_B: log_ratio_B,
+    "k3": lambda log_ratio_B: torch.expm1(-log_ratio_B) + log_ratio_B,
+}
+"""Estimates of the reverse KL from log p(y) - log q(y) of one y drawn from p."""
+
+
+class _SampledLoss:
+    """An estimate of the reverse KL with its policy gradient; a ``distill.tiles.TileLoss``."""
+
+    def __init__(self, estimator: str, *, sampled_ids_N: Tensor, log_q_N: Tensor) -> None:
+        self.estimate, self.sampled_ids_N, self.log_q_N = ESTIMATORS[estimator], sampled_ids_N, log_q_N
+        self.values_N, self.student_entropy_N, self.sampled_logprob_N = (torch.empty_like(log_q_N) for _ in range(3))
+
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
+        (logits_BV,) = logits
+        sampled_ids_B = self.sampled_ids_N[rows]
+        log_softmax_(logits_BV, 1.0)
+        self.sampled_logprob_N[rows] = log_p_B = pick(logits_BV, sampled_ids_B)
+        log_ratio_B = log_p_B - self.log_q_N[rows]
+        self.values_N[rows] = self.estimate(log_ratio_B)
+        p_BV = logits_BV.exp()
+        self.student_entropy_N[rows] = -row_dot(p_BV, logits_BV)
+        scale_B1 = weights_B1 * log_ratio_B[:, None]
+        torch.mul(p_BV, -scale_B1, out=logits_BV)
+        logits_BV.scatter_add_(-1, sampled_ids_B[:, None], scale_B1)
+
+
+@eager
+def linear_sampled_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    sampled_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    estimator: str = "k1",
+    weights: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> SampledDivergence:
+    """Weighted sum over tokens of an estimate of the reverse KL from one sampled token each, in nats.
+
+    ``sampled_ids`` [N] were drawn from the student's own distribution: temperature 1, nothing cut off, no penalty; a
+    token drawn otherwise makes the estimate and its gradient wrong. ``teacher_logprobs`` [N] are the teacher's
+    log-probabilities of them. ``estimator`` is a key of ``ESTIMATORS``; the gradient is the same for each (see the
+    module's docstring). ``weights`` and ``chunk_rows`` are those of ``linear_divergence``.
+
+    Raises ``UserError`` for an unknown estimator or shapes that do not fit together.
+    """
+    check_linear("student", student_hidden, student_head)
+    if estimator not in ESTIMATORS:
+        near = difflib.get_close_matches(estimator, ESTIMATORS, n=1, cutoff=0)[0]
+        raise UserError(f"There is no estimator {estimator!r}; did you mean {near!r}? There are: k1, k3.")
+    check_ids("sampled_ids", sampled_ids, len(student_hidden), len(student_head))
+    if teacher_logprobs.shape != sampled_ids.shape:
+        raise UserError(
+            f"teacher_logprobs has shape {list(teacher_logprobs.shape)}; there are {len(sampled_ids)} sampled ids."
+        )
+    weights_N = weights_of(weights, student_hidden)
+    log_q_N = teacher_logprobs.detach().to(weights_N.dtype)
+    loss = _SampledLoss(estimator, sampled_ids_N=sampled_ids, log_q_N=log_q_N)
+    return SampledDivergence(
+        total=tiled_total([(student_hidden, student_head)], loss, weights_N, chunk_rows),
+        values=loss.values_N,
+        student_entropy=loss.student_entropy_N,
+        sampled_logprob=loss.sampled_logprob_N,
+    )
+
+
+# --- From hidden states to a smaller signal ---------------------------------------------------------------------------
+
+
+class _TopKFacts:
+    """The log-probabilities of given ids of each row; a ``distill.tiles.TileLoss`` that has no gradient.
+
+    With ``always_S`` the ids are found: these, and the most probable ones.
+    """
+
+    def __init__(self, ids_NK: Tensor, *, always_S: Tensor | None, like_N: Tensor) -> None:
+        self.ids_NK, self.always_S = ids_NK, always_S
+        self.logprobs_NK = like_N.new_empty(ids_NK.shape)
+        self.tail_logprob_N = torch.empty_like(like_N)
+        self.values_N = torch.zeros_like(like_N)
+
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
+        (logits_BV,) = logits
+        log_softmax_(logits_BV, 1.0)
+        if self.always_S is not None:
+            standing_BV = logits_BV.index_fill(-1, self.always_S, math.inf) if len(self.always_S) else logits_BV
+            self.ids_NK[rows] = standing_BV.topk(self.ids_NK.shape[1]).indices
+        ids_BK = self.ids_NK[rows]
+        self.logprobs_NK[rows] = logits_BV.gather(-1, ids_BK)
+        logits_BV.scatter_(-1, ids_BK, LOG_ZERO)
+        self.tail_logprob_N[rows] = logits_BV.logsumexp(-1)
+
+
+@torch.no_grad()
+def linear_topk(
+    hidden: Tensor, head: Tensor, k: int, *, always: Sequence[int] = (), chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k most probable ids of each row, most probable first, their log-probabilities, and that of all others.
+
+    ``hidden`` [N, d] and ``head`` [V, d]; returns [N, k] (int64), [N, k] and [N], the latter exact, not one minus a
+    sum. The ids of ``always`` are among the k wherever they stand, and come first. Raises ``UserError`` for a k that
+    leaves no tail, or no room for ``always``.
+    """
+    check_linear("the model", hidden, head)
+    if not max(1, len(always)) <= k < len(head):
+        raise UserError(f"k is {k}; it must be at least {max(1, len(always))} and below the {len(head)} ids there are.")
+    ids_NK = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
+    return _facts(
+        hidden,
+        head,
+        ids_NK,
+        always_S=torch.tensor(always, dtype=torch.int64, device=hidden.device),
+        chunk_rows=chunk_rows,
+    )
+
+
+@torch.no_grad()
+def linear_logprobs_at(
+    hidden: Tensor, head: Tensor, ids: Tensor, *, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``ids`` [N, K], their log-probabilities [N, K] and that of all other tokens of each row [N].
+
+    ``hidden`` [N, d] and ``head`` [V, d]; the ids of a row are distinct.
+    """
+    check_linear("the model", hidden, head)
+    _check_rows_of_ids(ids, len(hidden), len(head))
+    return _facts(hidden, head, ids, always_S=None, chunk_rows=chunk_rows)
+
+
+def _facts(
+    hidden: Tensor, head: Tensor, ids_NK: Tensor, *, always_S: Tensor | None, chunk_rows: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights_N = weights_of(None, hidden)
+    facts = _TopKFacts(ids_NK, always_S=always_S, like_N=weights_N)
+    tiled_total([(hidden, head)], facts, weights_N, chunk_rows)
+    return facts.ids_NK, facts.logprobs_NK, facts.tail_logprob_N
+
+
+def tail_of(logprobs: Tensor) -> Tensor:
+    """log(1 - sum of the probabilities) [R] of ``logprobs`` [R, K], at least that of ``TAIL_FLOOR``; in float32."""
+    mass_R = logprobs.double().exp().sum(-1)
+    return (1 - mass_R).clamp_(min=TAIL_FLOOR).log().float()
+
+
+def _check_rows_of_ids(ids: Tensor, num_rows: int, num_vocab: int) -> None:
+    if ids.ndim != 2 or len(ids) != num_rows or ids.shape[1] == 0 or ids.dtype != torch.int64:
+        raise UserError(f"ids are {ids.dtype} of shape {list(ids.shape)}; they must be int64 of shape [{num_rows}, K].")
+    if ids.numel() == 0:
+        return
+    if not 0 <= int(ids.min()) <= int(ids.max()) < num_vocab:
+        raise UserError(f"ids are {int(ids.min())} to {int(ids.max())}; the head has {num_vocab} rows.")
+    ordered_NK = ids.sort(-1).values
+    if bool((ordered_NK[:, 1:] == ordered_NK[:, :-1]).any()):
+        raise UserError("an id stands twice in a row of ids; the ids of a row must be distinct.")
