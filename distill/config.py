@@ -64,7 +64,8 @@ class TeacherUrls(Settings):
     generate: tuple[ServerUrl, ...] = ()
     """Where the teacher speaks: responses for the off-policy stage and its examination."""
     score: tuple[ServerUrl, ...] = ()
-    """Where the teacher judges: hidden states for the on-policy stage."""
+    """Where the teacher judges, in the on-policy stage: servers that were started to score where ``signal`` is hidden,
+    to generate where it is another; for those, the ones of ``generate`` do as well."""
 
 
 class TeacherSettings(Settings):
@@ -77,8 +78,14 @@ class TeacherSettings(Settings):
     backend: Literal["local", "vllm"] = "local"
     """``local``: in this process, through transformers. ``vllm``: behind vLLM servers, the run's own or ``urls``."""
     urls: TeacherUrls = TeacherUrls()
-    wire: Literal["bf16", "fp32"] = "bf16"
-    """Number type in which hidden states travel from a vLLM server."""
+    signal: Literal["hidden", "topk", "sampled", "chosen"] = "hidden"
+    """What the teacher says of every response token. ``hidden``: its whole distribution. ``topk``: its ``top_k`` most
+    probable tokens and the mass of all others. ``sampled``: the log-probability of the sampled token. ``chosen``: those
+    of ``top_k`` tokens that the student holds most probable, and the mass of all others (vLLM on a GPU)."""
+    top_k: PositiveInt = 20
+    """Tokens in the signals topk and chosen; more than 20 takes a server that was started with --max-logprobs."""
+    wire: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Number type in which hidden states travel from a vLLM server. fp8 halves the bytes of bf16 and is lossy."""
     tensor_parallel: PositiveInt = 1
     """GPUs that each layer of each of the run's own vLLM servers is cut over."""
     pipeline_parallel: PositiveInt = 1
@@ -217,6 +224,9 @@ class DivergenceSettings(Settings):
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Mixture weight of the Jensen-Shannon and the skewed divergences."""
     temperature: PositiveFloat = 1.0
+    estimator: Literal["k1", "k3"] = "k1"
+    """How the reverse KL is estimated where the teacher's signal is the sampled token: as log p - log q, or as
+    q/p - 1 - log q/p, which is never negative. The gradient is the same."""
     merge_stop_ids: bool = True
     """Treat the family's stop tokens as one action; apart, a base student and its teacher disagree on which one ends
     a response and its length explodes."""
@@ -418,6 +428,29 @@ class RunConfig(Settings):
         return max(sampling.max_new_tokens for block in blocks for sampling in (block.think, block.no_think))
 
     @model_validator(mode="after")
+    def _check_signal(self) -> Self:
+        """What a signal cannot give is refused before anything is spent."""
+        signal = self.teacher.signal
+        for name, stage in self.stages.items():
+            if isinstance(stage, OpdRewardStage) and signal != "hidden":
+                raise ValueError(f"stages.{name} (opd_reward) needs teacher.signal=hidden, and it is {signal}")
+            if not isinstance(stage, OnPolicyStage):
+                continue
+            where, divergence = f"stages.{name}.divergence", stage.divergence
+            if signal != "hidden" and divergence.temperature != 1:
+                raise ValueError(
+                    f"{where}.temperature is {divergence.temperature}, and teacher.signal={signal} holds probabilities "
+                    f"at temperature 1; set it to 1, or teacher.signal to hidden"
+                )
+            if signal != "sampled" and divergence.estimator != "k1":
+                raise ValueError(
+                    f"{where}.estimator is for teacher.signal=sampled; with {signal} nothing is estimated: leave it out"
+                )
+            if signal == "sampled":
+                _check_sampled(where, name, stage)
+        return self
+
+    @model_validator(mode="after")
     def _check_stages(self) -> Self:
         if not self.stages:
             raise ValueError("stages is empty; name at least one stage, for example off_policy")
@@ -430,3 +463,25 @@ class RunConfig(Settings):
         if self.stop and self.evaluation.curve is None:
             raise ValueError("stop needs evaluation.curve: only an examination can find a score reached")
         return self
+
+
+def _check_sampled(where: str, name: str, stage: OnPolicyStage) -> None:
+    """The sampled token stands for the distribution it was drawn from: the student's own, stop tokens apart."""
+    if stage.divergence.kind != "reverse_kl":
+        raise ValueError(
+            f"{where}.kind is {stage.divergence.kind}, and teacher.signal=sampled estimates the reverse_kl alone; set "
+            f"it to reverse_kl, or teacher.signal to hidden"
+        )
+    if stage.divergence.merge_stop_ids:
+        raise ValueError(
+            f"{where}.merge_stop_ids is true, and teacher.signal=sampled does not tell the probability of the other "
+            f"stop token; set it to false where the student has learnt to end as its teacher does, or teacher.signal "
+            f"to hidden"
+        )
+    for mode, sampling in (("think", stage.sampling.think), ("no_think", stage.sampling.no_think)):
+        if (sampling.temperature, sampling.top_p, sampling.top_k, sampling.presence_penalty) != (1, 1, 0, 0):
+            raise ValueError(
+                f"stages.{name}.sampling.{mode} changes the student's distribution, and teacher.signal=sampled takes "
+                f"tokens that were drawn from it as it is; set temperature and top_p to 1, top_k and presence_penalty "
+                f"to 0, or teacher.signal to hidden"
+            )

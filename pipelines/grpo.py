@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from students.batch import Advantages
 from students.rescoring import rescore
 from students.student import Felt, Rows
 from teachers.local import LocalTeacher
-from teachers.teacher import Teacher
+from teachers.teacher import ExactTeacher
 
 START_BATCH_TOKENS = 65536
 """Padded tokens in one forward pass of the student's earlier self."""
@@ -41,7 +41,7 @@ START_BATCH_TOKENS = 65536
 class Anchor:
     """A distribution that the student is drawn to while it is rewarded, and on whose account its passes go."""
 
-    judge: Teacher
+    judge: ExactTeacher
     divergence: DivergenceSettings
     coefficient: float
     role: Role
@@ -222,7 +222,7 @@ class OpdReward(Grpo):
         super().__init__(name, settings, crew, first_prompt=first_prompt)
         self.reward_coefficient = settings.reward_coefficient
         self.anchor = Anchor(
-            crew.teacher,
+            cast(ExactTeacher, crew.teacher),  # the configuration allows this stage with teacher.signal=hidden alone
             settings.divergence,
             settings.divergence_coefficient,
             role="teacher_score",

@@ -24,9 +24,11 @@ from distill.config import RunConfig, TeacherSettings
 from distill.encode import Encoder
 from distill.interrupt import deferred_signals
 from distill.sampler import Sampler, TransformersSampler
+from pipelines.signals import SIGNALS, Wanted
 from teachers.client import Client
 from teachers.local import LocalTeacher
-from teachers.remote import REPLY_BYTES, RemoteTeacher, state_bytes
+from teachers.reduced import Choose
+from teachers.remote import REPLY_BYTES, state_bytes
 from teachers.remote_sampler import RemoteSampler
 from teachers.roles import find_role
 from teachers.service import ROLES, Launch, Role, Service, free_port, replicas
@@ -46,14 +48,18 @@ class Hired:
 
 @contextmanager
 def hired_teacher(
-    config: RunConfig, checkpoint: Checkpoint, encoder: Encoder, *, device: torch.device, logs: Path
+    config: RunConfig, checkpoint: Checkpoint, encoder: Encoder, *, device: torch.device, logs: Path, choose: Choose
 ) -> Iterator[Hired]:
-    """The run's teacher; within the block its servers start as they are needed, and all of them end with it."""
+    """The run's teacher; within the block its servers start as they are needed, and all of them end with it.
+
+    ``choose`` names the ids that the student asks about, where the signal is ``chosen``.
+    """
     settings, dtype = config.teacher, getattr(torch, config.teacher.dtype)
+    signal, wanted = SIGNALS[settings.signal], Wanted(checkpoint, settings, device, choose)
     if settings.backend == "local":
         model = load_model(checkpoint, dtype, device)
         yield Hired(
-            LocalTeacher(model, name=checkpoint.name, batch_tokens=settings.batch_tokens),
+            signal.here(LocalTeacher(model, name=checkpoint.name, batch_tokens=settings.batch_tokens), wanted),
             TransformersSampler(model, encoder, speaker="teacher", batch=config.sampler_batch),
         )
         return
@@ -63,12 +69,13 @@ def hired_teacher(
         ]
         shifts = Shifts({role: _launches(config, checkpoint, role, device) for role in ROLES if role in own}, logs)
         stack.callback(shifts.end)
-        most = REPLY_BYTES / state_bytes(checkpoint, settings.wire)
         clients = _Clients(shifts, settings)
-        score = stack.enter_context(clients.of("score", width=settings.batch_tokens, most=most))
-        generate = stack.enter_context(clients.of("generate", width=config.sampler_batch))
+        most = REPLY_BYTES / state_bytes(checkpoint, settings.wire) if signal.role == "score" else math.inf
+        judges = settings.urls.score or (settings.urls.generate if signal.role == "generate" else ())
+        score = stack.enter_context(clients.of(signal.role, judges, width=settings.batch_tokens, most=most))
+        generate = stack.enter_context(clients.of("generate", settings.urls.generate, width=config.sampler_batch))
         yield Hired(
-            RemoteTeacher(score, checkpoint, wire=settings.wire, dtype=dtype, device=device),
+            signal.there(score, wanted),
             RemoteSampler(generate, encoder, speaker="teacher", vocabulary=checkpoint.shape.vocabulary),
         )
 
@@ -95,6 +102,7 @@ def _launches(config: RunConfig, checkpoint: Checkpoint, role: Role, device: tor
     settings = config.teacher
     # One more than prompt and response: forced tokens at the very end are scored by asking for one after them.
     longest = config.max_prompt_tokens + config.longest_response + 1
+    signal = SIGNALS[settings.signal]
     launch = Launch(
         checkpoint,
         role,
@@ -105,7 +113,7 @@ def _launches(config: RunConfig, checkpoint: Checkpoint, role: Role, device: tor
         pipeline_parallel=settings.pipeline_parallel,
         quantization=settings.quantization,
         api_key=os.environ.get(KEY_VARIABLE),
-        extra=settings.server_args,
+        extra=(*(signal.flags(settings) if role == signal.role else ()), *settings.server_args),
     )
     launch.check()
     return [replace(one, port=free_port(one.host)) for one in replicas(launch, settings.replicas, devices_here())]
@@ -113,14 +121,13 @@ def _launches(config: RunConfig, checkpoint: Checkpoint, role: Role, device: tor
 
 @dataclass(frozen=True, slots=True)
 class _Clients:
-    """Who asks a role's servers: those at the configured URLs, or our own where there are none."""
+    """Who asks a role's servers: those at given URLs, or our own where there are none."""
 
     shifts: Shifts
     settings: TeacherSettings
 
-    def of(self, role: Role, *, width: int, most: float = math.inf) -> Client:
+    def of(self, role: Role, urls: Sequence[str], *, width: int, most: float = math.inf) -> Client:
         """``width`` is for one server, ``most`` for all of them."""
-        urls = self.settings.urls.score if role == "score" else self.settings.urls.generate
         shared: dict[str, Any] = {
             "api_key": os.environ.get(KEY_VARIABLE),
             "patience": self.settings.patience_seconds,

@@ -2,7 +2,7 @@
 
     stage        who speaks (sample)               who judges (signal)       how it is felt (loss)
     off_policy   the teacher, from its store       nobody                    cross-entropy on the response
-    on_policy    the student                       the teacher, every token  divergence over the whole vocabulary
+    on_policy    the student                       the teacher, every token  divergence by signal (pipelines.losses)
     grpo         the student                       a verifier, once          group-relative policy gradient
     opd_reward   the student                       both                      the sum of these two
 
@@ -18,13 +18,14 @@ import numpy as np
 
 from distill.config import GrpoStage, OffPolicyStage, OnPolicyStage, OpdRewardStage
 from distill.costs import Cost, rollout_flops
-from distill.divergence import linear_cross_entropy, linear_divergence
+from distill.divergence import linear_cross_entropy
 from distill.errors import UserError
 from distill.progress import say
 from distill.seeding import derive
-from distill.types import Example, HiddenStates, Rollout
+from distill.types import Example, Rollout
 from pipelines.crew import Crew, Judged, group_requests, with_modes
 from pipelines.grpo import Grpo, OpdReward
+from pipelines.losses import LOSSES
 from pipelines.meter import MeteredSampler
 from students.student import Felt, Rows
 from teachers.answers import Answers, answer
@@ -118,7 +119,7 @@ class OffPolicy:
 
 
 class OnPolicy:
-    """The student's own responses, aligned with the teacher's whole distribution at every token (second stage)."""
+    """The student's own responses, aligned with the teacher's distribution at every token (second stage)."""
 
     def __init__(self, name: str, settings: OnPolicyStage, crew: Crew, *, first_prompt: int) -> None:
         self.name, self.settings, self.crew, self.first_prompt = name, settings, crew, first_prompt
@@ -161,33 +162,8 @@ class OnPolicy:
         return Judged([[Example(rollout, signal) for rollout, signal in zip(rollouts, signals, strict=True)]])
 
     def loss(self, rows: Rows) -> Felt:
-        batch, settings = rows.batch, self.settings.divergence
-        assert isinstance(batch.signal, HiddenStates)
-        divergence = linear_divergence(
-            rows.hidden_ND,
-            rows.head_VD,
-            batch.signal.states_Rd,
-            self.crew.teacher.head_VD,
-            kind=settings.kind,
-            beta=settings.beta,
-            temperature=settings.temperature,
-            weights=batch.weight_N,
-            merged_ids=(self.crew.encoder.stop_ids,) if settings.merge_stop_ids else None,
-            sampled_ids=batch.target_N,
-        )
-        assert divergence.sampled_logprob is not None
-        return Felt(
-            divergence.total,
-            {
-                "reverse_kl": divergence.reverse_kl,
-                "forward_kl": divergence.forward_kl,
-                "student_entropy": divergence.student_entropy,
-                "teacher_entropy": divergence.teacher_entropy,
-                "sampled_logprob": divergence.sampled_logprob,
-                # What the sampler said of its tokens against what the trainer says: rounding, unless weights are stale.
-                "logprob_gap": (divergence.sampled_logprob - batch.sampled_logprob_N).abs(),
-            },
-        )
+        loss = LOSSES[type(rows.batch.signal)]
+        return loss(rows, self.settings.divergence, self.crew.teacher.head_VD, self.crew.encoder.stop_ids)
 
     def manifest(self) -> dict[str, Any]:
         return {}

@@ -118,7 +118,9 @@ class _Run:
         self._write_manifest(teacher, student, command, findings)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         hired = stack.enter_context(
-            hired_teacher(config, teacher, self.encoder, device=device, logs=journal.path / "servers")
+            hired_teacher(
+                config, teacher, self.encoder, device=device, logs=journal.path / "servers", choose=self._choose
+            )
         )
         self.crew = self._assemble(hired, teacher, student, device)
         self.student = self.crew.student
@@ -187,6 +189,10 @@ class _Run:
         """The student that the stage of this name left."""
         folder = self.journal.stage_end(stage)
         return open_checkpoint(ModelSource(stage, "directory", str(folder)))
+
+    def _choose(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+        """The ids that the student asks its teacher about."""
+        return self.student.most_probable(rollouts, self.config.teacher.top_k)
 
     def finish(self) -> dict[str, Any]:
         """Everything that is still to do; the summary."""

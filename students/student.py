@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from distill import interrupt
 from distill.config import LoraSettings, Optimiser, StudentSettings
 from distill.errors import NonFiniteError
-from distill.types import Example
+from distill.sparse import linear_topk
+from distill.types import Example, Rollout
 from students.batch import Batch, collate, micro_batches
 from students.optimiser import MasterAdamW
 from students.router import RouterLoad, load_balancing
@@ -97,6 +98,19 @@ class Student:
         hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, batch.row_N)
         router = load_balancing(output.router_logits, self.model.config, batch.mask_BT) if is_moe else None
         return Rows(batch, hidden_ND, self.head_VD), router
+
+    @torch.no_grad()
+    def most_probable(self, rollouts: Sequence[Rollout], k: int) -> list[Tensor]:
+        """The k ids [R, k] that the student holds most probable at each response token; the stop ids are among them."""
+        found: dict[int, Tensor] = {}
+        places = {id(rollout): place for place, rollout in enumerate(rollouts)}
+        for group in micro_batches([Example(rollout) for rollout in rollouts], self.settings.micro_batch_tokens):
+            interrupt.check()
+            rows, _ = self.rows(collate(group, self.model.device))
+            ids_NK, _, _ = linear_topk(rows.hidden_ND, rows.head_VD, k, always=self.stop_ids)
+            parts = ids_NK.split([len(example.rollout.response_ids) for example in group])
+            found |= {places[id(example.rollout)]: part for example, part in zip(group, parts, strict=True)}
+        return [found[place] for place in range(len(rollouts))]
 
     def step(self, examples: Sequence[Example], loss: Loss, *, step: int, num_steps: int, where: str) -> dict[str, Any]:
         """One optimiser step on ``examples``; its metrics.

@@ -308,12 +308,21 @@ def _complaint(answer: httpx.Response) -> str:
     return f"status {answer.status_code}: {' '.join(text.split())[:300]}"
 
 
+class RefusedError(DistillError):
+    """A server refused a request for what it asks; ``complaint`` is what it said."""
+
+    def __init__(self, url: str, complaint: str) -> None:
+        super().__init__(f"{url} refuses a request ({complaint}); its log says why")
+        self.url, self.complaint = url, complaint
+
+
 def _refusal(url: str, status: int, trouble: str) -> DistillError:
-    if status in (401, 403):
+    # vLLM also forbids what a flag would open, and names the flag.
+    if status in (401, 403) and "--enable-" not in trouble:
         return UserError(f"{url} refuses the API key ({trouble}); set DISTILL_TEACHER_API_KEY to the server's")
     if status in (404, 405):
         return UserError(
             f"{url} does not exist ({trouble}); a server has one role: hidden states come from one that was started to "
-            f"score, responses from one that was started to generate"
+            f"score, responses and log-probabilities from one that was started to generate"
         )
-    return DistillError(f"{url} refuses a request ({trouble}); its log says why")
+    return RefusedError(url, trouble)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx
@@ -21,40 +19,20 @@ from torch import Tensor
 from distill.checkpoint import Checkpoint, final_norm, lm_head
 from distill.errors import DistillError
 from distill.types import HiddenStates, Rollout
-from teachers.client import Client, Job
+from teachers.client import Client
+from teachers.hearing import Hearing, ScoringRequest
 
-Wire = Literal["bf16", "fp32"]
-"""The number type in which hidden states travel. bf16 halves the bytes, and changes nothing where the model is bf16."""
+Wire = Literal["bf16", "fp32", "fp8"]
+"""The number type in which hidden states travel. bf16 halves the bytes, and changes nothing where the model is bf16.
+fp8 halves them again and is lossy: e4m3 without a scale, four significant bits and nothing beyond 448."""
 
-REQUEST_TOKENS = 8192
-"""Most tokens in one request, so that replicas share the work evenly."""
-REQUEST_SEQUENCES = 32
-"""Most sequences in one request: each takes about 130 bytes of the reply's header."""
-HEARD_TOKENS = 2048
-"""Tokens of finished responses that are worth a request while others are still being spoken."""
 REPLY_BYTES = 2 * 2**30
 """Most bytes of states in the replies under way at once, all servers together."""
-NORM_TOLERANCE = 0.02
+NORM_TOLERANCE: dict[Wire, float] = {"bf16": 0.02, "fp32": 0.02, "fp8": 0.1}
 """Relative error of a state's length that rounding may cause."""
 
-_VLLM_NAME = {"bf16": "bfloat16", "fp32": "float32"}
-_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """Rollouts that are scored by one request."""
-
-    rollouts: tuple[Rollout, ...]
-
-    @property
-    def inputs(self) -> list[list[int]]:
-        """The token ids that are sent: all but a response's last token, whose row would predict what comes after."""
-        return [[*rollout.prompt_ids, *rollout.response_ids[:-1]] for rollout in self.rollouts]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.inputs))
+_VLLM_NAME = {"bf16": "bfloat16", "fp32": "float32", "fp8": "fp8_e4m3"}
+_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 
 
 class RemoteTeacher:
@@ -71,56 +49,27 @@ class RemoteTeacher:
         self.head_VD = lm_head(checkpoint, dtype).to(device)
         """The LM head's weight, [vocabulary, d]."""
         self._norm_D = final_norm(checkpoint)
-        self._heard: list[Rollout] = []
-        self._under_way: list[tuple[_Request, Future[list[Tensor]]]] = []
+        self._hearing = Hearing(client, self._ask)
 
     def hear(self, rollout: Rollout) -> None:
-        """Start judging ``rollout`` in the background, with others that end at about the same time.
-
-        Raises what went wrong with those that were heard before.
-        """
-        for _, future in self._under_way:
-            if future.done():
-                future.result()
-        self._heard.append(rollout)
-        request = _Request(tuple(self._heard))
-        if request.num_tokens >= HEARD_TOKENS or len(self._heard) >= REQUEST_SEQUENCES:
-            self._heard = []
-            self._under_way.append((request, self._submit(request)))
+        """Start judging ``rollout`` in the background; see ``Hearing.hear``."""
+        self._hearing.hear(rollout)
 
     def forget(self) -> None:
-        """Drop what was heard and not asked for; requests under way are ended."""
-        for _, future in self._under_way:
-            future.cancel()
-        self._heard, self._under_way = [], []
+        """Drop what was heard and not asked for."""
+        self._hearing.forget()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
         """The last hidden states that predict each response token, rows P-1 .. P+R-2, in the order of ``rollouts``.
 
-        What was heard of them is under way already; the rest is asked for now, and what else was heard is dropped.
         Raises DistillError for a reply that cannot be the teacher's, StoppedError where no server answers.
         """
-        wanted = {id(rollout): rollout for rollout in rollouts}
-        under_way: list[tuple[_Request, Future[list[Tensor]]]] = []
-        others: list[tuple[_Request, Future[list[Tensor]]]] = []
-        for request, future in self._under_way:
-            is_wanted = all(id(rollout) in wanted for rollout in request.rollouts)
-            (under_way if is_wanted else others).append((request, future))
-        self._under_way = others
-        self.forget()
-        known = {id(rollout) for request, _ in under_way for rollout in request.rollouts}
-        missing = [rollout for place, rollout in wanted.items() if place not in known]
-        under_way += [(request, self._submit(request)) for request in _requests(missing)]
-        states: dict[int, HiddenStates] = {}
-        for request, sequences in self.client.collect(under_way):
-            for rollout, states_Rd in zip(request.rollouts, sequences, strict=True):
-                states[id(rollout)] = HiddenStates(states_Rd.to(self.device, self.dtype), self.name)
-        return [states[id(rollout)] for rollout in rollouts]
+        return [
+            HiddenStates(states_Rd.to(self.device, self.dtype), self.name)
+            for states_Rd in self._hearing.answers(rollouts)
+        ]
 
-    def _submit(self, request: _Request) -> Future[list[Tensor]]:
-        return self.client.submit(Job(request, request.num_tokens), self._ask)
-
-    async def _ask(self, request: _Request) -> list[Tensor]:
+    async def _ask(self, request: ScoringRequest) -> list[Tensor]:
         inputs = request.inputs
         url, answer = await self.client.post(
             "/pooling",
@@ -149,8 +98,9 @@ class RemoteTeacher:
         rms_T = (states_Td.float()[:, is_known_D] / self._norm_D[is_known_D]).square().sum(dim=-1)
         rms_T = (rms_T / len(self._norm_D)).sqrt()
         # A weight of zero hides its share of the sum, which can then be anything up to one.
-        low = 1 - NORM_TOLERANCE if bool(is_known_D.all()) else 0.0
-        if not low <= float(rms_T.min()) <= float(rms_T.max()) <= 1 + NORM_TOLERANCE:
+        tolerance = NORM_TOLERANCE[self.wire]
+        low = 1 - tolerance if bool(is_known_D.all()) else 0.0
+        if not low <= float(rms_T.min()) <= float(rms_T.max()) <= 1 + tolerance:
             rms = float(rms_T[(rms_T - 1).abs().argmax()])
             raise DistillError(
                 f"{url} returned states that the final norm of {self.name} does not make (root mean square {rms:.3g} "
@@ -189,6 +139,8 @@ def read_states(answer: httpx.Response, lengths: Sequence[int], *, width: int, w
     if len(body) != needed:
         raise DistillError(f"{url} returned {len(body)} bytes of states and announced {needed}")
     states_Nd = torch.frombuffer(body, dtype=dtype).view(-1, width)
+    if wire == "fp8":
+        states_Nd = states_Nd.to(torch.bfloat16)  # exact, and arithmetic exists for it
     if not bool(states_Nd.isfinite().all()):
         row = int((~states_Nd.isfinite()).any(dim=1).nonzero()[0])
         raise DistillError(
@@ -212,18 +164,3 @@ def _items(answer: httpx.Response, url: str) -> list[dict[str, Any]]:
     if starts != [0, *ends[:-1]][: len(items)]:
         raise DistillError(f"{url} returned blocks of states that do not follow each other (they start at {starts})")
     return items
-
-
-def _requests(rollouts: Sequence[Rollout]) -> list[_Request]:
-    """The rollouts by length, longest first, in requests of bounded size."""
-    groups: list[list[int]] = []
-    size = 0
-    lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts]
-    for place in sorted(range(len(rollouts)), key=lengths.__getitem__, reverse=True):
-        if groups and size + lengths[place] <= REQUEST_TOKENS and len(groups[-1]) < REQUEST_SEQUENCES:
-            groups[-1].append(place)
-            size += lengths[place]
-        else:
-            groups.append([place])
-            size = lengths[place]
-    return [_Request(tuple(rollouts[place] for place in group)) for group in groups]

@@ -7,18 +7,18 @@ from typing import Protocol
 
 from torch import Tensor
 
-from distill.types import HiddenStates, Rollout
+from distill.types import HiddenStates, Rollout, Signal
 
 
 class Teacher(Protocol):
-    """Gives the exact signal: hidden states, and the head that makes its logits of them."""
+    """Says of every response token what its signal holds (``teacher.signal`` in a run's configuration)."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def head_VD(self) -> Tensor:
-        """The LM head's weight, [vocabulary, d]."""
+    def head_VD(self) -> Tensor | None:
+        """The LM head's weight, [vocabulary, d], that makes logits of hidden states; None for other signals."""
         ...
 
     def hear(self, rollout: Rollout) -> None:
@@ -30,6 +30,19 @@ class Teacher(Protocol):
 
     def forget(self) -> None:
         """Drop what was heard: nobody is going to ask for it."""
+        ...
+
+    def score(self, rollouts: Sequence[Rollout]) -> Sequence[Signal]:
+        """One signal a rollout, in their order, with a row for each response token."""
+        ...
+
+
+class ExactTeacher(Teacher, Protocol):
+    """Gives the exact signal: hidden states, and the head that makes its logits of them."""
+
+    @property
+    def head_VD(self) -> Tensor:
+        """The LM head's weight, [vocabulary, d]."""
         ...
 
     def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:

@@ -27,7 +27,8 @@ from teachers.service import free_port
 TEACHER = open_checkpoint(resolve("tiny", role="teacher"))
 ENCODER = Encoder(load_tokenizer(TEACHER))
 WIDTH, VOCABULARY = TEACHER.shape.width, TEACHER.shape.vocabulary
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
+ON_THE_WIRE: dict[Wire, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 STOP = ENCODER.stop_ids[0]
 
 
@@ -111,15 +112,13 @@ def score(
         return [states.states_Rd for states in teacher.score(rollouts)]
 
 
-@pytest.mark.parametrize("wire", ["bf16", "fp32"])
+@pytest.mark.parametrize("wire", ON_THE_WIRE)
 def test_states_come_back_to_their_rollouts_and_only_the_rows_of_the_response(wire: Wire) -> None:
     rollouts = [rollout(number, prompt=1 + number % 5, response=1 + number % 7) for number in range(80)]
     scored = score(lambda path, body: pooled(body), rollouts, wire=wire)
     for one, states in zip(rollouts, scored, strict=True):
         predicting = [*one.prompt_ids, *one.response_ids][len(one.prompt_ids) - 1 : -1]
-        assert torch.equal(
-            states, honest_states(predicting).to(DTYPES["bfloat16" if wire == "bf16" else "float32"]).float()
-        )
+        assert torch.equal(states, honest_states(predicting).to(ON_THE_WIRE[wire]).float())
 
 
 def test_the_head_is_the_checkpoint_s() -> None:
