@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from distill.divergence import (
-    _check_groups,
-    _check_ids,
-    _check_linear,
-    _eager,
-    _log_softmax_,
-    _pick,
-    _row_dot,
-    _weights,
+    check_groups,
+    check_ids,
+    check_linear,
+    eager,
+    log_softmax_,
+    pick,
+    row_dot,
+    weights_of,
 )
 from distill.errors import UserError
 from distill.tiles import tiled_total
@@ -90,16 +90,16 @@ class _ActionLoss:
 
     def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
         (logits_BV,) = logits
-        _log_softmax_(logits_BV, 1.0)
+        log_softmax_(logits_BV, 1.0)
         target_ids_B = self.target_ids_N[rows]
-        token_logprob_B = action_logprob_B = _pick(logits_BV, target_ids_B)
+        token_logprob_B = action_logprob_B = pick(logits_BV, target_ids_B)
         members = [_Members.of(logits_BV, target_ids_B, group_G) for group_G in self.groups]
         for group in members:
             action_logprob_B = torch.where(group.drawn_B1[:, 0], group.merged_B1[:, 0], action_logprob_B)
         slope_B1 = weights_B1 * self._judge(rows, token_logprob_B, action_logprob_B)[:, None]
 
         p_BV = logits_BV.exp()
-        self.entropy_N[rows] = -_row_dot(p_BV, logits_BV)
+        self.entropy_N[rows] = -row_dot(p_BV, logits_BV)
         # The gradient of an action's log-probability: its members' shares in it, less every token's probability.
         torch.mul(p_BV, -slope_B1, out=logits_BV)
         alone_B1 = torch.ones_like(slope_B1)
@@ -143,7 +143,7 @@ class _Members:
         return cls(ids_G, drawn_B1, merged_B1, (members_BG - merged_B1).exp())
 
 
-@_eager
+@eager
 def linear_policy_gradient(
     hidden: Tensor,
     head: Tensor,
@@ -171,11 +171,11 @@ def linear_policy_gradient(
 
     ``weights``, ``merged_ids``, ``chunk_rows``, dtypes and errors are those of ``linear_divergence``.
     """
-    _check_linear("the policy", hidden, head)
+    check_linear("the policy", hidden, head)
     num_rows, num_vocab = len(hidden), len(head)
-    _check_ids("target_ids", target_ids, num_rows, num_vocab)
+    check_ids("target_ids", target_ids, num_rows, num_vocab)
     _check_choices(clip, importance_cap)
-    weights_N = _weights(weights, hidden)
+    weights_N = weights_of(weights, hidden)
     loss = _ActionLoss(
         target_ids,
         _row_numbers("advantages", advantages, weights_N),
@@ -185,7 +185,7 @@ def linear_policy_gradient(
         None if sampler_logprobs is None else _row_numbers("sampler_logprobs", sampler_logprobs, weights_N),
         clip=clip,
         importance_cap=importance_cap,
-        groups=[torch.tensor(ids, device=hidden.device) for ids in _check_groups(merged_ids or (), num_vocab)],
+        groups=[torch.tensor(ids, device=hidden.device) for ids in check_groups(merged_ids or (), num_vocab)],
         like_N=weights_N,
     )
     total = tiled_total([(hidden, head)], loss, weights_N, chunk_rows)
