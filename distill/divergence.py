@@ -18,6 +18,7 @@ equation 1), the skewed ones those of DistiLLM (arXiv 2402.03898, section 3.1). 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -207,6 +208,15 @@ class TeacherLoss:
             self.sampled_logprob_N[rows] = pick(logits_BV, self.sampled_ids_N[rows]) - log_total_B
 
 
+def teacher_loss(weights_N: Tensor) -> type[TeacherLoss]:
+    """The fused kernels where there is a GPU, Triton and arithmetic in float32; both give the same numbers."""
+    if not weights_N.is_cuda or weights_N.dtype != torch.float32 or importlib.util.find_spec("triton") is None:
+        return TeacherLoss
+    from distill.fused import FusedTeacherLoss
+
+    return FusedTeacherLoss
+
+
 class _TargetLoss:
     """Cross-entropy to one target id a row; a ``distill.tiles.TileLoss``."""
 
@@ -301,7 +311,7 @@ def linear_divergence(
     groups = [torch.tensor(ids, device=student_hidden.device) for ids in check_groups(merged_ids or (), num_vocab)]
     if sampled_ids is not None:
         check_ids("sampled_ids", sampled_ids, num_rows, num_vocab)
-    loss = TeacherLoss(kind, beta, temperature, groups=groups, sampled_ids_N=sampled_ids, like_N=weights_N)
+    loss = teacher_loss(weights_N)(kind, beta, temperature, groups=groups, sampled_ids_N=sampled_ids, like_N=weights_N)
     models = [(student_hidden, student_head), (teacher_hidden, teacher_head)]
     return Divergence(
         total=tiled_total(models, loss, weights_N, chunk_rows),

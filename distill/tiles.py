@@ -5,10 +5,11 @@ projected once; the loss of each row and its gradient to the student's logits ar
 those logits; two more products carry it to the hidden states and the head. All of it happens in the forward pass
 ("gradient in forward"): ``backward`` only scales what is there. With one teacher that is 6*d_s*V + 2*d_t*V FLOPs a row.
 
-The mathematics is done in float32 (float64 for float64 inputs). Products of 16-bit inputs are rounded to 16 bits: near
-24, a bfloat16 logit is off by up to 1/16. When the student is close to the teacher that noise is larger than the
-signal: at a KL of 0.003 nats, 31 % of the gradient. So the product is taken a second time for the columns that carry
-probability, less the first result: what rounding lost. An eighth of the columns brings those 31 % to 0.5 %.
+The mathematics is done in float32 (float64 for float64 inputs). A GPU's products of 16-bit inputs come in float32; a
+CPU's are rounded to 16 bits: near 24, a bfloat16 logit is off by up to 1/16. When the student is close to the teacher
+that noise is larger than the signal: at a KL of 0.003 nats, 31 % of the gradient. So on a CPU the product is taken a
+second time for the columns that carry probability, less the first result: what rounding lost. An eighth of the columns
+brings those 31 % to 0.5 %.
 
 Shapes: N rows, V vocabulary rows of a head, D width of the student; a tile has C rows; a block, the part of a tile that
 fits in the cache, has B; K columns are corrected for rounding.
@@ -23,7 +24,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,6 +62,17 @@ class TileLoss(Protocol):
 
         ``logits`` are one [B, V] a model, the student's first; all may be used as scratch. The gradient is that of
         sum(weights * values).
+        """
+
+
+@runtime_checkable
+class FusedLoss(TileLoss, Protocol):
+    """A loss that takes a whole tile in kernels of its own."""
+
+    def form_tile_(self, rows: slice, logits: Sequence[Tensor], weights_C: Tensor, gradient_CV: Tensor) -> None:
+        """What ``form_`` does, for the rows of a tile and with the gradient written to ``gradient_CV``.
+
+        The logits are as the products left them, in whatever number type; the gradient may be the student's logits.
         """
 
 
@@ -107,7 +119,10 @@ def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None
     """Fills the loss tile by tile; returns the gradients to the student's hidden states and head, None if unwanted."""
     num_rows, chunk_rows = len(hidden_ND), min(job.chunk_rows, len(hidden_ND))
     models = [(hidden_ND, head_VD), *job.others]
-    buffers = [hidden.new_empty(chunk_rows, len(head_VD)) for hidden, _ in models]
+    buffers = [hidden.new_empty(chunk_rows, len(head), dtype=_product_dtype(hidden)) for hidden, head in models]
+    gradient = buffers[0]  # the student's logits are overwritten, where they have the type that products take
+    if gradient.dtype != hidden_ND.dtype:
+        gradient = torch.empty_like(gradient, dtype=hidden_ND.dtype)
     grad_hidden_ND = torch.empty_like(hidden_ND) if job.wants_hidden else None
     grad_head_VD = None
     if job.wants_head:
@@ -119,31 +134,50 @@ def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None
     for tile in _slices(num_rows, chunk_rows):
         inputs = [(hidden[tile], head) for hidden, head in models]
         tiles = [buffer[: tile.stop - tile.start] for buffer in buffers]
+        gradient_CV = gradient[: tile.stop - tile.start]
         for (hidden, head), logits_CV in zip(inputs, tiles, strict=True):
-            torch.mm(hidden, head.t(), out=logits_CV)
-        _form_tile_(inputs, tiles, tile, job)
+            _multiply(hidden, head.t(), logits_CV)
+        if isinstance(job.loss, FusedLoss):
+            job.loss.form_tile_(tile, tiles, job.weights_N[tile], gradient_CV)
+        else:
+            _form_tile_(inputs, tiles, tile, gradient_CV, job)
         if grad_hidden_ND is not None:
-            torch.mm(tiles[0], head_VD, out=grad_hidden_ND[tile])
+            torch.mm(gradient_CV, head_VD, out=grad_hidden_ND[tile])
         if grad_head_VD is not None:
-            _add_product_(grad_head_VD, tiles[0].t(), hidden_ND[tile], fresh=tile.start == 0)
+            _add_product_(grad_head_VD, gradient_CV.t(), hidden_ND[tile], fresh=tile.start == 0)
     return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
 
 
-def _form_tile_(inputs: list[Model], tiles: list[Tensor], tile: slice, job: _Job) -> None:
-    """Has the loss formed on every row of the tile; the student's logits end as the gradient to them."""
+def _multiply(x: Tensor, y: Tensor, product: Tensor) -> None:
+    if product.dtype == x.dtype:
+        torch.mm(x, y, out=product)
+    else:
+        torch.mm(x, y, out_dtype=product.dtype, out=product)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if _is_16_bit(x) and x.is_cuda else x.dtype
+
+
+def _is_16_bit(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _form_tile_(inputs: list[Model], tiles: list[Tensor], tile: slice, gradient_CV: Tensor, job: _Job) -> None:
+    """Has the loss formed on every row of the tile, block by block."""
     student_CV, calc = tiles[0], job.weights_N.dtype
     block_rows = len(student_CV)
     if student_CV.device.type == "cpu":
         block_rows = torch.get_num_threads() * max(1, BLOCK_BYTES // (student_CV.shape[1] * calc.itemsize))
-    correction = _Correction.of(inputs, tiles, block_rows) if _rounds(tiles) else None
+    correction = _Correction.of(inputs, tiles, block_rows) if any(map(_is_16_bit, tiles)) else None
     for block in _slices(len(student_CV), block_rows):
         logits = [logits_CV[block].to(calc) for logits_CV in tiles]  # the tile's own memory if it has this dtype
         if correction is not None:
             correction.add_to_(logits, block)
         rows = slice(tile.start + block.start, tile.start + block.stop)
         job.loss.form_(rows, logits, job.weights_N[rows, None])
-        if student_CV.dtype != calc:
-            student_CV[block] = logits[0]
+        if gradient_CV.dtype != calc:
+            gradient_CV[block] = logits[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +197,7 @@ class _Correction:
         num_columns = min(len(standing_V), max(len(standing_V) // CORRECTED_SHARE, CORRECTED_AT_LEAST))
         columns_K = standing_V.topk(num_columns, sorted=False).indices.sort().values
         lost = [
-            torch.addmm(logits_CV[:, columns_K], hidden, head[columns_K].t(), beta=-1) if _rounds([logits_CV]) else None
+            torch.addmm(logits_CV[:, columns_K], hidden, head[columns_K].t(), beta=-1) if _is_16_bit(hidden) else None
             for (hidden, head), logits_CV in zip(inputs, tiles, strict=True)
         ]
         return cls(columns_K, lost)
@@ -174,17 +208,15 @@ class _Correction:
                 logits_BV.index_add_(-1, self.columns_K, lost_CK[block].to(logits_BV.dtype))
 
 
-def _rounds(tiles: list[Tensor]) -> bool:
-    return any(logits_CV.dtype in (torch.bfloat16, torch.float16) for logits_CV in tiles)
-
-
 def _add_product_(sum_VD: Tensor, gradient_VC: Tensor, hidden_CD: Tensor, *, fresh: bool) -> None:
     """sum += gradient @ hidden; where ``fresh``, what the sum holds is not read."""
     if sum_VD.dtype == hidden_CD.dtype:
         torch.addmm(sum_VD, gradient_VC, hidden_CD, beta=0 if fresh else 1, out=sum_VD)
         return
+    buffer = hidden_CD.new_empty(min(SLICE_ROWS, len(sum_VD)), hidden_CD.shape[1], dtype=_product_dtype(hidden_CD))
     for rows in _slices(len(sum_VD), SLICE_ROWS):
-        product = gradient_VC[rows] @ hidden_CD
+        product = buffer[: rows.stop - rows.start]
+        _multiply(gradient_VC[rows], hidden_CD, product)
         if fresh:
             sum_VD[rows] = product
         else:
@@ -200,7 +232,10 @@ def _chunk_rows(chunk_rows: int | None, models: Sequence[Model]) -> int:
     if chunk_rows is None:
         hidden_ND, head_VD = models[0]
         budget = CPU_TILE_BYTES if hidden_ND.device.type == "cpu" else GPU_TILE_BYTES
-        most = max(1, budget // sum(len(head_VD) * hidden.dtype.itemsize for hidden, _ in models))
+        entry_bytes = sum(_product_dtype(hidden).itemsize for hidden, _ in models)
+        if _product_dtype(hidden_ND) != hidden_ND.dtype:
+            entry_bytes += hidden_ND.dtype.itemsize  # the gradient has memory of its own
+        most = max(1, budget // (len(head_VD) * entry_bytes))
         num_tiles = max(1, math.ceil(len(hidden_ND) / most))
         return max(1, math.ceil(len(hidden_ND) / num_tiles))
     if chunk_rows < 1:

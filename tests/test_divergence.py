@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -451,3 +453,10 @@ def test_padded_rows_take_part_and_slicing_takes_them_out() -> None:
     real.total.backward()
     assert student_head.grad is not None
     assert student_head.grad[20:].abs().max() == 0
+
+
+def test_triton_is_imported_only_where_it_runs() -> None:
+    """The kernels are for a GPU: everything else works where Triton is not installed."""
+    code = "import sys; sys.modules['triton'] = None; from distill.divergence import teacher_loss as loss, TeacherLoss"
+    code += "; import torch; assert loss(torch.ones(1)) is TeacherLoss"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,164 @@
+"""The fused kernels against the naive float64 reference: in Triton's interpreter, or on a GPU where there is one.
+
+The interpreter runs a kernel's operations one by one in numpy: it shows that the mathematics is right, not that the
+compiled kernel is. The compiler itself needs no GPU, so that every kernel is compiled for a Hopper GPU too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_divergence import GROUPS, assert_close, gradients, naive
+from torch import Tensor
+
+from distill import divergence
+from distill.divergence import KINDS, TeacherLoss, linear_divergence
+
+if sys.platform != "linux":
+    pytest.skip("Triton is made for Linux alone", allow_module_level=True)
+
+from distill.fused import BLOCK_V, FusedTeacherLoss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N, D, E = 3, 5, 6
+V = BLOCK_V + 77  # the last block is mostly empty
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence, "teacher_loss", lambda _: FusedTeacherLoss)
+
+
+def make(vocab: int = V, rows: int = N, scale: float = 1.5) -> list[Tensor]:
+    """Student hidden and head (which require gradients), teacher hidden and head; all float32."""
+    torch.manual_seed(0)
+    inputs = [scale * torch.randn(shape) for shape in ((rows, D), (vocab, D), (rows, E), (vocab, E))]
+    return [x.to(DEVICE).requires_grad_(i < 2) for i, x in enumerate(inputs)]
+
+
+def double(inputs: list[Tensor]) -> list[Tensor]:
+    return [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+
+
+@pytest.mark.parametrize("vocab", [V, 50])
+@pytest.mark.parametrize("kind", KINDS)
+def test_agrees_with_the_definition(kind: str, vocab: int) -> None:
+    inputs, sampled_ids = make(vocab), torch.tensor([3, 49, 20], device=DEVICE)
+    for (temperature, beta), weighted, merged_ids in itertools.product(
+        ((1.0, 0.5), (0.6, 0.1), (1.7, 0.9)), (False, True), ((), GROUPS)
+    ):
+        weights = torch.tensor([0.5, 0.0, -2.0], device=DEVICE) if weighted else None
+        options = {"kind": kind, "beta": beta, "temperature": temperature, "merged_ids": merged_ids}
+        ours = linear_divergence(*inputs, **options, weights=weights, sampled_ids=sampled_ids, chunk_rows=2)
+        exact = double(inputs)
+        spec = naive(*exact, **options, weights=None if weights is None else weights.double(), sampled_ids=sampled_ids)
+        for name in spec:
+            assert_close(getattr(ours, name), spec[name], 2e-4)
+        for mine, theirs in zip(gradients(ours.total, inputs), gradients(spec["total"], exact), strict=True):
+            assert_close(mine, theirs, 2e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(kind: str, scale: float) -> None:
+    hidden, head = make(scale=scale)[:2]
+    ours = linear_divergence(hidden, head, hidden.detach(), head.detach(), kind=kind, merged_ids=GROUPS)
+    assert ours.values.abs().max() <= 1e-6
+    for gradient in gradients(ours.total, [hidden, head]):
+        assert gradient.abs().max() <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("merged_ids", [(), GROUPS])
+@pytest.mark.parametrize(("student_scale", "teacher_scale"), [(400.0, 1.0), (1.0, 400.0), (400.0, 400.0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_underflow_is_not_nan(
+    kind: str, student_scale: float, teacher_scale: float, merged_ids: tuple[tuple[int, ...], ...]
+) -> None:
+    scales = (student_scale, 1, teacher_scale, 1)
+    inputs = [(x.detach() * scale).requires_grad_(x.requires_grad) for x, scale in zip(make(200), scales, strict=True)]
+    ours = linear_divergence(*inputs, kind=kind, beta=0.2, merged_ids=merged_ids)
+    exact = double(inputs)
+    spec = linear_divergence_in_torch(exact, kind, merged_ids)
+    for name in ("values", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy"):
+        assert_close(getattr(ours, name), getattr(spec, name), 2e-4)
+    for mine, theirs in zip(gradients(ours.total, inputs), gradients(spec.total, exact), strict=True):
+        assert_close(mine, theirs, 2e-4)
+
+
+def linear_divergence_in_torch(
+    inputs: list[Tensor], kind: str, merged_ids: tuple[tuple[int, ...], ...]
+) -> divergence.Divergence:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(divergence, "teacher_loss", lambda _: TeacherLoss)
+        return linear_divergence(*inputs, kind=kind, beta=0.2, merged_ids=merged_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_tiles_and_gradients(dtype: torch.dtype) -> None:
+    """Logits may come in any number type; the gradient is rounded once, when it is written."""
+    student, student_head, teacher, teacher_head = make()
+    rounded = [
+        (x.detach() @ head.detach().T).to(dtype) for x, head in ((student, student_head), (teacher, teacher_head))
+    ]
+    weights_N = torch.tensor([1.0, 0.5, 0.0], device=DEVICE)
+
+    def form(logits: list[Tensor], gradient_NV: Tensor) -> tuple[Tensor, Tensor]:
+        groups = [torch.tensor(ids, device=DEVICE) for ids in GROUPS]
+        loss = FusedTeacherLoss("jsd", 0.3, 1.0, groups=groups, sampled_ids_N=None, like_N=weights_N)
+        loss.form_tile_(slice(0, N), logits, weights_N, gradient_NV)
+        return loss.facts_FN, gradient_NV
+
+    facts_FN, gradient_NV = form(rounded, torch.empty_like(rounded[0]))
+    wide = [x.float() for x in rounded]
+    facts_in_place_FN, gradient_in_place_NV = form(wide, wide[0])
+    assert torch.equal(facts_FN, facts_in_place_FN)
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
+    torch.testing.assert_close(gradient_NV.float(), gradient_in_place_NV, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    assert gradient_in_place_NV[2].abs().max() == 0 < gradient_in_place_NV[1].abs().max()
+
+
+def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
+    """To machine code and without spilling registers to memory; needs Triton and its assembler, and no GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout.splitlines()[-1])
+    assert len(compiled) == 2 + 3 + 5
+    assert {name: spills for name, spills in compiled.items() if spills} == {}
+
+
+COMPILE = """
+import json, pathlib, re, subprocess, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from distill import fused, kernels
+from distill.divergence import KINDS
+
+SCALARS = {"num_rows": "i32", "num_vocab": "i32", "inverse_temperature": "fp32", "beta": "fp32"}
+DISASSEMBLER = triton.knobs.nvidia.cuobjdump.path
+
+def spilled_bytes(kernel, **constants):
+    constants["BLOCK"] = fused.BLOCK_V
+    types = {"gradient_ptr": "*bf16", **SCALARS, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": fused.NUM_WARPS})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        pathlib.Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([DISASSEMBLER, "--dump-resource-usage", file.name], capture_output=True, text=True)
+    return int(re.search(r"LOCAL:([0-9]+)", usage.stdout)[1]) + int(re.search(r"STACK:([0-9]+)", usage.stdout)[1])
+
+calls = [(kernels.online_facts, {"WANTS_PLAIN": wants}) for wants in (False, True)]
+calls += [(kernels.mixture_sums, {"KIND": kind}) for kind in ("jsd", "skew_forward_kl", "skew_reverse_kl")]
+calls += [(kernels.gradient, {"KIND": kind}) for kind in KINDS]
+print(json.dumps({f"{kernel.__name__} {constants}": spilled_bytes(kernel, **constants) for kernel, constants in calls}))
+"""
