@@ -5,14 +5,10 @@ projected once; the loss of each row and its gradient to the student's logits ar
 those logits; two more products carry it to the hidden states and the head. All of it happens in the forward pass
 ("gradient in forward"): ``backward`` only scales what is there. With one teacher that is 6*d_s*V + 2*d_t*V FLOPs a row.
 
-The mathematics is done in float32 (float64 for float64 inputs). A GPU's products of 16-bit inputs come in float32; a
-CPU's are rounded to 16 bits: near 24, a bfloat16 logit is off by up to 1/16. When the student is close to the teacher
-that noise is larger than the signal: at a KL of 0.003 nats, 31 % of the gradient. So on a CPU the product is taken a
-second time for the columns that carry probability, less the first result: what rounding lost. An eighth of the columns
-brings those 31 % to 0.5 %.
+The mathematics is done in float32 (float64 for float64 inputs), also where products are rounded: ``distill.logits``.
 
 Shapes: N rows, V vocabulary rows of a head, D width of the student; a tile has C rows; a block, the part of a tile that
-fits in the cache, has B; K columns are corrected for rounding.
+fits in the cache, has B.
 
 Left out on purpose: second derivatives (a gradient is a constant), logit softcapping and head biases (no Qwen3 model
 has them), and casting: a head and its hidden states have one dtype, and the caller chooses it.
@@ -20,7 +16,6 @@ has them), and casting: a head and its hidden states have one dtype, and the cal
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.errors import UserError
+from distill.logits import Logits, Model, multiply, product_dtype
 
 CPU_TILE_BYTES = 512 * 2**20
 GPU_TILE_BYTES = 2 * 2**30
@@ -41,14 +37,8 @@ BLOCK_BYTES = 3 * 2**19
 """On a CPU, the mathematics of a tile is done in blocks of this size a thread, so that its handful of temporaries stay
 in the last-level cache. On a GPU a block is the whole tile: there a launch costs more than a trip to memory."""
 
-CORRECTED_SHARE, CORRECTED_AT_LEAST = 8, 4096
-"""One in so many columns is corrected for rounding, but so many at least."""
-
 SLICE_ROWS = 8192
 """Rows of a 16-bit head's gradient that are computed at a time, before they are added in float32."""
-
-Model = tuple[Tensor, Tensor]
-"""Hidden states [N, d] and head [V, d]."""
 
 
 class TileLoss(Protocol):
@@ -119,7 +109,7 @@ def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None
     """Fills the loss tile by tile; returns the gradients to the student's hidden states and head, None if unwanted."""
     num_rows, chunk_rows = len(hidden_ND), min(job.chunk_rows, len(hidden_ND))
     models = [(hidden_ND, head_VD), *job.others]
-    buffers = [hidden.new_empty(chunk_rows, len(head), dtype=_product_dtype(hidden)) for hidden, head in models]
+    buffers = [hidden.new_empty(chunk_rows, len(head), dtype=product_dtype(hidden)) for hidden, head in models]
     gradient = buffers[0]  # the student's logits are overwritten, where they have the type that products take
     if gradient.dtype != hidden_ND.dtype:
         gradient = torch.empty_like(gradient, dtype=hidden_ND.dtype)
@@ -133,14 +123,9 @@ def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None
 
     for tile in _slices(num_rows, chunk_rows):
         inputs = [(hidden[tile], head) for hidden, head in models]
-        tiles = [buffer[: tile.stop - tile.start] for buffer in buffers]
+        products = [buffer[: tile.stop - tile.start] for buffer in buffers]
         gradient_CV = gradient[: tile.stop - tile.start]
-        for (hidden, head), logits_CV in zip(inputs, tiles, strict=True):
-            _multiply(hidden, head.t(), logits_CV)
-        if isinstance(job.loss, FusedLoss):
-            job.loss.form_tile_(tile, tiles, job.weights_N[tile], gradient_CV)
-        else:
-            _form_tile_(inputs, tiles, tile, gradient_CV, job)
+        _form_tile_(inputs, products, tile, gradient_CV, job)
         if grad_hidden_ND is not None:
             torch.mm(gradient_CV, head_VD, out=grad_hidden_ND[tile])
         if grad_head_VD is not None:
@@ -148,64 +133,23 @@ def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None
     return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
 
 
-def _multiply(x: Tensor, y: Tensor, product: Tensor) -> None:
-    if product.dtype == x.dtype:
-        torch.mm(x, y, out=product)
-    else:
-        torch.mm(x, y, out_dtype=product.dtype, out=product)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if _is_16_bit(x) and x.is_cuda else x.dtype
-
-
-def _is_16_bit(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
-
-
-def _form_tile_(inputs: list[Model], tiles: list[Tensor], tile: slice, gradient_CV: Tensor, job: _Job) -> None:
-    """Has the loss formed on every row of the tile, block by block."""
-    student_CV, calc = tiles[0], job.weights_N.dtype
+def _form_tile_(models: list[Model], products: list[Tensor], tile: slice, gradient_CV: Tensor, job: _Job) -> None:
+    """Multiplies into ``products`` and has the loss formed on every row of the tile."""
+    student_CV, calc = products[0], job.weights_N.dtype
     block_rows = len(student_CV)
     if student_CV.device.type == "cpu":
-        block_rows = torch.get_num_threads() * max(1, BLOCK_BYTES // (student_CV.shape[1] * calc.itemsize))
-    correction = _Correction.of(inputs, tiles, block_rows) if any(map(_is_16_bit, tiles)) else None
+        cached = torch.get_num_threads() * max(1, BLOCK_BYTES // (student_CV.shape[1] * calc.itemsize))
+        block_rows = min(block_rows, cached)
+    logits = Logits.project(models, products, block_rows)
+    if isinstance(job.loss, FusedLoss):
+        job.loss.form_tile_(tile, products, job.weights_N[tile], gradient_CV)
+        return
     for block in _slices(len(student_CV), block_rows):
-        logits = [logits_CV[block].to(calc) for logits_CV in tiles]  # the tile's own memory if it has this dtype
-        if correction is not None:
-            correction.add_to_(logits, block)
         rows = slice(tile.start + block.start, tile.start + block.stop)
-        job.loss.form_(rows, logits, job.weights_N[rows, None])
+        logits_BV = logits.of(block, calc)
+        job.loss.form_(rows, logits_BV, job.weights_N[rows, None])
         if gradient_CV.dtype != calc:
-            gradient_CV[block] = logits[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Correction:
-    """What rounding to 16 bits took from the logits of one tile, in the columns that carry probability."""
-
-    columns_K: Tensor
-    lost: list[Tensor | None]
-    """[C, K] a model; None for one whose products are not rounded."""
-
-    @classmethod
-    def of(cls, inputs: list[Model], tiles: list[Tensor], block_rows: int) -> _Correction:
-        # A column counts by its best standing in any row of any model, relative to the row's most probable token.
-        blocks = [block_BV for logits_CV in tiles for block_BV in logits_CV.split(block_rows)]
-        standings = ((block_BV - block_BV.amax(-1, keepdim=True)).amax(0) for block_BV in blocks)
-        standing_V = functools.reduce(torch.maximum, standings)
-        num_columns = min(len(standing_V), max(len(standing_V) // CORRECTED_SHARE, CORRECTED_AT_LEAST))
-        columns_K = standing_V.topk(num_columns, sorted=False).indices.sort().values
-        lost = [
-            torch.addmm(logits_CV[:, columns_K], hidden, head[columns_K].t(), beta=-1) if _is_16_bit(hidden) else None
-            for (hidden, head), logits_CV in zip(inputs, tiles, strict=True)
-        ]
-        return cls(columns_K, lost)
-
-    def add_to_(self, logits: list[Tensor], block: slice) -> None:
-        for logits_BV, lost_CK in zip(logits, self.lost, strict=True):
-            if lost_CK is not None:
-                logits_BV.index_add_(-1, self.columns_K, lost_CK[block].to(logits_BV.dtype))
+            gradient_CV[block] = logits_BV[0]
 
 
 def _add_product_(sum_VD: Tensor, gradient_VC: Tensor, hidden_CD: Tensor, *, fresh: bool) -> None:
@@ -213,10 +157,10 @@ def _add_product_(sum_VD: Tensor, gradient_VC: Tensor, hidden_CD: Tensor, *, fre
     if sum_VD.dtype == hidden_CD.dtype:
         torch.addmm(sum_VD, gradient_VC, hidden_CD, beta=0 if fresh else 1, out=sum_VD)
         return
-    buffer = hidden_CD.new_empty(min(SLICE_ROWS, len(sum_VD)), hidden_CD.shape[1], dtype=_product_dtype(hidden_CD))
+    buffer = hidden_CD.new_empty(min(SLICE_ROWS, len(sum_VD)), hidden_CD.shape[1], dtype=product_dtype(hidden_CD))
     for rows in _slices(len(sum_VD), SLICE_ROWS):
         product = buffer[: rows.stop - rows.start]
-        _multiply(gradient_VC[rows], hidden_CD, product)
+        multiply(gradient_VC[rows], hidden_CD, product)
         if fresh:
             sum_VD[rows] = product
         else:
@@ -232,8 +176,8 @@ def _chunk_rows(chunk_rows: int | None, models: Sequence[Model]) -> int:
     if chunk_rows is None:
         hidden_ND, head_VD = models[0]
         budget = CPU_TILE_BYTES if hidden_ND.device.type == "cpu" else GPU_TILE_BYTES
-        entry_bytes = sum(_product_dtype(hidden).itemsize for hidden, _ in models)
-        if _product_dtype(hidden_ND) != hidden_ND.dtype:
+        entry_bytes = sum(product_dtype(hidden).itemsize for hidden, _ in models)
+        if product_dtype(hidden_ND) != hidden_ND.dtype:
             entry_bytes += hidden_ND.dtype.itemsize  # the gradient has memory of its own
         most = max(1, budget // (len(head_VD) * entry_bytes))
         num_tiles = max(1, math.ceil(len(hidden_ND) / most))
