@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
@@ -292,7 +293,7 @@ def linear_divergence(
     ``chunk_rows`` rows are projected at a time (default: what fits a memory budget); results do not depend on it.
 
     Arithmetic is in float32, in float64 for float64 inputs; gradients are summed so and come in the inputs' dtype.
-    A head sharded by FSDP2 is gathered once by the caller, and the gathered tensor is passed.
+    A head sharded by FSDP2 is gathered once by the caller; a ``DTensor`` is refused.
 
     Raises ``UserError`` for an unknown kind, a parameter out of range or shapes that do not fit together.
     """
@@ -357,8 +358,20 @@ def check_linear(whose: str, hidden: Tensor, head: Tensor) -> None:
             f"{whose}: hidden states of shape {list(hidden.shape)} do not fit a head of shape {list(head.shape)};"
             " they must be [N, d] and [V, d]."
         )
+    if _is_sharded(hidden) or _is_sharded(head):
+        raise UserError(
+            f"{whose}: a tensor that is sharded over processes would be gathered anew for every tile. Gather it once a"
+            " step: call this inside the forward of the module that FSDP2 shards, where the head is whole, or pass"
+            " head.full_tensor(grad_placements=[Partial()])."
+        )
     if hidden.dtype != head.dtype:
         raise UserError(f"{whose}: hidden states are {hidden.dtype} and the head is {head.dtype}; cast one of them.")
+
+
+def _is_sharded(x: Tensor) -> bool:
+    # Where nobody imported the class, which takes seconds, there is no tensor of it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def check_choices(kind: str, beta: float, temperature: float) -> None:
