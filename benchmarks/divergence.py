@@ -11,7 +11,13 @@ One step is forward and backward with both gradients. Each contender runs in a p
 - ``liger``: Liger's chunked JSD (``pip install liger-kernel``); has no skewed kinds and takes its softmax in the
   inputs' dtype. Its hard loss is off.
 
-``seconds`` is the median after one uncounted step. ``peak_extra_bytes`` is the peak memory of the uncounted step beyond
+With ``--device cuda`` there are more. ``ours_torch`` is ``ours`` without the fused kernels. ``tile_fused`` and
+``tile_torch`` are the mathematics of one tile of ``--rows`` rows alone, the former with the bandwidth at which the
+kernels read the logits and write the gradient. ``ceilings`` are what the machine reaches in a large product and a large
+copy. ``tflops`` counts the products alone.
+
+``seconds`` is the median after one uncounted step, ``cpu_seconds`` that of the processor time of all threads, which
+says more on a machine that others use too. ``peak_extra_bytes`` is the peak memory of the uncounted step beyond
 the inputs and the returned gradients. ``grad_error`` is the larger of the relative errors (Frobenius norm) of the two
 gradients of the first ``--error-rows`` rows against float64 arithmetic on the same inputs. A peer that is not
 installed, or does not have the kind, is null.
@@ -32,13 +38,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.divergence import KINDS, linear_cross_entropy, linear_divergence
+from distill.divergence import KINDS, TeacherLoss, linear_cross_entropy, linear_divergence
+from distill.tiles import tiled_total
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """Student hidden [N, d_s] and head [V, d_s], teacher hidden [N, d_t] and head [V, d_t]."""
 
 Loss = Callable[[Inputs], Tensor]
 Result = dict[str, float | None]
+Results = dict[str, Result | None]
 GKD_KINDS = ("reverse_kl", "forward_kl", "jsd")
 LOGIT_STD = 3.0
 
@@ -69,6 +77,11 @@ def contender(name: str, kind: str, beta: float) -> Loss | None:
     def ours(x: Inputs) -> Tensor:
         return linear_divergence(*x, kind=kind, beta=beta).total
 
+    def ours_torch(x: Inputs) -> Tensor:
+        weights_N = torch.ones(len(x[0]), device=x[0].device)
+        loss = TeacherLoss(kind, beta, 1.0, groups=[], sampled_ids_N=None, like_N=weights_N)
+        return tiled_total([(x[0], x[1]), (x[2], x[3])], loss, weights_N, None)
+
     def naive(x: Inputs) -> Tensor:
         with torch.no_grad():
             teacher = (x[2] @ x[3].T).float()
@@ -77,7 +90,7 @@ def contender(name: str, kind: str, beta: float) -> Loss | None:
     def cross_entropy(x: Inputs) -> Tensor:
         return linear_cross_entropy(x[0], x[1], torch.arange(len(x[0]), device=x[0].device)).total
 
-    own = {"ours": ours, "naive": naive, "cross_entropy": cross_entropy}
+    own = {"ours": ours, "ours_torch": ours_torch, "naive": naive, "cross_entropy": cross_entropy}
     if name in own:
         return own[name]
     module = {"trl": "trl", "liger": "liger_kernel"}[name]
@@ -183,11 +196,17 @@ def grad_error(name: str, loss: Loss, inputs: Inputs, args: argparse.Namespace) 
 
 
 def measure(name: str, args: argparse.Namespace) -> Result | None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if name == "ceilings":
+        return measure_ceilings(args)
+    return measure_tile(name, args) if name.startswith("tile_") else measure_step(name, args)
+
+
+def measure_step(name: str, args: argparse.Namespace) -> Result | None:
     loss = contender(name, args.kind, args.beta)
     if loss is None:
         return None
-    if args.threads:
-        torch.set_num_threads(args.threads)
     inputs = make_inputs(args)
     step(loss, tuple(x[:8].detach().requires_grad_(x.requires_grad) for x in inputs))  # type: ignore[arg-type]
     for x in inputs:
@@ -197,15 +216,63 @@ def measure(name: str, args: argparse.Namespace) -> Result | None:
     grads = step(loss, inputs)
     peak = memory(args.device, "VmHWM") - before - sum(grad.nbytes for grad in grads)
     del grads
-    seconds = []
+    seconds, cpu_seconds = times(lambda: step(loss, inputs), args)
+    error = grad_error(name, loss, inputs, args) if args.error_rows else None
+    result = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_extra_bytes": peak, "grad_error": error}
+    if args.device == "cuda":
+        teacher_flops = 0 if name == "cross_entropy" else 2 * args.teacher_dim
+        result["tflops"] = (6 * args.student_dim + teacher_flops) * args.vocab * args.rows / seconds / 1e12
+    return result
+
+
+def times(call: Callable[[], object], args: argparse.Namespace) -> tuple[float, float]:
+    """Medians of wall time and of the process's processor time."""
+    pairs = []
     for _ in range(args.repeats):
         synchronise(args.device)
-        start = time.perf_counter()
-        step(loss, inputs)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        call()
         synchronise(args.device)
-        seconds.append(time.perf_counter() - start)
-    error = grad_error(name, loss, inputs, args) if args.error_rows else None
-    return {"seconds": statistics.median(seconds), "peak_extra_bytes": peak, "grad_error": error}
+        pairs.append((time.perf_counter() - start, time.process_time() - cpu_start))
+    seconds, cpu_seconds = zip(*pairs, strict=True)
+    return statistics.median(seconds), statistics.median(cpu_seconds)
+
+
+def measure_tile(name: str, args: argparse.Namespace) -> Result:
+    """The mathematics of one tile of float32 logits, the gradient in ``--dtype``."""
+    from distill.fused import FusedTeacherLoss
+
+    loss_class = {"tile_fused": FusedTeacherLoss, "tile_torch": TeacherLoss}[name]
+    weights_C = torch.ones(args.rows, device=args.device)
+    logits = [LOGIT_STD * torch.randn(args.rows, args.vocab, device=args.device) for _ in range(2)]
+    gradient_CV = torch.empty_like(logits[0], dtype=getattr(torch, args.dtype))
+    loss = loss_class(args.kind, args.beta, 1.0, groups=[], sampled_ids_N=None, like_N=weights_C)
+    rows = slice(0, args.rows)
+
+    def form() -> None:
+        if isinstance(loss, FusedTeacherLoss):
+            loss.form_tile_(rows, logits, weights_C, gradient_CV)
+        else:
+            loss.form_(rows, logits, weights_C[:, None])
+            gradient_CV.copy_(logits[0])
+
+    form()
+    seconds, _ = times(form, args)
+    passes = 2 if args.kind in ("reverse_kl", "forward_kl") else 3
+    num_bytes = passes * sum(x.nbytes for x in logits) + gradient_CV.nbytes
+    return {"seconds": seconds, "gigabytes_per_second": num_bytes / seconds / 1e9 if name == "tile_fused" else None}
+
+
+def measure_ceilings(args: argparse.Namespace) -> Result:
+    width, dtype = 8192, getattr(torch, args.dtype)
+    x, y = (torch.randn(width, width, device=args.device).to(dtype) for _ in range(2))
+    source = torch.empty(2**30, dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(source)
+    results = []
+    for call in (lambda: torch.mm(x, y), lambda: target.copy_(source)):
+        call()
+        results.append(times(call, args)[0])
+    return {"tflops": 2 * width**3 / results[0] / 1e12, "gigabytes_per_second": 2 * source.nbytes / results[1] / 1e9}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,13 +288,14 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--threads", type=int, help="default: torch's own number")
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--error-rows", type=int, default=64, help="0 leaves the error out (null)")
-    arguments.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    arguments.add_argument("--only", nargs="+", choices=CONTENDERS + GPU_CONTENDERS)
     arguments.add_argument("--json", action="store_true")
-    arguments.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
+    arguments.add_argument("--alone", choices=CONTENDERS + GPU_CONTENDERS, help=argparse.SUPPRESS)
     return arguments
 
 
 CONTENDERS = ("ours", "naive", "cross_entropy", "trl", "liger")
+GPU_CONTENDERS = ("ours_torch", "tile_fused", "tile_torch", "ceilings")
 
 
 def main() -> None:
@@ -235,8 +303,8 @@ def main() -> None:
     if args.alone:
         print(json.dumps(measure(args.alone, args)))
         return
-    results: dict[str, Result | None] = {}
-    for name in args.only:
+    results: Results = {}
+    for name in args.only or CONTENDERS + (GPU_CONTENDERS if args.device == "cuda" else ()):
         command = [sys.executable, "-m", "benchmarks.divergence", *sys.argv[1:], "--alone", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results[name] = json.loads(done.stdout.splitlines()[-1])
@@ -246,12 +314,25 @@ def main() -> None:
         print(json.dumps(results))
 
 
+UNITS = {
+    "seconds": (1, ".3f", "s"),
+    "cpu_seconds": (1, ".3f", "s of processor time"),
+    "peak_extra_bytes": (1e9, ".2f", "GB extra"),
+    "grad_error": (1, ".1e", "gradient error"),
+    "tflops": (1, ".1f", "TFLOP/s"),
+    "gigabytes_per_second": (1, ".0f", "GB/s"),
+}
+
+
 def line(result: Result | None) -> str:
     if result is None:
         return "not installed, or does not have this kind"
-    gigabytes, error = (result["peak_extra_bytes"] or 0) / 1e9, result["grad_error"]
-    text = f"{result['seconds']:8.3f} s   {gigabytes:6.2f} GB extra"
-    return text if error is None else f"{text}   gradient error {error:.1e}"
+    parts = []
+    for key, value in result.items():
+        scale, shape, unit = UNITS[key]
+        if value is not None:
+            parts.append(f"{value / scale:{shape}} {unit}")
+    return "   ".join(parts)
 
 
 if __name__ == "__main__":
