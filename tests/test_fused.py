@@ -17,7 +17,7 @@ import torch
 from test_divergence import GROUPS, assert_close, gradients, naive
 from torch import Tensor
 
-from distill import divergence
+from distill import divergence, logits, tiles
 from distill.divergence import KINDS, TeacherLoss, linear_divergence
 
 if sys.platform != "linux":
@@ -121,6 +121,32 @@ def test_16_bit_tiles_and_gradients(dtype: torch.dtype) -> None:
     # Triton's interpreter cuts bfloat16 off where a GPU rounds.
     torch.testing.assert_close(gradient_NV.float(), gradient_in_place_NV, rtol=torch.finfo(dtype).eps, atol=1e-7)
     assert gradient_in_place_NV[2].abs().max() == 0 < gradient_in_place_NV[1].abs().max()
+
+
+@pytest.mark.parametrize("loss", [FusedTeacherLoss, TeacherLoss])
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+def test_products_of_16_bit_inputs_in_float32(
+    monkeypatch: pytest.MonkeyPatch, loss: type[TeacherLoss], chunk_rows: int | None
+) -> None:
+    """The way of 16-bit inputs through a GPU, its products imitated where there is none."""
+
+    def multiply(x: Tensor, y: Tensor, product: Tensor) -> None:
+        assert (x.dtype, product.dtype) == (torch.bfloat16, torch.float32)
+        torch.mm(x.float(), y.float(), out=product)
+
+    if DEVICE == "cpu":
+        for module in (logits, tiles):
+            monkeypatch.setattr(module, "product_dtype", lambda x: torch.float32)
+            monkeypatch.setattr(module, "multiply", multiply)
+    monkeypatch.setattr(divergence, "teacher_loss", lambda _: loss)
+    inputs = [x.detach().bfloat16().requires_grad_(x.requires_grad) for x in make(300)]
+    exact = double(inputs)
+    ours = linear_divergence(*inputs, kind="jsd", merged_ids=GROUPS, chunk_rows=chunk_rows)
+    spec = naive(*exact, kind="jsd", merged_ids=GROUPS)
+    assert_close(ours.values, spec["values"], 1e-5)  # nothing was rounded
+    for mine, theirs in zip(gradients(ours.total, inputs), gradients(spec["total"], exact), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.double() - theirs).norm() < 5e-3 * theirs.norm()
 
 
 def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
