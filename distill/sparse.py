@@ -126,8 +126,7 @@ class _TopKLoss:
     def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
         (logits_BV,) = logits
         ids_BK, log_q_BA = self.ids_NK[rows], self.log_q_NA[rows].clone()
-        log_softmax_(logits_BV, 1.0)
-        self.student_entropy_N[rows] = -row_dot(logits_BV.exp(), logits_BV)
+        self.student_entropy_N[rows] = -row_dot(log_softmax_(logits_BV, 1.0), logits_BV)
         if self.sampled_ids_N is not None and self.sampled_logprob_N is not None:
             self.sampled_logprob_N[rows] = pick(logits_BV, self.sampled_ids_N[rows])
         log_p_BK = logits_BV.gather(-1, ids_BK)
@@ -243,11 +242,10 @@ class _SampledLoss:
     def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
         (logits_BV,) = logits
         sampled_ids_B = self.sampled_ids_N[rows]
-        log_softmax_(logits_BV, 1.0)
+        p_BV = log_softmax_(logits_BV, 1.0)
         self.sampled_logprob_N[rows] = log_p_B = pick(logits_BV, sampled_ids_B)
         log_ratio_B = log_p_B - self.log_q_N[rows]
         self.values_N[rows] = self.estimate(log_ratio_B)
-        p_BV = logits_BV.exp()
         self.student_entropy_N[rows] = -row_dot(p_BV, logits_BV)
         scale_B1 = weights_B1 * log_ratio_B[:, None]
         torch.mul(p_BV, -scale_B1, out=logits_BV)
