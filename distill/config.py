@@ -125,8 +125,8 @@ class StudentSettings(Settings):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     micro_batch_tokens: PositiveInt | None = 32768
-    """Most tokens, padding included, in one forward-backward pass; gradients accumulate over a step's passes. Null
-    trains a step in one pass."""
+    """Most tokens in one forward-backward pass; sequences are packed without padding, and gradients accumulate over a
+    step's passes. Null trains a step in one pass."""
 
 
 class EmbeddedPrompts(Settings):

@@ -1,6 +1,6 @@
-"""Examples to tensors: padding, and which row of the hidden states predicts which token.
+"""Examples to tensors: sequences packed side by side, and which row of the hidden states predicts which token.
 
-Legend: B sequences, T their padded length, N response tokens of all sequences together, d a teacher's width.
+Legend: T tokens of all sequences together, N response tokens among them, d a teacher's width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.types import ActionLogprobs, Advantage, Example, HiddenStates, SampledLogprobs, TopK
+from distill.types import ActionLogprobs, Advantage, Example, HiddenStates, Rollout, SampledLogprobs, TopK
+from students.attention import Packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,17 @@ BatchSignal = HiddenStates | TopK | SampledLogprobs | Advantages | None
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some examples as one forward pass.
+    """Some examples as one forward pass over one row, without padding.
 
-    ``row_N`` indexes the flattened [B * T] positions: entry n is where response token ``target_N[n]`` is predicted,
-    rows P-1 .. P+R-2 of its sequence. ``weight_N`` is 0 for forced tokens. ``last_N`` marks each response's last token.
-    ``signal`` is what the judge said, concatenated over the sequences; None where nobody judged.
+    ``position_T`` starts again at 0 with every sequence, and ``packing`` keeps attention within it. ``row_N`` indexes
+    the row: entry n is where response token ``target_N[n]`` is predicted, rows P-1 .. P+R-2 of its sequence.
+    ``weight_N`` is 0 for forced tokens. ``last_N`` marks each response's last token. ``signal`` is what the judge said,
+    concatenated over the sequences; None where nobody judged.
     """
 
-    input_BT: Tensor
-    mask_BT: Tensor
+    input_T: Tensor
+    position_T: Tensor
+    packing: Packing
     row_N: Tensor
     target_N: Tensor
     weight_N: Tensor
@@ -52,22 +55,23 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> Batch:
-    """One batch of all ``examples``, padded on the right."""
+    """One batch of all ``examples``, side by side."""
     rollouts = [example.rollout for example in examples]
-    sequences = [rollout.prompt_ids + rollout.response_ids for rollout in rollouts]
-    width = max(len(sequence) for sequence in sequences)
+    widths = [_length(rollout) for rollout in rollouts]
     rows: list[int] = []
-    for place, rollout in enumerate(rollouts):
-        first = place * width + len(rollout.prompt_ids) - 1
-        rows.extend(range(first, first + len(rollout.response_ids)))
+    start = 0
+    for rollout, width in zip(rollouts, widths, strict=True):
+        rows.extend(range(start + len(rollout.prompt_ids) - 1, start + width - 1))
+        start += width
 
     def per_token(dtype: torch.dtype, values: list[float] | list[int] | list[bool]) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return Batch(
-        input_BT=torch.tensor([ids + (0,) * (width - len(ids)) for ids in map(tuple, sequences)], device=device),
-        mask_BT=torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=device),
+        input_T=per_token(torch.long, [token for rollout in rollouts for token in _ids(rollout)]),
+        position_T=per_token(torch.long, [place for width in widths for place in range(width)]),
+        packing=Packing.of(widths, device),
         row_N=per_token(torch.long, rows),
         target_N=per_token(torch.long, [token for rollout in rollouts for token in rollout.response_ids]),
         weight_N=per_token(torch.float32, [float(kept) for rollout in rollouts for kept in rollout.loss_mask]),
@@ -133,16 +137,30 @@ def _join_advantages(examples: Sequence[Example], signals: Sequence[Advantage], 
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int | None) -> list[list[Example]]:
-    """``examples`` in groups of at most ``max_tokens`` padded tokens, sequences of like length together.
+    """``examples`` in groups of at most ``max_tokens`` tokens, as few as the longest-first rule finds.
 
-    A single longer sequence is a group of its own. None keeps everything in one group.
+    Short sequences fill the room that long ones leave. A single longer sequence is a group of its own. None keeps
+    everything in one group.
     """
-    ordered = sorted(examples, key=lambda example: len(example.rollout.prompt_ids) + len(example.rollout.response_ids))
+    if max_tokens is None:
+        return [list(examples)]
     groups: list[list[Example]] = []
-    for example in ordered:
-        length = len(example.rollout.prompt_ids) + len(example.rollout.response_ids)
-        if groups and (max_tokens is None or (len(groups[-1]) + 1) * length <= max_tokens):
-            groups[-1].append(example)
-        else:
+    room: list[int] = []
+    for example in sorted(examples, key=lambda example: -_length(example.rollout)):
+        length = _length(example.rollout)
+        place = next((place for place, left in enumerate(room) if length <= left), None)
+        if place is None:
             groups.append([example])
+            room.append(max_tokens - length)
+        else:
+            groups[place].append(example)
+            room[place] -= length
     return groups
+
+
+def _ids(rollout: Rollout) -> tuple[int, ...]:
+    return rollout.prompt_ids + rollout.response_ids
+
+
+def _length(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.response_ids)

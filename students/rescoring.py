@@ -18,7 +18,7 @@ def rescore(student: Student, rollouts: Sequence[Rollout]) -> list[ActionLogprob
     """Log-probabilities of the response tokens, each [R], in the order of ``rollouts``.
 
     The arithmetic is that of the policy gradient itself, so the first optimiser step finds ratios of 1 up to the
-    rounding of a batch that is padded otherwise.
+    rounding of a batch that is packed otherwise.
     """
     training = student.model.training
     student.model.eval()

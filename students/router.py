@@ -21,18 +21,17 @@ class RouterLoad:
     max_load: float
 
 
-def load_balancing(router_logits: Sequence[Tensor], config: PretrainedConfig, mask_BT: Tensor) -> RouterLoad:
+def load_balancing(router_logits: Sequence[Tensor], config: PretrainedConfig) -> RouterLoad:
     """The load-balancing loss of transformers' Qwen3-MoE (Switch Transformer, 2101.03961, equations 4 to 6).
 
-    ``router_logits`` are one [B * T, experts] tensor a layer. Padding takes no part.
+    ``router_logits`` are one [T, experts] tensor a layer; every row is a token, there is no padding.
     """
     num_experts, chosen = config.num_experts, config.num_experts_per_tok
-    loss = load_balancing_loss_func(cast(Any, tuple(router_logits)), num_experts, chosen, mask_BT)
+    loss = load_balancing_loss_func(cast(Any, tuple(router_logits)), num_experts, chosen)
     assert isinstance(loss, Tensor)
-    kept = mask_BT.flatten().bool()
     loads: list[float] = []
-    for logits_NE in router_logits:
-        experts = logits_NE.detach()[kept].topk(chosen, dim=-1).indices.flatten()
+    for logits_TE in router_logits:
+        experts = logits_TE.detach().topk(chosen, dim=-1).indices.flatten()
         counts_E = torch.bincount(experts, minlength=num_experts).float()
         loads.append(float(counts_E.max() / counts_E.sum() * num_experts))
     return RouterLoad(loss, sum(loads) / len(loads))

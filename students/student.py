@@ -22,6 +22,7 @@ from distill.config import LoraSettings, Optimiser, StudentSettings
 from distill.errors import NonFiniteError
 from distill.sparse import linear_topk
 from distill.types import Example, Rollout
+from students.attention import PACKED
 from students.batch import Batch, collate, micro_batches
 from students.optimiser import MasterAdamW
 from students.router import RouterLoad, load_balancing
@@ -69,6 +70,7 @@ class Student:
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
+        self.model.set_attn_implementation(PACKED)
         assert self.model.generation_config is not None
         # A base model ends on one of the stop tokens, its teacher on another: whoever generates needs both.
         self.model.generation_config.eos_token_id = self.stop_ids
@@ -94,9 +96,15 @@ class Student:
         body = cast(nn.Module, self.model.get_decoder())
         is_moe = hasattr(self.model.config, "router_aux_loss_coef")
         options = {"output_router_logits": True} if is_moe else {}
-        output = body(input_ids=batch.input_BT, attention_mask=batch.mask_BT, use_cache=False, **options)
-        hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, batch.row_N)
-        router = load_balancing(output.router_logits, self.model.config, batch.mask_BT) if is_moe else None
+        output = body(
+            input_ids=batch.input_T[None],
+            position_ids=batch.position_T[None],
+            use_cache=False,
+            **batch.packing.keywords(),
+            **options,
+        )
+        hidden_ND = output.last_hidden_state[0].index_select(0, batch.row_N)
+        router = load_balancing(output.router_logits, self.model.config) if is_moe else None
         return Rows(batch, hidden_ND, self.head_VD), router
 
     @torch.no_grad()

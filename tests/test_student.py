@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from distill.config import LoraSettings, Optimiser, StudentSettings
 from distill.divergence import linear_cross_entropy, linear_divergence
@@ -120,6 +128,44 @@ def test_a_step_is_the_same_in_one_pass_and_in_several(micro_batch_tokens: int |
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
+def moe() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **MOE))
+
+
+@pytest.mark.parametrize("make", [dense, moe])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_packed_sequences_are_those_alone(make: Callable[[], PreTrainedModel], recomputed: bool) -> None:
+    """States and gradients of a packed row are those of each sequence alone, through transformers' own attention."""
+    learner, plain = student(make(), replace_settings(gradient_checkpointing=recomputed)), make()
+    batch = collate(EXAMPLES, torch.device("cpu"))
+    assert batch.input_T.numel() == sum(batch.packing.lengths) == 72
+    rows, _ = learner.rows(batch)
+    expected = []
+    for example in EXAMPLES:
+        said = example.rollout
+        states = plain.get_decoder()(torch.tensor([said.prompt_ids + said.response_ids])).last_hidden_state[0]
+        expected.append(states[len(said.prompt_ids) - 1 : -1])
+    torch.testing.assert_close(rows.hidden_ND, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    slope_ND = torch.randn(rows.hidden_ND.shape, generator=torch.Generator().manual_seed(0))
+    (rows.hidden_ND * slope_ND).sum().backward()
+    (torch.cat(expected) * slope_ND).sum().backward()
+    pairs = zip(learner.model.named_parameters(), plain.named_parameters(), strict=True)
+    for (name, ours), (_, theirs) in pairs:
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def test_micro_batches_fill_the_budget() -> None:
+    lengths = [100, 70, 60, 40, 30, 30, 10, 300]
+    examples = [Example(rollout(seed, 4, length - 4)) for seed, length in enumerate(lengths)]
+    groups = micro_batches(examples, 110)
+    sizes = [sum(len(one.rollout.prompt_ids) + len(one.rollout.response_ids) for one in group) for group in groups]
+    assert sizes == [300, 110, 110, 90, 30]  # what is too long goes alone; the short fill up behind the long
+    assert sorted(id(one) for group in groups for one in group) == sorted(map(id, examples))
+    assert micro_batches(examples, None) == [examples]
+
+
 def replace_settings(**changes: object) -> StudentSettings:
     return PLAIN.model_copy(update=changes)
 
@@ -217,7 +263,11 @@ def test_moe_student_feels_the_models_own_auxiliary_loss() -> None:
     batch = collate(EXAMPLES, torch.device("cpu"))
     _, router = learner.rows(batch)
     assert router is not None
-    output = model(batch.input_BT, attention_mask=batch.mask_BT, labels=batch.input_BT, output_router_logits=True)
+    sequences = [one.rollout.prompt_ids + one.rollout.response_ids for one in EXAMPLES]
+    width = max(map(len, sequences))
+    mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])
+    input_BT = torch.tensor([ids + (0,) * (width - len(ids)) for ids in sequences])
+    output = model(input_BT, attention_mask=mask_BT, labels=input_BT, output_router_logits=True)
     assert float(router.loss.detach()) == pytest.approx(float(output.aux_loss.detach()), rel=1e-5)
     assert 1.0 <= router.max_load <= 4.0
     metrics = step(learner)
