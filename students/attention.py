@@ -71,14 +71,17 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
-        longest = max(packing.lengths)
-        rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        ends = (packing.ends_S, packing.ends_S, longest, longest)
-        attended = varlen_attn(*rows, *ends, scale=scaling, window_size=(-1, 0), enable_gqa=shared)
+        ends_S, longest = packing.ends_S, max(packing.lengths)
+        query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        attended = varlen_attn(
+            query, key, value, ends_S, ends_S, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=shared
+        )
         assert isinstance(attended, Tensor)
         return attended[None], None
     sequences = zip(*(x.split(list(packing.lengths), dim=2) for x in (query, key, value)), strict=True)
-    said = [scaled_dot_product_attention(*one, is_causal=True, scale=scaling, enable_gqa=shared) for one in sequences]
+    said = [
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shared) for q, k, v in sequences
+    ]
     return torch.cat(said, dim=2).transpose(1, 2), None
 
 
