@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill.errors import DistillError, UserError
-from distill.progress import say
+from distill.errors import DistillError, GuardError, NonFiniteError, PeerError, StoppedError, UserError
+from distill.progress import complain, say
 
 if TYPE_CHECKING:
     from distill.config import RunConfig
@@ -56,6 +56,9 @@ def run(
         list[str] | None,
         typer.Option("--teacher-url", help="A vLLM server of the teacher that runs already; again for a further one."),
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the work; default one a GPU, else one.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and what would run.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -89,19 +92,28 @@ def run(
     )
     folder = out or Path("runs") / str(config.name)
     if dry_run:
-        _print_dry_run(config, folder, as_json)
+        _print_dry_run(config, folder, as_json, processes)
         return
+    from pipelines.launch import own_command, processes_to_start, run_processes
+
+    count = processes_to_start(processes)
+    if count > 1:
+        sys.exit(run_processes(own_command(sys.argv[1:]), count))
     from distill.interrupt import deferred_signals
 
     with deferred_signals():
         from pipelines.strong_to_weak import run as run_pipeline
+        from students.ranks import joined_ranks
 
-        try:
-            summary = run_pipeline(config, folder, command=["distill", *sys.argv[1:]])
-        except DistillError as error:
-            if error.exit_code in (75, 130):
-                say(f"The run is safe in {folder}; the same command resumes it.")
-            raise
+        with joined_ranks() as ranks:
+            try:
+                summary = run_pipeline(config, folder, command=["distill", *sys.argv[1:]], ranks=ranks)
+            except DistillError as error:
+                if error.exit_code in (75, 130):
+                    say(f"The run is safe in {folder}; the same command resumes it.")
+                raise
+        if not ranks.is_main:
+            return
     if as_json:
         print(json.dumps(summary, allow_nan=False))
     else:
@@ -110,13 +122,16 @@ def run(
         print_summary(summary)
 
 
-def _print_dry_run(config: RunConfig, folder: Path, as_json: bool) -> None:
-    from distill.family import resolve
+def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, processes: int | None) -> None:
+    from distill.family import resolve, shape_of
+    from distill.memory import GPU_BYTES, Planned, plan
     from distill.recipe import dump_yaml
 
     teacher = resolve(config.teacher.model, role="teacher", revision=config.teacher.revision)
     student = resolve(config.student.model, role="student", revision=config.student.revision)
-    plan = [
+    shapes = shape_of(config.student.model), shape_of(config.teacher.model)
+    planned = None if None in shapes else plan(config, *shapes, processes=processes)  # type: ignore[arg-type]
+    steps = [
         f"teacher {teacher.name}: {teacher.location}",
         f"student {student.name}: {student.location}",
         f"examine the teacher and the start in {' and '.join(config.evaluation.modes)}",
@@ -124,12 +139,18 @@ def _print_dry_run(config: RunConfig, folder: Path, as_json: bool) -> None:
         f"write {folder}/student, summary.json and report.html",
     ]
     if as_json:
-        print(json.dumps({"out": str(folder), "config": config.model_dump(mode="json"), "plan": plan}))
+        document = {"out": str(folder), "config": config.model_dump(mode="json"), "plan": steps}
+        print(json.dumps({**document, "memory": None if planned is None else planned.to_json()}))
         return
     print(dump_yaml(config), end="")
     print(f"# into {folder}:")
-    for line in plan:
+    for line in steps:
         print(f"#   {line}")
+    if isinstance(planned, Planned):
+        for line in planned.lines(GPU_BYTES):
+            print(f"# {line}")
+    else:
+        print("# memory: the models' shapes are not known before they are opened")
 
 
 @app.command("eval")
@@ -291,8 +312,12 @@ def main() -> None:
     """The console script: sentences instead of tracebacks for what is no bug."""
     try:
         app()
+    except PeerError as error:
+        sys.exit(error.exit_code)
     except DistillError as error:
-        say(f"distill: {error}")
+        # What all processes of a run meet at once, the main one says; what one meets alone, that one.
+        shared = isinstance(error, StoppedError | NonFiniteError | GuardError)
+        (say if shared else complain)(f"distill: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         say("distill: interrupted")

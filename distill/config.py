@@ -127,6 +127,13 @@ class StudentSettings(Settings):
     micro_batch_tokens: PositiveInt | None = 32768
     """Most tokens in one forward-backward pass; sequences are packed without padding, and gradients accumulate over a
     step's passes. Null trains a step in one pass."""
+    parallel: Literal["auto", "replicated", "sharded"] = "auto"
+    """How several processes hold the student: each one whole (DDP), or each one a slice (FSDP2). Auto replicates what
+    fits into a GPU by the memory formula."""
+    adamw: Literal["fp32", "8bit"] = "fp32"
+    """Number type of the optimiser's moments; 8bit needs an NVIDIA GPU, bitsandbytes and a student that is whole."""
+    cpu_offload: bool = False
+    """Keep masters, gradients and moments in the machine's memory and step there; shards the student."""
 
 
 class EmbeddedPrompts(Settings):
@@ -416,6 +423,9 @@ class RunConfig(Settings):
     """A longer prompt is refused, with the line it came from."""
     sampler_batch: PositiveInt = 256
     """Most responses that are decoded together."""
+    sampler_tokens: PositiveInt = 131072
+    """Most tokens in the sampler's cache, each response counted at its limit; where responses may get long, fewer are
+    decoded together."""
     checkpoint_every: PositiveInt = 25
     """Optimiser steps between two checkpoints."""
     store: str | None = None

@@ -34,3 +34,7 @@ class StoppedError(DistillError):
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class PeerError(DistillError):
+    """Another process of the same run failed; that one says why, this one only ends with it."""

@@ -106,6 +106,37 @@ SHORT_NAMES = {"30B": "30B-A3B", "235B": "235B-A22B"}
 WITHOUT_BASE = ("32B", "235B-A22B")
 """Sizes whose base checkpoint was never published."""
 
+STUDENTS = {
+    "0.6B": (32768, 131072),
+    "1.7B": (32768, 131072),
+    "4B": (32768, 131072),
+    "8B": (16384, 65536),
+    "14B": (16384, 65536),
+    "30B-A3B": (16384, 32768),
+}
+"""Students of the shipped recipes: sizes that have a base checkpoint, with the tokens of a micro-batch and those of the
+sampler's cache that leave room for the rest on 80 GB GPUs (``distill.memory``)."""
+TEACHERS = {"32B": 2, "30B-A3B": 1, "235B-A22B": 8}
+"""Teachers of the shipped recipes, and the 80 GB GPUs that each one's bf16 weights and cache are cut over by vLLM."""
+
+
+def short_name(size: str) -> str:
+    """``235B`` for 235B-A22B: the name that people type."""
+    return next((short for short, long in SHORT_NAMES.items() if long == size), size)
+
+
+def shape_of(name: str) -> Shape | None:
+    """The shape of a size or an embedded model; None for what has to be looked at first (a folder, a hub id)."""
+    if name in EMBEDDED_NAMES:
+        import json
+
+        from distill.embedded import checkpoint_dir
+
+        return Shape.from_config(json.loads((checkpoint_dir(name) / "config.json").read_text()))
+    size = SHORT_NAMES.get(name, name)
+    known = name.rpartition("Qwen3-")[2].removesuffix("-Base") if name.startswith("Qwen/") else size
+    return SIZES.get(known)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:

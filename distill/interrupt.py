@@ -22,7 +22,17 @@ _held = False
 def check() -> None:
     """Raise StoppedError if a signal has asked this process to stop."""
     if _received is not None and not _held:
-        raise StoppedError(f"stopped by {_received.name}", exit_code=EXIT_CODES[_received])
+        raise stopped(_received)
+
+
+def received() -> signal.Signals | None:
+    """The signal that ``check`` would raise for, if there is one."""
+    return None if _held else _received
+
+
+def stopped(by: signal.Signals) -> StoppedError:
+    """What a process that was asked to stop raises."""
+    return StoppedError(f"stopped by {by.name}", exit_code=EXIT_CODES[by])
 
 
 @contextmanager

@@ -75,16 +75,19 @@ def read_json(path: Path) -> Any:
 
 
 class Journal:
-    """A run directory that this process may write to.
+    """A run directory that this process may write to; where ``writes`` is False, only read.
+
+    Of several processes of a run one writes; on the others every writing method does nothing.
 
     Raises UserError where the directory cannot be used: it holds something that is no run, a run of another
     configuration (the differences are named), a run that another process is working on, or cannot be written.
     """
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: RunConfig, *, writes: bool = True) -> None:
         self.path = path
         self.config = config
-        self._lock = claim(path, marker="config.yaml")
+        self.writes = writes
+        self._lock = claim(path, marker="config.yaml") if writes else None
         if (path / "config.yaml").exists():
             refuse_other(path / "config.yaml", config)
 
@@ -94,10 +97,13 @@ class Journal:
 
     def close(self) -> None:
         """Let another process have the directory."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def manifest(self, entries: Mapping[str, Any]) -> None:
         """Record what went in. On a resumed run, raises UserError where an input is no longer the same."""
+        if not self.writes:
+            return
         path = self.path / "manifest.json"
         if not (self.path / "config.yaml").exists():
             # Only now is the directory this run's: inputs that were refused have claimed nothing.
@@ -144,11 +150,15 @@ class Journal:
         return [entry for entry in map(json.loads, lines) if entry["stage"] == stage]
 
     def _append(self, name: str, document: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         path = self.path / name
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(document, allow_nan=False) + "\n")
 
     def _keep(self, name: str, wanted: Callable[[Any], bool]) -> None:
+        if not self.writes:
+            return
         path = self.path / name
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = list(takewhile(lambda line: _is_whole(line) and wanted(json.loads(line)), lines))
@@ -172,11 +182,14 @@ class Journal:
 
         target = self.path / "checkpoints" / f"step_{step}"
         self.write_folder(target, write)
-        self._prune()
+        if self.writes:
+            self._prune()
         return target
 
     def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
         """Have ``write`` fill a folder that appears as ``target`` when it is whole."""
+        if not self.writes:
+            return
         temporary = target.with_name(f".{target.name}.tmp")
         with writing(target):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -214,6 +227,27 @@ def _is_whole(line: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class StoredTensors(Mapping[str, "Tensor"]):
+    """The tensors of a safetensors file below a prefix, each read when it is asked for."""
+
+    def __init__(self, file: Path, prefix: str) -> None:
+        from safetensors import safe_open
+
+        self._open = safe_open(file, framework="pt", device="cpu")
+        self._prefix = prefix
+        self._names = [key.removeprefix(prefix) for key in self._open.keys() if key.startswith(prefix)]  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._open.get_tensor(self._prefix + name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _write_or_oserror(write: Callable[[Path], None], folder: Path) -> None:

@@ -15,6 +15,15 @@ PLAIN_SECONDS = 10.0
 """Time between two plain lines."""
 
 
+_silent = False
+
+
+def be_silent() -> None:
+    """From now on this process shows no progress: another one of the same run does."""
+    global _silent
+    _silent = True
+
+
 def console() -> Console:
     """Standard error as rich sees it; standard output belongs to results."""
     return Console(stderr=True, highlight=False)
@@ -22,6 +31,12 @@ def console() -> Console:
 
 def say(text: str) -> None:
     """One line to whoever is watching."""
+    if not _silent:
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """One line of what went wrong, also from a process that is silent."""
     console().print(text, markup=False, soft_wrap=True)
 
 
@@ -69,7 +84,7 @@ class Bar:
 @contextmanager
 def track(description: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     """A progress bar over ``total`` units, ``done`` of them finished by an earlier run."""
-    if not sys.stderr.isatty():
+    if _silent or not sys.stderr.isatty():
         bar = Bar(description, total, unit, None, done)
         yield bar
         bar.line()

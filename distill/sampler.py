@@ -44,26 +44,34 @@ class Sampler(Protocol):
 class TransformersSampler:
     """Decodes with a transformers causal language model in this process.
 
-    ``batch`` is the largest number of rows decoded together. ``weight_version`` is stamped on the rollouts.
+    At most ``batch`` rows are decoded together, and no more than their limits of ``cache_tokens`` allow.
+    ``weight_version`` is stamped on the rollouts.
     """
 
-    def __init__(self, model: PreTrainedModel, encoder: Encoder, *, speaker: str, batch: int = 256) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        *,
+        speaker: str,
+        batch: int = 256,
+        cache_tokens: int = 131072,
+    ) -> None:
         self.model = model
         self.encoder = encoder
         self.speaker = speaker
         self.batch = batch
+        self.cache_tokens = cache_tokens
         self.weight_version = 0
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
-        # Prompts of like length are decoded together: less padding, and the order of the result is restored below.
-        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         training = self.model.training
-        self.model.eval()
         rollouts: dict[int, Rollout] = {}
+        self.model.eval()
         try:
-            for start in range(0, len(order), self.batch):
-                rows = [_Row(index, requests[index], self.encoder) for index in order[start : start + self.batch]]
+            for places in self._batches(requests):
+                rows = [_Row(index, requests[index], self.encoder) for index in places]
                 for row in self._decode(rows):
                     rollouts[row.index] = row.rollout(self.speaker, self.weight_version)
                     if on_finished is not None:
@@ -71,6 +79,21 @@ class TransformersSampler:
         finally:
             self.model.train(training)
         return [rollouts[index] for index in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Places of ``requests`` that are decoded together: prompts of like length, for less padding."""
+        batches: list[list[int]] = []
+        widest = 0
+        for place in sorted(range(len(requests)), key=lambda place: len(requests[place].prompt_ids)):
+            limit = len(requests[place].prompt_ids) + requests[place].sampling.max_new_tokens
+            widest = max(widest, limit)
+            fits = batches and len(batches[-1]) < self.batch and (len(batches[-1]) + 1) * widest <= self.cache_tokens
+            if fits:
+                batches[-1].append(place)
+            else:
+                batches.append([place])
+                widest = limit
+        return batches
 
     def _decode(self, rows: list[_Row]) -> Iterator[_Row]:
         """Decode ``rows`` together; each is yielded when it ends."""

@@ -17,6 +17,7 @@ from distill.sampler import Sampler, TransformersSampler
 from distill.seeding import derive, uniform
 from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
 from pipelines.meter import Meter
+from students.ranks import ALONE, Ranks
 from students.student import Felt, Rows, Student
 from teachers.store import ResponseStore, TeacherIdentity
 from teachers.teacher import Teacher
@@ -41,6 +42,19 @@ class Crew:
     meter: Meter
     seed: int
     run_id: str
+    ranks: Ranks = ALONE
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A metric that is the mean of ``num`` values; none of them where it has no value."""
+
+    total: float
+    num: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        return cls(sum(values), len(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +62,11 @@ class Judged:
     """What the judge made of a step's responses.
 
     ``updates`` are the examples of each optimiser step, as many in every step of a stage; one without examples teaches
-    nothing and is left out. ``facts`` are metrics of the judging.
+    nothing and is left out. ``facts`` are metrics of the judging; the processes' counts are added.
     """
 
     updates: list[list[Example]]
-    facts: dict[str, float | None] = field(default_factory=dict)
+    facts: dict[str, float | Mean] = field(default_factory=dict)
 
 
 class Stage(Protocol):
@@ -75,7 +89,8 @@ class Stage(Protocol):
         ...
 
     def sample(self, step: int) -> list[Rollout]:
-        """The responses of a step: a function of the seed, the step and the student's weights only."""
+        """This process's share of a step's responses; all shares together are a function of the seed, the step and the
+        student's weights only."""
         ...
 
     def signal(self, rollouts: Sequence[Rollout]) -> Judged:

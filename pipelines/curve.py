@@ -11,18 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from distill.config import CurveSettings, RunConfig, StopSettings
 from distill.costs import Cost
 from distill.errors import UserError
-from distill.journal import Journal, writing
+from distill.journal import Journal, StoredTensors, writing
+from distill.sampler import Sampler
 from distill.seeding import derive
-from distill.types import Mode
 from eval.runner import Evaluation, evaluate
 from eval.tasks import Task, load_task
 from pipelines.crew import Crew, Stage
 from pipelines.meter import MeteredSampler
+from students.shared_sampler import with_all_samplers
 from students.student import Student
 
 
@@ -40,7 +42,11 @@ class Curve:
         """Examine the weights after ``done`` steps of ``stage`` if it is time to; whether the stage may end here."""
         if done % self.settings.every and done != stage.num_steps:
             return False
-        scores = [self._examine(mode) for mode in self.settings.modes]
+        ranks = self.crew.ranks
+        with student.whole():
+            found = with_all_samplers(ranks, self.crew.student_sampler, self._examine)
+        scores = ranks.from_main(found)
+        assert scores is not None
         cost = Cost()
         for part in self.crew.meter.account.of_stage(stage.name).values():
             cost.add(part)
@@ -55,7 +61,9 @@ class Curve:
                 "scores": [_entry(evaluation) for evaluation in scores],
             }
         )
-        if self.settings.keep_best and best_point(self.journal.curve(), stage.name)["step"] == done:
+        if self.settings.keep_best and ranks.from_main(
+            ranks.is_main and best_point(self.journal.curve(), stage.name)["step"] == done
+        ):
             self._keep(stage, student)
         stop = self.config.stop.get(stage.name, StopSettings())
         return _is_reached(stop.score, _mean(scores[0])) or _is_reached(stop.flops, cost.flops)
@@ -63,35 +71,42 @@ class Curve:
     def settle(self, stage: Stage, student: Student) -> None:
         """At the end of ``stage``: take its best weights, if that is wanted."""
         if self.settings.keep_best:
-            student.load_weights(load_file(self._best(stage)))
+            student.load_weights(StoredTensors(self._best(stage), ""))
 
     def _keep(self, stage: Stage, student: Student) -> None:
         # A run that goes back to a checkpoint finds the same best weights again at the same step.
-        path = self._best(stage)
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            save_file({name: tensor.cpu().contiguous() for name, tensor in student.weights().items()}, temporary)
-            temporary.replace(path)
+        path, weights = self._best(stage), student.weights()
+        with self.crew.ranks.together():
+            if self.crew.ranks.is_main:
+                _write(path, weights)
 
     def _best(self, stage: Stage) -> Path:
         return self.journal.path / "checkpoints" / f"best-{stage.name}.safetensors"
 
-    def _examine(self, mode: Mode) -> Evaluation:
-        return evaluate(
-            self.task,
-            mode,
-            sampler=MeteredSampler(
-                self.crew.student_sampler, self.crew.meter, self.crew.student_shape, "evaluate", "curve"
-            ),
-            encoder=self.crew.encoder,
-            sampling=self.config.evaluation.sampling.of(mode),
-            samples=self.settings.samples,
-            # The same random numbers at every point: what differs is the weights.
-            seed=derive(self.config.seed, "curve", self.task.name, mode),
-            checkpoint="curve",
-            shape=self.crew.student_shape,
-        )
+    def _examine(self, sampler: Sampler) -> list[Evaluation]:
+        return [
+            evaluate(
+                self.task,
+                mode,
+                sampler=MeteredSampler(sampler, self.crew.meter, self.crew.student_shape, "evaluate", "curve"),
+                encoder=self.crew.encoder,
+                sampling=self.config.evaluation.sampling.of(mode),
+                samples=self.settings.samples,
+                # The same random numbers at every point: what differs is the weights.
+                seed=derive(self.config.seed, "curve", self.task.name, mode),
+                checkpoint="curve",
+                shape=self.crew.student_shape,
+            )
+            for mode in self.settings.modes
+        ]
+
+
+def _write(path: Path, weights: Mapping[str, Tensor]) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, temporary)
+        temporary.replace(path)
 
 
 def best_point(points: Sequence[Mapping[str, Any]], stage: str) -> Mapping[str, Any]:

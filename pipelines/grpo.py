@@ -20,10 +20,11 @@ from torch import Tensor
 from distill.config import DivergenceSettings, GrpoStage, OpdRewardStage
 from distill.costs import Role, rollout_flops
 from distill.divergence import Divergence, linear_divergence
+from distill.errors import UserError
 from distill.family import Shape
 from distill.policy_gradient import Clip, linear_policy_gradient
 from distill.types import MODES, ActionLogprobs, Advantage, Example, HiddenStates, Rollout
-from pipelines.crew import Crew, Judged, group_requests
+from pipelines.crew import Crew, Judged, Mean, group_requests
 from pipelines.meter import MeteredSampler
 from pipelines.rewards import group_advantages, overlong_penalty
 from pipelines.verifier import Verifier
@@ -69,6 +70,11 @@ class Grpo:
     def __init__(self, name: str, settings: GrpoStage | OpdRewardStage, crew: Crew, *, first_prompt: int) -> None:
         self.name, self.settings, self.crew, self.first_prompt = name, settings, crew, first_prompt
         self.anchor: Anchor | None = None
+        if settings.policy_gradient.dr_grpo and crew.ranks.count > 1:
+            raise UserError(
+                f"stages.{name}.policy_gradient.dr_grpo divides by a constant of the whole step, which the run's "
+                f"{crew.ranks.count} processes do not share; leave it out, or start one process"
+            )
         self.verifier = Verifier.for_prompts(
             crew.prompts,
             crew.prompts.batch(first_prompt, self.num_prompts),
@@ -113,7 +119,7 @@ class Grpo:
             samples=settings.samples_per_prompt,
         )
         sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", self.name)
-        return sampler.generate(requests)
+        return sampler.generate(crew.ranks.share(requests, block=settings.samples_per_prompt))
 
     def signal(self, rollouts: Sequence[Rollout]) -> Judged:
         with self.crew.meter.measure("verify", self.name) as cost:
@@ -252,14 +258,14 @@ def _over_constant(examples: list[Example], limit: float) -> list[Example]:
     ]
 
 
-def _facts(groups: Sequence[_Group]) -> dict[str, float | None]:
+def _facts(groups: Sequence[_Group]) -> dict[str, float | Mean]:
     """What the verifier saw: shares of right responses by mode, punishment for length, groups without a difference."""
-    facts: dict[str, float | None] = {"groups": len(groups), "groups.equal": sum(g.advantages is None for g in groups)}
+    facts: dict[str, float | Mean] = {"groups": len(groups), "groups.equal": sum(g.advantages is None for g in groups)}
     for prefix, modes in (("", MODES), *((f"{mode}.", (mode,)) for mode in MODES)):
         chosen = [group for group in groups if group.rollouts[0].mode in modes]
         for name, values in (
             ("reward", [float(right) for group in chosen for right in group.verdicts]),
             ("overlong", [penalty for group in chosen for penalty in group.penalties]),
         ):
-            facts[prefix + name] = sum(values) / len(values) if values else None
+            facts[prefix + name] = Mean.of(values)
     return facts

@@ -60,7 +60,9 @@ def hired_teacher(
         model = load_model(checkpoint, dtype, device)
         yield Hired(
             signal.here(LocalTeacher(model, name=checkpoint.name, batch_tokens=settings.batch_tokens), wanted),
-            TransformersSampler(model, encoder, speaker="teacher", batch=config.sampler_batch),
+            TransformersSampler(
+                model, encoder, speaker="teacher", batch=config.sampler_batch, cache_tokens=config.sampler_tokens
+            ),
         )
         return
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from distill.errors import DistillError, GuardError, NonFiniteError, StoppedErro
 from distill.journal import Journal
 from distill.progress import track
 from distill.seeding import derive
-from distill.types import MODES, Example, Rollout
-from pipelines.crew import Crew, Stage
+from distill.types import MODES, Example, Mode, Rollout
+from pipelines.crew import Crew, Mean, Stage
 from pipelines.guards import Guards
+from students.ranks import Ranks
 from students.student import Student
 
 Checkpoint = Callable[[int, bool], None]
@@ -77,23 +79,25 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, An
     started = time.perf_counter()
     torch.manual_seed(derive(crew.seed, stage.name, "torch", step))  # dropout: the same in a run that was resumed
     before = crew.meter.account.of_stage(stage.name)
-    rollouts = stage.sample(step)
-    sampled = time.perf_counter()
-    judged = stage.signal(rollouts)
+    with student.whole(), crew.ranks.together():
+        rollouts = stage.sample(step)
+        sampled = time.perf_counter()
+        judged = stage.signal(rollouts)
     scored = time.perf_counter()
     with crew.meter.measure("student_train", stage.name) as cost:
-        metrics = _learn(stage, student, judged.updates, step)
+        metrics = _learn(stage, student, judged.updates, step, crew.ranks)
         trained = [example.rollout for examples in judged.updates for example in examples]
         cost.tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in trained)
         cost.flops = student.passes * rollout_flops(crew.student_shape, trained)
     crew.student_sampler.weight_version += 1
+    crew.meter.pool(stage.name, before, crew.ranks)
     return {
         # No teacher judges some stages; their divergence is null, never zero.
         "reverse_kl": None,
         "forward_kl": None,
         **metrics,
-        **judged.facts,
-        **_describe(rollouts, crew.encoder),
+        **_facts(crew.ranks.gather(judged.facts)),
+        **_describe(crew.ranks.gather([_Response.of(rollout, crew.encoder) for rollout in rollouts])),
         **_spent(before, crew.meter.account.of_stage(stage.name)),
         "seconds": time.perf_counter() - started,
         "seconds.sample": sampled - started,
@@ -101,7 +105,9 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, An
     }
 
 
-def _learn(stage: Stage, student: Student, updates: Sequence[Sequence[Example]], step: int) -> dict[str, float | None]:
+def _learn(
+    stage: Stage, student: Student, updates: Sequence[Sequence[Example]], step: int, ranks: Ranks
+) -> dict[str, float | None]:
     """One optimiser step for each of ``updates`` that has examples; their metrics together.
 
     The first may be interrupted, or find a number that is not finite, before anything has changed. From then on the
@@ -109,7 +115,7 @@ def _learn(stage: Stage, student: Student, updates: Sequence[Sequence[Example]],
     """
     learned: list[dict[str, Any]] = []
     for place, examples in enumerate(updates):
-        if not examples:
+        if not any(ranks.gather(len(examples))):
             continue
         with interrupt.held() if learned else nullcontext():
             try:
@@ -154,21 +160,55 @@ def _spent(before: Mapping[str, Cost], after: Mapping[str, Cost]) -> dict[str, f
     }
 
 
-def _describe(rollouts: Sequence[Rollout], encoder: Encoder) -> dict[str, float | None]:
-    """What the responses look like from outside: all together and by mode."""
-    groups = {"": list(rollouts)} | {f"{mode}.": [r for r in rollouts if r.mode == mode] for mode in MODES}
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """What a response looks like from outside."""
+
+    mode: Mode
+    length: float
+    closure: float
+    truncation: float
+    forced: float
+    repetition: float
+    surprise: float
+    """The entropy, sampled: a step that teaches nothing has no forward pass to measure it exactly."""
+
+    @classmethod
+    def of(cls, rollout: Rollout, encoder: Encoder) -> _Response:
+        return cls(
+            rollout.mode,
+            length=float(len(rollout.response_ids)),
+            closure=float(encoder.closed_thinking(rollout)),
+            truncation=float(rollout.finish_reason == "length"),
+            forced=float(any(rollout.forced)),
+            repetition=repetition(rollout.response_ids),
+            surprise=surprise(rollout),
+        )
+
+
+def _facts(parts: Sequence[Mapping[str, float | Mean]]) -> dict[str, float | None]:
+    """The judging's metrics, of all processes together: counts are added."""
+    pooled: dict[str, float | None] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        means = [value for value in values if isinstance(value, Mean)]
+        if means:
+            num = sum(mean.num for mean in means)
+            pooled[name] = sum(mean.total for mean in means) / num if num else None
+        else:
+            pooled[name] = sum(value for value in values if not isinstance(value, Mean))
+    return pooled
+
+
+def _describe(parts: Sequence[Sequence[_Response]]) -> dict[str, float | None]:
+    """The responses of all processes together and by mode."""
+    everyone = [said for part in parts for said in part]
+    groups = {"": everyone} | {f"{mode}.": [said for said in everyone if said.mode == mode] for mode in MODES}
     described: dict[str, float | None] = {}
     for prefix, group in groups.items():
         described[f"{prefix}num_responses"] = len(group)
-        for name, values in (
-            ("length", [float(len(rollout.response_ids)) for rollout in group]),
-            ("closure", [float(encoder.closed_thinking(rollout)) for rollout in group]),
-            ("truncation", [float(rollout.finish_reason == "length") for rollout in group]),
-            ("forced", [float(any(rollout.forced)) for rollout in group]),
-            ("repetition", [repetition(rollout.response_ids) for rollout in group]),
-            # The entropy, sampled: a step that teaches nothing has no forward pass to measure it exactly.
-            ("surprise", [surprise(rollout) for rollout in group]),
-        ):
+        for name in ("length", "closure", "truncation", "forced", "repetition", "surprise"):
+            values = [float(getattr(said, name)) for said in group]
             described[prefix + name] = sum(values) / len(values) if values else None
     return described
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from distill.costs import Cost, CostAccount, Role, rollout_flops
 from distill.family import Shape
 from distill.sampler import OnFinished, Sampler
 from distill.types import Request, Rollout
+from students.ranks import Ranks
 
 
 @dataclass
@@ -37,6 +38,18 @@ class Meter:
             cost.seconds += time.perf_counter() - started
             self.account.charge(role, stage, cost)
             self.account.note_peak(role, _peak())
+
+    def pool(self, stage: str, before: Mapping[str, Cost], ranks: Ranks) -> None:
+        """Make what all processes spent on ``stage`` since ``before`` every process's account of it."""
+        if ranks.count == 1:
+            return
+        for role, cost in self.account.of_stage(stage).items():
+            then = before.get(role, Cost())
+            own = Cost(cost.tokens - then.tokens, cost.flops - then.flops, cost.seconds - then.seconds)
+            pooled = replace(then)
+            for part in ranks.gather(own):
+                pooled.add(part)
+            self.account.entries[role][stage] = pooled
 
 
 class MeteredSampler:

@@ -10,7 +10,7 @@ from typing import Any
 
 from distill.config import RunConfig
 from distill.errors import UserError
-from distill.family import EMBEDDED_NAMES
+from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, short_name
 from distill.recipe import assign, load_recipe, merge, parse_assignment, validate
 
 EMBEDDED_RECIPE = "embedded"
@@ -18,12 +18,42 @@ REAL_RECIPE = "qwen3"
 
 
 def recipe_names() -> list[str]:
-    """The shipped recipes."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _recipes().iterdir() if entry.name.endswith(".yaml"))
+    """The shipped recipes: the files, and one for each pair of the family's table."""
+    shipped = (entry.name.removesuffix(".yaml") for entry in _recipes().iterdir() if entry.name.endswith(".yaml"))
+    return sorted([*shipped, *_pairs()])
+
+
+def _pairs() -> dict[str, tuple[str, str]]:
+    """Teacher and student by the recipe's name, ``qwen3-235b-to-4b``."""
+    return {
+        f"{REAL_RECIPE}-{short_name(teacher)}-to-{short_name(student)}".lower(): (teacher, student)
+        for teacher in TEACHERS
+        for student in STUDENTS
+    }
+
+
+def pair_recipe(teacher: str, student: str) -> dict[str, Any]:
+    """The recipe for real sizes, with what the family's table says of this pair."""
+    micro_batch_tokens, sampler_tokens = STUDENTS[student]
+    return merge(
+        load_recipe(Path(str(_recipes() / f"{REAL_RECIPE}.yaml"))),
+        {
+            "teacher": {"model": short_name(teacher), "backend": "vllm", "tensor_parallel": TEACHERS[teacher]},
+            "student": {"model": short_name(student), "micro_batch_tokens": micro_batch_tokens},
+            "sampler_tokens": sampler_tokens,
+        },
+    )
 
 
 def _recipes() -> Any:
     return files("pipelines") / "recipes"
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    """A shipped recipe, or one's own file."""
+    if name in _pairs():
+        return pair_recipe(*_pairs()[name])
+    return load_recipe(find_recipe(name))
 
 
 def find_recipe(name: str) -> Path:
@@ -43,7 +73,7 @@ def _load(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The recipe, laid over the one that its key ``extends`` names."""
     if name in above:
         raise UserError(f"the recipe {name!r} extends itself ({' extends '.join([*above, name])}); name another base")
-    tree = load_recipe(find_recipe(name))
+    tree = _shipped(name)
     base = tree.pop("extends", None)
     return tree if base is None else merge(_load(str(base), (*above, name)), tree)
 

@@ -21,12 +21,14 @@ from distill.costs import Cost, rollout_flops
 from distill.divergence import linear_cross_entropy
 from distill.errors import UserError
 from distill.progress import say
+from distill.sampler import Sampler
 from distill.seeding import derive
 from distill.types import Example, Rollout
 from pipelines.crew import Crew, Judged, group_requests, with_modes
 from pipelines.grpo import Grpo, OpdReward
 from pipelines.losses import LOSSES
 from pipelines.meter import MeteredSampler
+from students.shared_sampler import with_all_samplers
 from students.student import Felt, Rows
 from teachers.answers import Answers, answer
 
@@ -67,15 +69,19 @@ class OffPolicy:
             for prompt, mode, switch in with_modes(prompts, settings.mixture, crew.seed, self.name, self.first_prompt)
             for sample in range(settings.samples_per_prompt)
         ]
-        sampler = MeteredSampler(crew.teacher_sampler, crew.meter, crew.teacher_shape, "teacher_generate", self.name)
-        answers = answer(
-            requests,
-            crew.store,
-            sampler,
-            identity=crew.teacher_identity,
-            run=crew.run_id,
-            description=f"{self.name}: teacher responses",
-        )
+
+        def ask(speaker: Sampler) -> Answers:
+            return answer(
+                requests,
+                crew.store,
+                MeteredSampler(speaker, crew.meter, crew.teacher_shape, "teacher_generate", self.name),
+                identity=crew.teacher_identity,
+                run=crew.run_id,
+                description=f"{self.name}: teacher responses",
+            )
+
+        answers = crew.ranks.from_main(with_all_samplers(crew.ranks, crew.teacher_sampler, ask))
+        assert answers is not None
         self._charge(answers)
         self._keys = list(answers.keys)
         self._responses = [
@@ -98,7 +104,7 @@ class OffPolicy:
 
     def sample(self, step: int) -> list[Rollout]:
         size, num = self.settings.batch_size, len(self._responses)
-        return [self._at(position, num) for position in range(step * size, (step + 1) * size)]
+        return self.crew.ranks.share([self._at(position, num) for position in range(step * size, (step + 1) * size)])
 
     def _at(self, position: int, num: int) -> Rollout:
         """Entry ``position`` of an endless sequence of shuffled epochs."""
@@ -148,8 +154,9 @@ class OnPolicy:
             samples=settings.samples_per_prompt,
         )
         sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", self.name)
+        shared = crew.ranks.share(requests, block=settings.samples_per_prompt)
         try:
-            return sampler.generate(requests, crew.teacher.hear)
+            return sampler.generate(shared, crew.teacher.hear)
         except BaseException:
             crew.teacher.forget()
             raise

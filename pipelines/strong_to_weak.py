@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
@@ -26,8 +26,8 @@ from distill.costs import Cost, CostAccount
 from distill.encode import Encoder
 from distill.errors import DistillError, UserError
 from distill.family import EMBEDDED_NAMES, ModelSource, resolve
-from distill.journal import Journal, read_json, write_json
-from distill.progress import say
+from distill.journal import Journal, StoredTensors, read_json, write_json
+from distill.progress import be_silent, say
 from distill.prompts import load_prompts
 from distill.sampler import OnFinished, Sampler, TransformersSampler
 from distill.seeding import derive
@@ -40,10 +40,13 @@ from pipelines.crew import Crew, Stage
 from pipelines.curve import Curve
 from pipelines.guards import Guards
 from pipelines.hiring import Hired, hired_teacher
+from pipelines.launch import choose_engine
 from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
 from pipelines.preflight import Finding, check_pair
 from pipelines.stages import STAGES
+from students.ranks import ALONE, Ranks
+from students.shared_sampler import with_all_samplers
 from students.student import Student
 from teachers.store import ResponseStore, TeacherIdentity, default_root
 
@@ -51,21 +54,24 @@ STEP_ROLES = ("student_sample", "teacher_score", "student_score", "verify", "stu
 """Roles whose costs belong to optimiser steps: on a resume they go back to the checkpoint, with the steps."""
 
 
-def run(config: RunConfig, out: Path, *, command: Sequence[str]) -> dict[str, Any]:
+def run(config: RunConfig, out: Path, *, command: Sequence[str], ranks: Ranks = ALONE) -> dict[str, Any]:
     """Run ``config`` in the run directory ``out``, from wherever it stands; the summary.
 
-    A finished run only gives back its summary. Raises UserError for a configuration or input that cannot work,
-    StoppedError where a signal asked to stop, DistillError for what failed on the way; all leave a run that the same
-    call resumes.
+    Every process of ``ranks`` calls it, with the same directory: one writes, all read. A finished run only gives back
+    its summary. Raises UserError for a configuration or input that cannot work, StoppedError where a signal asked to
+    stop, DistillError for what failed on the way; all leave a run that the same call resumes.
     """
-    journal = Journal(out, config)
+    if not ranks.is_main:
+        be_silent()
+    with ranks.together():
+        journal = Journal(out, config) if ranks.is_main else Journal(out, config, writes=False)
     try:
         if journal.finished:
-            if not (out / "report.html").exists():
+            if ranks.is_main and not (out / "report.html").exists():
                 write_report(out)
             return dict(read_json(out / "summary.json"))
         with ExitStack() as stack:
-            return _Run(config, journal, command, stack).finish()
+            return _Run(config, journal, command, stack, ranks).finish()
     finally:
         journal.close()
 
@@ -82,8 +88,37 @@ class _Position:
 class _Run:
     """The parts of one run, put together once. What has to be ended with the run is entered into ``stack``."""
 
-    def __init__(self, config: RunConfig, journal: Journal, command: Sequence[str], stack: ExitStack) -> None:
-        self.config, self.journal = config, journal
+    def __init__(
+        self, config: RunConfig, journal: Journal, command: Sequence[str], stack: ExitStack, ranks: Ranks
+    ) -> None:
+        self.config, self.journal, self.ranks = config, journal, ranks
+        with ranks.together():
+            teacher, student = self._open(command)
+            _check_shared_servers(config, ranks)
+            self.engine = choose_engine(config, student.shape, ranks, teacher.shape)
+            hired = stack.enter_context(
+                hired_teacher(
+                    config, teacher, self.encoder, device=ranks.device, logs=journal.path / "servers", choose=self._choose
+                )
+            )
+            # What is sharded moves to the device layer by layer.
+            place = torch.device("cpu") if self.engine == "sharded" else ranks.device
+            model = load_model(student, getattr(torch, config.student.dtype), place)
+        self.crew = self._assemble(hired, teacher, student, model)
+        self.student = self.crew.student
+        self.stages: list[Stage] = []
+        first_prompt = 0
+        for name, settings in config.stages.items():
+            self.stages.append(STAGES[type(settings)](name, settings, self.crew, first_prompt=first_prompt))
+            first_prompt += self.stages[-1].num_prompts
+        self.curve = None if config.evaluation.curve is None else Curve(config, self.crew, journal, self.tasks)
+        self.evaluations: list[Evaluation] = []
+        self._moments: Mapping[str, torch.Tensor] = {}
+        """What the optimiser had at the checkpoint that this process resumes from."""
+
+    def _open(self, command: Sequence[str]) -> tuple[Checkpoint, Checkpoint]:
+        """The teacher's and the student's checkpoints, with all that is read and checked before either is loaded."""
+        config = self.config
         torch.manual_seed(derive(config.seed, "torch"))
         # Both names first: a misspelt student should not be noticed after a teacher's download.
         sources = (
@@ -116,23 +151,7 @@ class _Run:
         ]
         self.store = _store(config)
         self._write_manifest(teacher, student, command, findings)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        hired = stack.enter_context(
-            hired_teacher(
-                config, teacher, self.encoder, device=device, logs=journal.path / "servers", choose=self._choose
-            )
-        )
-        self.crew = self._assemble(hired, teacher, student, device)
-        self.student = self.crew.student
-        self.stages: list[Stage] = []
-        first_prompt = 0
-        for name, settings in config.stages.items():
-            self.stages.append(STAGES[type(settings)](name, settings, self.crew, first_prompt=first_prompt))
-            first_prompt += self.stages[-1].num_prompts
-        self.curve = None if config.evaluation.curve is None else Curve(config, self.crew, journal, self.tasks)
-        self.evaluations: list[Evaluation] = []
-        self._moments: dict[str, torch.Tensor] = {}
-        """What the optimiser had at the checkpoint that this process resumes from."""
+        return teacher, student
 
     def _write_manifest(
         self, teacher: Checkpoint, student: Checkpoint, command: Sequence[str], findings: Sequence[Finding]
@@ -147,18 +166,24 @@ class _Run:
                 "prompts": self.prompts.content_hash,
                 "preflight": [asdict(finding) for finding in findings],
                 "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-                "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+                "machine": {
+                    "processor": platform.machine(),
+                    "threads": torch.get_num_threads(),
+                    "processes": self.ranks.count,
+                },
             }
         )
 
-    def _assemble(self, hired: Hired, teacher: Checkpoint, student: Checkpoint, device: torch.device) -> Crew:
-        config = self.config
-        student_model = load_model(student, getattr(torch, config.student.dtype), device)
+    def _assemble(self, hired: Hired, teacher: Checkpoint, student: Checkpoint, model: PreTrainedModel) -> Crew:
+        config, ranks = self.config, self.ranks
+        learner = Student(model, config.student, stop_ids=self.encoder.stop_ids, ranks=ranks, engine=self.engine)
+        if ranks.count > 1:
+            say(f"{ranks.count} processes, the student {self.engine}")
 
         def start_of(stage: str) -> PreTrainedModel:
             number = list(config.stages).index(stage)
             begun = student if number == 0 else self._stage_end(list(config.stages)[number - 1])
-            return load_model(begun, getattr(torch, config.student.dtype), device)
+            return load_model(begun, learner.dtype, ranks.device)
 
         crew = Crew(
             encoder=self.encoder,
@@ -171,9 +196,13 @@ class _Run:
                 tokenizer_hash=self.encoder.vocabulary_hash,
             ),
             teacher_shape=teacher.shape,
-            student=Student(student_model, config.student, stop_ids=self.encoder.stop_ids),
+            student=learner,
             student_sampler=TransformersSampler(
-                student_model, self.encoder, speaker="student", batch=config.sampler_batch
+                learner.model,
+                self.encoder,
+                speaker="student",
+                batch=config.sampler_batch,
+                cache_tokens=config.sampler_tokens,
             ),
             student_shape=student.shape,
             start_of=start_of,
@@ -182,6 +211,7 @@ class _Run:
             meter=Meter(),
             seed=config.seed,
             run_id=read_json(self.journal.path / "manifest.json")["id"],
+            ranks=ranks,
         )
         return crew
 
@@ -196,7 +226,8 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Everything that is still to do; the summary."""
-        position = self._resume()
+        with self.ranks.together():
+            position = self._resume()
         if self.config.evaluation.references:
             self._examine("teacher", self.crew.teacher_sampler)
             self._examine("start", self._student_at(position, _Position()))
@@ -204,8 +235,10 @@ class _Run:
             if number >= position.stage:
                 position = self._run_stage(number, stage, settings, position)
             self._examine(stage.name, self._student_at(position, _Position(number + 1)))
-        self.journal.write_folder(self.journal.path / "student", self._export)
-        return self._summarise()
+        weights = self.student.weights()
+        with self.ranks.together():
+            self.journal.write_folder(self.journal.path / "student", partial(self._export, weights=weights))
+            return self._summarise() if self.ranks.is_main else {}
 
     def _student_at(self, position: _Position, wanted: _Position) -> Sampler:
         """The student's sampler if its weights are those of ``wanted``; on a resumed run they may be further on."""
@@ -260,7 +293,8 @@ class _Run:
 
     def _checkpoint(self, position: _Position, *, stage_end: bool) -> None:
         assert self.student.optimiser is not None
-        tensors = {f"weights/{name}": tensor for name, tensor in self.student.weights().items()}
+        weights = self.student.weights()
+        tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
         tensors |= {f"optimiser/{name}": tensor for name, tensor in self.student.optimiser.state().items()}
         state = {
             "stage": position.stage + stage_end,
@@ -269,8 +303,9 @@ class _Run:
             "stage_name": self.stages[position.stage].name,
             "costs": self.crew.meter.account.state(),
         }
-        self.journal.write_checkpoint(position.global_step, state, tensors, self._export)
-        self._write_costs()
+        with self.ranks.together():
+            self.journal.write_checkpoint(position.global_step, state, tensors, partial(self._export, weights=weights))
+            self._write_costs()
 
     def _resume(self) -> _Position:
         """Take up the newest checkpoint: weights, moments, costs; drop the metrics of steps that are done again."""
@@ -287,23 +322,29 @@ class _Run:
         if found is None:
             self.journal.keep_steps(0)
             return _Position()
-        tensors = load_file(found[1] / "training.safetensors")
-        self.student.load_weights(_below("weights/", tensors))
+        file = found[1] / "training.safetensors"
+        self.student.load_weights(StoredTensors(file, "weights/"))
         if not state["stage_end"]:
-            self._moments = _below("optimiser/", tensors)
+            self._moments = StoredTensors(file, "optimiser/")
         self.journal.keep_steps(state["global_step"], ended=state["stage_name"] if state["stage_end"] else None)
         say(f"resuming after step {state['global_step']} ({state['stage_name']})")
         return _Position(state["stage"], state["step"], state["global_step"])
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """The student as a plain checkpoint, with the teacher's tokenizer and chat template."""
-        self.student.export(folder)
+        self.student.export(folder, weights)
         self.encoder.tokenizer.save_pretrained(folder)
 
     def _write_costs(self) -> None:
-        write_json(self.journal.path / "costs.json", self.crew.meter.account.to_json())
+        if self.ranks.is_main:
+            write_json(self.journal.path / "costs.json", self.crew.meter.account.to_json())
 
     def _examine(self, checkpoint: str, sampler: Sampler) -> None:
+        with self.student.whole():
+            with_all_samplers(self.ranks, sampler, partial(self._evaluate_all, checkpoint))
+
+    def _evaluate_all(self, checkpoint: str, sampler: Sampler) -> None:
+        """Every evaluation of one checkpoint; on the main process."""
         settings = self.config.evaluation
         for task in self.tasks:
             for mode in settings.modes:
@@ -401,6 +442,16 @@ def _store(config: RunConfig) -> ResponseStore:
     return ResponseStore(root)
 
 
+def _check_shared_servers(config: RunConfig, ranks: Ranks) -> None:
+    """One process starting a server on devices that the others train on would start it under them."""
+    urls = config.teacher.urls
+    if ranks.count > 1 and config.teacher.backend == "vllm" and not (urls.score and urls.generate):
+        raise UserError(
+            f"{ranks.count} processes share a teacher behind vLLM, and it is not named; start its servers with "
+            "`distill teacher serve` (both roles) and set teacher.urls.generate and teacher.urls.score"
+        )
+
+
 def _own_tasks(config: RunConfig, held_out: Sequence[Prompt]) -> tuple[str, ...]:
     """What to examine on where the configuration leaves it open."""
     if config.prompts.kind == "embedded":
@@ -414,7 +465,3 @@ def _own_tasks(config: RunConfig, held_out: Sequence[Prompt]) -> tuple[str, ...]
 def _mean(evaluation: Evaluation) -> float:
     """The first metric's mean: avg@K."""
     return next(iter(evaluation.metrics.values())).mean
-
-
-def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,38 +1,48 @@
 """AdamW over fp32 master weights.
 
 At a learning rate of 2e-6 an update is smaller than a bf16 weight's rounding, so bf16 weights are only the working
-copy: gradients accumulate, moments live and steps are taken in fp32, and the rounded result is written back. For fp32
-models the masters are the parameters themselves and nothing is copied.
+copy: gradients accumulate, moments live and steps are taken in fp32, and the rounded result is written back. Where the
+parameters are fp32 (an fp32 model, or a sharded one, which is gathered in bf16) they are the masters themselves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.config import Optimiser
-from distill.errors import NonFiniteError
+from distill.errors import NonFiniteError, UserError
+from students.parallel import full, slice_like, whole_on_main
 
 
 class MasterAdamW:
     """AdamW with gradient accumulation in fp32 and clipping by the global norm.
 
-    ``named_parameters`` are the ones that are trained. ``state`` and ``load_state`` carry everything that a resumed
-    run needs, as plain tensors by name.
+    ``named_parameters`` are the ones that are trained; ``dtype`` is the student's own. ``state`` and ``load_state``
+    carry everything that a resumed run needs, as plain whole tensors by name: the same for every engine.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], settings: Optimiser) -> None:
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        settings: Optimiser,
+        *,
+        dtype: torch.dtype = torch.float32,
+        eight_bit: bool = False,
+    ) -> None:
         self.settings = settings
+        self._with_masters = dtype != torch.float32
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
         assert self.parameters, "a model without trainable parameters cannot be trained"
         self.masters: dict[str, Tensor] = {
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float().clone()
             for name, parameter in self.parameters.items()
         }
-        self.adamw = torch.optim.AdamW(
+        self.adamw = (_eight_bit_adamw if eight_bit else _adamw)(
             list(self.masters.values()),
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
@@ -54,7 +64,7 @@ class MasterAdamW:
 
         Raises NonFiniteError, before anything changes, where that norm is NaN or infinite; ``where`` names the batch.
         """
-        norm = nn.utils.clip_grad_norm_(list(self.masters.values()), self.settings.max_grad_norm)
+        norm = full(nn.utils.clip_grad_norm_(list(self.masters.values()), self.settings.max_grad_norm))
         if not math.isfinite(float(norm)):
             self.discard()
             raise NonFiniteError(
@@ -88,23 +98,41 @@ class MasterAdamW:
         return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def state(self) -> dict[str, Tensor]:
-        """Moments, step counts and (bf16 models) masters, by ``kind/parameter name``."""
+        """Moments, step counts and (bf16 students) masters, by ``kind/parameter name``, as ``whole_on_main``."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             for key, value in self.adamw.state[master].items():
-                tensors[f"{key}/{name}"] = value
-            if master is not self.parameters[name]:
+                tensors[f"{key}/{name}"] = torch.as_tensor(value)
+            if self._with_masters:
                 tensors[f"master/{name}"] = master
-        return tensors
+        return whole_on_main(tensors)
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what ``state`` gave; the masters of a bf16 model set its parameters too."""
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` gave; the masters of a bf16 student set its parameters too."""
         with torch.no_grad():
             for key, value in tensors.items():
                 kind, _, name = key.partition("/")
                 master = self.masters[name]
                 if kind == "master":
-                    master.copy_(value)
-                    self.parameters[name].copy_(value)
+                    master.copy_(slice_like(value, master))
+                    self.parameters[name].copy_(master)
                 else:
-                    self.adamw.state[master][kind] = value.to(master.device if value.dim() else "cpu").clone()
+                    held = slice_like(value, master) if value.dim() else value
+                    self.adamw.state[master][kind] = held.clone()
+
+
+def _adamw(parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def _eight_bit_adamw(parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    if not parameters[0].is_cuda:
+        raise UserError("student.adamw is 8bit, and 8-bit AdamW runs on NVIDIA GPUs only; take fp32 here")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "student.adamw is 8bit, and its package bitsandbytes is not installed; pip install it, or take fp32"
+        ) from None
+    made: torch.optim.Optimizer = AdamW8bit(parameters, **options)
+    return made

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import interrupt
 from distill.config import LoraSettings, Optimiser, StudentSettings
 from distill.errors import NonFiniteError
 from distill.sparse import linear_topk
@@ -25,6 +25,8 @@ from distill.types import Example, Rollout
 from students.attention import PACKED
 from students.batch import Batch, collate, micro_batches
 from students.optimiser import MasterAdamW
+from students.parallel import Engine, Pass, gathered, replicated, sharded, slice_like, whole_on_main
+from students.ranks import ALONE, Ranks
 from students.router import RouterLoad, load_balancing
 
 
@@ -53,14 +55,24 @@ Loss = Callable[[Rows], Felt]
 
 
 class Student:
-    """A causal language model with its optimiser.
+    """A causal language model with its optimiser, one of the run's processes' part of it.
 
     ``stop_ids`` are the family's stop tokens, for the stop-probability metric.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: StudentSettings, *, stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: StudentSettings,
+        *,
+        stop_ids: Sequence[int],
+        ranks: Ranks = ALONE,
+        engine: Engine = "alone",
+    ) -> None:
         self.settings = settings
         self.stop_ids = list(stop_ids)
+        self.ranks, self.engine = ranks, engine
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.model: PreTrainedModel = model
         """The causal language model itself, also where adapters are laid over it."""
         self.adapted: Any = None
@@ -75,11 +87,29 @@ class Student:
         # A base model ends on one of the stop tokens, its teacher on another: whoever generates needs both.
         self.model.generation_config.eos_token_id = self.stop_ids
         self.model.train()
+        whole = Pass(self.model, self._felt)
+        if engine == "sharded":
+            sharded(whole, self.model, self.dtype, ranks.device, offload=settings.cpu_offload)
+        self._pass: nn.Module = replicated(whole) if engine == "replicated" else whole
         self.optimiser: MasterAdamW | None = None
 
     def begin(self, settings: Optimiser) -> None:
         """Forget the last stage's moments; train on with these settings."""
-        self.optimiser = MasterAdamW(self.model.named_parameters(), settings)
+        if self.engine == "sharded":
+            # Its parameters are the masters; every engine starts a stage from what the student's own dtype holds.
+            self._round()
+        self.optimiser = MasterAdamW(
+            self.model.named_parameters(), settings, dtype=self.dtype, eight_bit=self.settings.adamw == "8bit"
+        )
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.copy_(parameter.to(self.dtype))
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A block in which this process can use ``model`` at its own pace, to sample from it."""
+        return gathered(self._pass)
 
     @property
     def passes(self) -> int:
@@ -121,56 +151,75 @@ class Student:
         return [found[place] for place in range(len(rollouts))]
 
     def step(self, examples: Sequence[Example], loss: Loss, *, step: int, num_steps: int, where: str) -> dict[str, Any]:
-        """One optimiser step on ``examples``; its metrics.
+        """One optimiser step on ``examples``, this process's share; the metrics are those of all.
 
-        The loss is the mean over all tokens that carry weight, of all micro-batches together: dividing inside each
-        micro-batch would weigh a token by how short its neighbours happen to be. Raises NonFiniteError before the
-        step where the loss or a gradient is not finite.
+        The loss is the mean over all tokens that carry weight, of all micro-batches and processes together: dividing
+        inside each micro-batch would weigh a token by how short its neighbours happen to be. Raises NonFiniteError
+        before the step where the loss or a gradient is not finite.
         """
-        optimiser = self.optimiser
+        optimiser, ranks = self.optimiser, self.ranks
         assert optimiser is not None, "begin() comes before step()"
         started = time.perf_counter()
-        batches = [
-            collate(group, self.model.device) for group in micro_batches(examples, self.settings.micro_batch_tokens)
-        ]
-        num_weighted = sum(batch.num_weighted for batch in batches)
+        groups = micro_batches(examples, self.settings.micro_batch_tokens) if examples else []
+        num_weighted = ranks.sum({"": sum(sum(example.rollout.loss_mask) for example in examples)})[""]
         assert num_weighted > 0, "a step without a token that carries loss"
+        num_passes = max(ranks.gather(len(groups)))
         table = _Means()
-        total = 0.0
         try:
-            for batch in batches:
-                interrupt.check()
-                rows, router = self.rows(batch)
-                felt = loss(rows)
-                objective = felt.total / num_weighted
-                value = float(objective.detach())
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"the loss is {value} at {where}; no step was taken. Lower the learning rate, or look at the "
-                        "responses of this batch"
-                    )
-                total += value
-                if router is not None:
-                    share = batch.num_weighted / num_weighted
-                    objective = objective + share * self.model.config.router_aux_loss_coef * router.loss
-                    table.add_scalar("router.aux_loss", float(router.loss.detach()), share)
-                    table.add_scalar("router.max_load", router.max_load, share)
-                objective.backward()
+            for place in range(num_passes):
+                ranks.check()
+                # The engines' passes are everyone's: who has no group left makes one that counts for nothing.
+                self._backward(groups[place] if place < len(groups) else None, loss, num_weighted, table)
                 optimiser.accumulate()
-                table.add_tokens(batch, {**felt.per_token_N, **self._stops(rows, felt)})
+            table = table.of_all(ranks)
+            total = table.scalar("loss")
+            if not math.isfinite(total):
+                raise NonFiniteError(
+                    f"the loss is {total} at {where}; no step was taken. Lower the learning rate, or look at the "
+                    "responses of this batch"
+                )
         except BaseException:
             optimiser.discard()
             raise
         rate = optimiser.learning_rate(step, num_steps)
         norm = optimiser.step(rate, where=where)
         return {
-            "loss": total,
             **table.means(),
             "grad_norm": norm,
             "learning_rate": rate,
             "num_tokens": int(num_weighted),
             "seconds.train": time.perf_counter() - started,
         }
+
+    def _backward(self, group: Sequence[Example] | None, loss: Loss, num_weighted: float, table: _Means) -> None:
+        """Adds the gradients of one micro-batch, or zeros; nothing of it is held when this returns."""
+        batch = None if group is None else collate(group, self.ranks.device)
+        objective = self._pass(batch, loss, num_weighted, table)
+        # The engines average over the processes; the loss is already divided by everyone's tokens.
+        (objective * self.ranks.count).backward()
+
+    def _nothing(self) -> Tensor:
+        """Zero, by way of every parameter."""
+        body = cast(nn.Module, self.model.get_decoder())
+        state = body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.ranks.device), use_cache=False)
+        touched: Tensor = state.last_hidden_state.sum() + self.head_VD[0].sum()
+        return 0.0 * touched
+
+    def _felt(self, batch: Batch | None, loss: Loss, num_weighted: float, table: _Means) -> Tensor:
+        """The batch's part of the step's loss; its metrics go into ``table``."""
+        if batch is None:
+            return self._nothing()
+        rows, router = self.rows(batch)
+        felt = loss(rows)
+        objective = felt.total / num_weighted
+        table.add_scalar("loss", float(objective.detach()), 1.0)
+        if router is not None:
+            share = batch.num_weighted / num_weighted
+            objective = objective + share * self.model.config.router_aux_loss_coef * router.loss
+            table.add_scalar("router.aux_loss", float(router.loss.detach()), share)
+            table.add_scalar("router.max_load", router.max_load, share)
+        table.add_tokens(batch, {**felt.per_token_N, **self._stops(rows, felt)})
+        return objective
 
     @torch.no_grad()
     def _stops(self, rows: Rows, felt: Felt) -> dict[str, Tensor]:
@@ -187,33 +236,35 @@ class Student:
         stop_logit_NS = hidden_ND @ rows.head_VD[self.stop_ids].float().T
         return {"stop_probability": (stop_logit_NS.logsumexp(dim=-1) - normaliser_N).exp()}
 
-    def export(self, folder: Path) -> None:
-        """Write the model as a plain transformers checkpoint (adapters merged into a copy of the weights)."""
-        if self.adapted is None:
-            self.model.save_pretrained(folder)
-            return
-        from copy import deepcopy
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the model as a plain transformers checkpoint (adapters merged into a copy of the weights).
 
-        merged = deepcopy(self.adapted).merge_and_unload()
-        merged.save_pretrained(folder)
+        ``weights`` are what ``weights`` gave; without adapters the model is written with these.
+        """
+        if self.adapted is not None:
+            from copy import deepcopy
+
+            deepcopy(self.adapted).merge_and_unload().save_pretrained(folder)
+            return
+        self.model.config.dtype = self.dtype  # a sharded student's parameters are fp32, whatever it is
+        self.model.save_pretrained(folder, state_dict=weights)
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained parameters by name, as they are in the model."""
-        return {
-            name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad
-        }
+        """The trained parameters by name, in the student's dtype, as ``whole_on_main``."""
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        return whole_on_main({name: value.detach().to(self.dtype) for name, value in trained.items()})
 
-    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what ``weights`` gave."""
         parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         assert parameters.keys() == tensors.keys(), "the checkpoint's trained parameters are not this student's"
         with torch.no_grad():
             for name, value in tensors.items():
-                parameters[name].copy_(value)
+                parameters[name].copy_(slice_like(value, parameters[name]))
 
 
 class _Means:
-    """Means over the step's weighted tokens, all together and by mode."""
+    """Means over the step's weighted tokens, all together and by mode; scalars are sums of shares."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -230,6 +281,15 @@ class _Means:
                 key = prefix + name
                 self._sums[key] = self._sums.get(key, 0.0) + float((weight_N * value_N).sum())
                 self._counts[key] = self._counts.get(key, 0.0) + float(weight_N.sum())
+
+    def of_all(self, ranks: Ranks) -> _Means:
+        """Those of all processes together."""
+        pooled = _Means()
+        pooled._sums, pooled._counts, pooled._scalars = map(ranks.sum, (self._sums, self._counts, self._scalars))
+        return pooled
+
+    def scalar(self, name: str) -> float:
+        return self._scalars[name]
 
     def means(self) -> dict[str, float | None]:
         """A mode without tokens in this step has no mean: null, never NaN."""

@@ -1,0 +1,205 @@
+"""How much memory a process of a run needs: the formula behind the choice of engine, ``--dry-run`` and the docs.
+
+Bytes, for a student of N parameters of b bytes each (2 or 4), N_t of them trained, L layers of width d, a vocabulary of
+V, over W processes, with T tokens in a micro-batch and R response tokens in a process's share of a step:
+
+    weights        alone, replicated: b N         sharded: 4 N / W, fp32: they are the masters
+    masters        16-bit students: 4 N_t         sharded: none
+    moments        8 N_t in fp32, 2 N_t in 8 bit  sharded: / W
+    gradients      b N_t, and for 16-bit students the sum of the micro-batches in fp32, 4 N_t; sharded: 4 N_t / W
+    buckets        replicated: b N_t, DDP's copy of the gradients
+    gathered       sharded: b times embedding, head and two layers; b + 4 bytes for a gradient of each of these groups
+    activations    with checkpointing L T d b, every layer's input, and all that one layer keeps (``_layer_bytes``);
+                   without, what every layer keeps
+    head gradient  4 V d while tiles are summed, b V d to hand it on, b V d for the embedding's where they are tied
+    tiles          the divergence's logits: the budget of ``distill.tiles``; on a GPU also their fp32 forms
+    states         b R d_t of the teacher's, and b T (d_s + d_t) where a micro-batch's are joined
+    teacher        its head, b V d_t; in this process, all of it
+    sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, and, sharded, the
+                   student gathered whole, b N
+
+Training and sampling take turns, so the total is what stays (weights, masters, moments, teacher) and the larger of the
+two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard), mixed-precision training (arXiv
+1710.03740), checkpointing (arXiv 1604.06174), activations counted layer by layer as in arXiv 2205.05198, section 4, for
+transformers' Qwen3 code, which keeps fp32 copies in its norms. Left out: the allocator's fragmentation, NCCL's buffers,
+the CUDA context (together 2 to 4 GB on a GPU; ``RESERVED_BYTES``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distill.config import RunConfig
+from distill.family import Shape
+
+Engine = Literal["alone", "replicated", "sharded"]
+"""One process; every process holds the whole student; every process holds a slice of every tensor."""
+
+GPU_BYTES = 80 * 10**9
+"""The GPU that is planned for where none is at hand."""
+
+RESERVED_BYTES = 4 * 10**9
+"""Of a GPU: what the formula leaves out."""
+
+TILE_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
+"""The budgets of ``distill.tiles``, which this module does not import: it loads without torch."""
+
+STAYS = ("weights", "masters", "moments", "teacher")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one process, by part."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """The peak: what stays, and the larger of a training step and of sampling."""
+        stays = sum(self.parts[name] for name in STAYS)
+        training = sum(value for name, value in self.parts.items() if name not in (*STAYS, "sampling"))
+        return stays + max(training, self.parts["sampling"])
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a process has to hold besides parameters: tokens of a micro-batch, response tokens of its share of a
+    step."""
+
+    micro_batch_tokens: int
+    step_tokens: int
+
+    @classmethod
+    def of(cls, config: RunConfig, processes: int) -> Load:
+        """The most that ``config`` allows: every response at its longest."""
+        steps = [_longest_step(stage) for stage in config.stages.values()]
+        num_responses = max(num for num, _ in steps)
+        longest = config.max_prompt_tokens + max(length for _, length in steps)
+        share = -(-num_responses // processes)
+        budget = config.student.micro_batch_tokens or share * longest
+        return cls(
+            micro_batch_tokens=min(max(budget, longest), share * longest),
+            step_tokens=max(-(-num // processes) * length for num, length in steps),
+        )
+
+
+def _longest_step(stage: object) -> tuple[int, int]:
+    """Responses of a step, and the longest one's tokens."""
+    from distill.config import OffPolicyStage
+
+    sampling = stage.sampling  # type: ignore[attr-defined]
+    length = max(sampling.think.max_new_tokens, sampling.no_think.max_new_tokens)
+    if isinstance(stage, OffPolicyStage):
+        return stage.batch_size, length
+    return stage.prompts_per_step * stage.samples_per_prompt, length  # type: ignore[attr-defined]
+
+
+def student_memory(
+    config: RunConfig,
+    student: Shape,
+    teacher: Shape,
+    *,
+    processes: int = 1,
+    engine: Engine = "alone",
+    device: Literal["cpu", "cuda"] = "cuda",
+    load: Load | None = None,
+) -> Memory:
+    """The formula for one process of a run of ``config``; ``load`` replaces the most that the configuration allows."""
+    settings = config.student
+    held = load or Load.of(config, processes)
+    item = 2 if settings.dtype == "bfloat16" else 4
+    total = student.total_parameters
+    trained = total if settings.lora is None else _adapter_parameters(student, settings.lora.rank)
+    cut = processes if engine == "sharded" else 1
+    head = student.vocabulary * student.width
+    layer = (total - head * (1 if student.tied else 2)) // student.num_layers
+    groups = head * (1 if student.tied else 2)
+    has_masters = item == 2 and engine != "sharded"
+    tokens = held.micro_batch_tokens
+    per_layer = tokens * _layer_bytes(student, item)
+    kept_layers = 1 if settings.gradient_checkpointing else student.num_layers
+    inputs = student.num_layers * tokens * student.width * item if settings.gradient_checkpointing else 0
+    trains_head = settings.lora is None
+    tile = min(TILE_BYTES[device], 2 * tokens * student.vocabulary * item)
+    in_process = config.teacher.backend == "local"
+    cache_item = 2 * item * student.num_layers * student.num_kv_heads * student.head_dim
+    teacher_item = 2 if config.teacher.dtype == "bfloat16" else 4
+    parts = {
+        "weights": (4 if engine == "sharded" else item) * total // cut,
+        "masters": 4 * trained if has_masters else 0,
+        "moments": (8 if settings.adamw == "fp32" else 2) * trained // cut,
+        "gradients": 4 * trained // cut if engine == "sharded" else (item + (4 if has_masters else 0)) * trained,
+        "buckets": item * trained if engine == "replicated" else 0,
+        "gathered": (2 * item + 4) * groups + (2 * item + item + 4) * layer if engine == "sharded" else 0,
+        "activations": inputs + kept_layers * per_layer,
+        "head gradient": (4 + item + (item if student.tied else 0)) * head if trains_head else 0,
+        "tiles": tile if device == "cpu" else tile * (1 + 8 // item),
+        "states": teacher_item * held.step_tokens * teacher.width + item * tokens * (student.width + teacher.width),
+        "teacher": teacher_item * (teacher.total_parameters if in_process else teacher.vocabulary * teacher.width),
+        "sampling": cache_item * config.sampler_tokens + (item * total if engine == "sharded" else 0),
+    }
+    if settings.cpu_offload:
+        # Slices of weights, gradients and moments live in the machine's memory.
+        parts |= {"weights": 0, "moments": 0, "gradients": 0}
+    return Memory({name: int(value) for name, value in parts.items()})
+
+
+def _layer_bytes(shape: Shape, item: int) -> int:
+    """What autograd keeps of one Qwen3 layer for one token.
+
+    A norm keeps its input and its normalised input in fp32, and its output; queries and keys are normalised so, then
+    rotated (two factors kept); attention keeps its output twice; the MLP gate, its activation, up and the product.
+    """
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    widest = shape.mlp_width * max(1, shape.experts_per_token)
+    norms = 2 * (8 + item) * shape.width
+    rotated = (8 + 3 * item) * (queries + keys)
+    return norms + rotated + item * (2 * queries + keys) + 4 * item * widest
+
+
+def _adapter_parameters(shape: Shape, rank: int) -> int:
+    """Rank times inputs and outputs of every linear layer but the head."""
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    attention = 2 * (shape.width + queries) + 2 * (shape.width + keys)
+    return shape.num_layers * rank * (attention + 3 * (shape.width + shape.mlp_width))
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """How a student is held, and what one of the processes needs; ``fits`` says whether a GPU has as much."""
+
+    processes: int
+    engine: Engine
+    memory: Memory
+    fits: bool
+
+    def to_json(self) -> dict[str, object]:
+        parts = {**self.memory.parts, "total": self.memory.total}
+        return {"processes": self.processes, "engine": self.engine, "fits": self.fits, "bytes": parts}
+
+    def lines(self, gpu_bytes: int) -> list[str]:
+        """The plan in words, for people."""
+        verdict = "fits" if self.fits else "DOES NOT FIT"
+        return [
+            f"student: {self.processes} process{'es' if self.processes > 1 else ''}, {self.engine}; "
+            f"{self.memory.total / 1e9:.1f} GB each at most, which {verdict} a GPU of {gpu_bytes / 1e9:.0f} GB:",
+            *(f"  {name}: {value / 1e9:.2f} GB" for name, value in self.memory.parts.items() if value),
+        ]
+
+
+def plan(
+    config: RunConfig, student: Shape, teacher: Shape, *, gpu_bytes: int = GPU_BYTES, processes: int | None = None
+) -> Planned:
+    """The fewest GPUs, and how they hold the student, so that the formula fits one; a student that fits whole is not
+    cut. ``processes`` fixes their number. What fits nowhere is planned for the most that was tried."""
+    settings = config.student
+    engines: tuple[Engine, ...] = ("replicated", "sharded") if settings.parallel == "auto" else (settings.parallel,)
+    for count in [processes] if processes is not None else [2**power for power in range(8)]:
+        for wanted in engines:
+            engine: Engine = "alone" if count == 1 else wanted
+            memory = student_memory(config, student, teacher, processes=count, engine=engine)
+            last = Planned(count, engine, memory, memory.total <= gpu_bytes - RESERVED_BYTES)
+            if last.fits:
+                return last
+    return last

@@ -1,0 +1,129 @@
+"""From one command to the processes of a run: how many, how they hold the student, and how they end together.
+
+``distill run --processes N`` starts N copies of itself and waits. A signal that reaches it goes on to all of them; they
+stop at the same place, and the main one writes the checkpoint. When one fails, the others learn of it where they meet
+or lose the connection; who has not ended ``GRACE_SECONDS`` later is ended. Under torchrun, srun or Kubernetes the
+processes are there already, and each just joins.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+import torch
+
+from distill.config import RunConfig
+from distill.errors import UserError
+from distill.family import Shape
+from distill.memory import student_memory
+from distill.progress import say
+from students.parallel import Engine
+from students.ranks import Ranks, place_in
+
+GRACE_SECONDS = 20.0
+"""What a process whose peer has failed gets to end by itself."""
+
+POLL_SECONDS = 0.1
+
+CLEAN_STOPS = (0, 75, 130)
+
+
+def processes_to_start(wanted: int | None, environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes this one should start; 1 if it is to do the work itself, as one of several or alone."""
+    place = place_in(environment)
+    if place is not None:
+        if wanted is not None and wanted != place[1]:
+            raise UserError(f"--processes is {wanted}, and this is already one of {place[1]} processes; leave it out")
+        return 1
+    if wanted is None:
+        # A launcher that started a single process has decided.
+        return max(1, torch.cuda.device_count()) if "RANK" not in environment else 1
+    if torch.cuda.is_available() and wanted > torch.cuda.device_count():
+        raise UserError(f"--processes is {wanted}, and this machine has {torch.cuda.device_count()} GPUs")
+    return wanted
+
+
+def run_processes(command: Sequence[str], count: int) -> int:
+    """Run ``command`` ``count`` times as one run; the exit code that says how it ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    # Sessions of their own: a Ctrl-C in the terminal reaches them through this process, once.
+    processes = [
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)}, start_new_session=True
+        )
+        for number in range(count)
+    ]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, pass_on if number != signal.SIGHUP else lambda *_: pass_on(signal.SIGTERM, None))
+    try:
+        return _wait(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit code of the run: the gravest of its processes'."""
+    deadline: float | None = None
+    while any(process.poll() is None for process in processes):
+        failed = [number for number, process in enumerate(processes) if process.poll() not in (None, *CLEAN_STOPS)]
+        if failed and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    codes = [process.poll() for process in processes]
+    killed = [(number, -code) for number, code in enumerate(codes) if code is not None and code < 0]
+    for number, by in killed:
+        why = "; the machine may have run out of memory" if by == signal.SIGKILL else ""
+        say(f"distill: process {number} was ended by {signal.Signals(by).name}{why}")
+    return next(code for code in (2, 1, 130, 75, 0) if code in codes or (code == 1 and (killed or None in codes)))
+
+
+def own_command(arguments: Sequence[str]) -> list[str]:
+    """This program again."""
+    return [sys.executable, "-m", "distill.cli", *arguments]
+
+
+def choose_engine(config: RunConfig, student: Shape, ranks: Ranks, teacher: Shape) -> Engine:
+    """How the processes hold the student. Raises UserError for settings that no engine has."""
+    settings = config.student
+    kind = settings.parallel
+    on_gpu = ranks.device.type == "cuda"
+    if settings.cpu_offload:
+        if not on_gpu or ranks.count == 1:
+            have = "one process" if on_gpu else "no GPU to offload from"
+            raise UserError(f"student.cpu_offload is for students sharded over GPUs, and there is {have}; leave it out")
+        kind = "sharded"
+    if ranks.count == 1:
+        return "alone"
+    if kind == "auto" and on_gpu:
+        whole = student_memory(config, student, teacher, processes=ranks.count, engine="replicated").total
+        kind = "replicated" if whole <= torch.cuda.get_device_properties(ranks.device).total_memory else "sharded"
+    if kind != "sharded":
+        return "replicated"
+    for key, is_set in (("lora", settings.lora is not None), ("adamw=8bit", settings.adamw == "8bit")):
+        if is_set:
+            raise UserError(
+                f"student.{key} wants a student that every process holds whole, and this one is sharded; set "
+                "student.parallel=replicated, or leave it out"
+            )
+    return "sharded"

@@ -1,0 +1,118 @@
+"""How one step's forward and backward pass is spread over the run's processes.
+
+    alone        one process
+    replicated   every process holds the whole student; DDP, prepared by accelerate, averages the gradients
+    sharded      every process holds a slice of every tensor; FSDP2 gathers a layer when it is needed
+
+The student's pass and its loss are one module (``Pass``), so the engine sees every use of a weight, the LM head's in
+the loss too. For FSDP2 that settles the rule of tied embeddings: layers are groups of their own, and embedding, final
+norm and head stay together in the group of the whole, which is gathered once a pass, not once a tile.
+
+FSDP2 is applied by PyTorch's own ``fully_shard``: accelerate's preparation of it wants GPUs, and the path that runs on
+them should be the one that is tested without. Sharded parameters are the fp32 masters themselves; they are gathered in
+the student's dtype, and gradients are summed in fp32. Gradients of bf16 replicas are summed in fp32 as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+Engine = Literal["alone", "replicated", "sharded"]
+
+
+class Pass(nn.Module):
+    """A student's forward pass and loss, ``work(*inputs)``, as a module over the whole model; idle without inputs."""
+
+    def __init__(self, model: nn.Module, work: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._work = work
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._work(*inputs) if inputs else None
+
+
+def replicated(whole: Pass) -> nn.Module:
+    """DDP around it."""
+    on_gpu = next(whole.parameters()).is_cuda
+    prepared = Accelerator(cpu=not on_gpu).prepare_model(whole)
+    ddp = cast(nn.parallel.DistributedDataParallel, prepared)
+    if next(whole.parameters()).dtype != torch.float32:
+        ddp.register_comm_hook(None, _average_in_fp32)
+    return ddp
+
+
+def _average_in_fp32(state: None, bucket: Any) -> Any:
+    wide = bucket.buffer().float().div_(dist.get_world_size())
+    reduced: Any = dist.all_reduce(wide, async_op=True)
+    return reduced.get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
+
+
+def sharded(whole: Pass, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, *, offload: bool) -> None:
+    """Cuts the parameters in place; a model on the CPU moves to the device layer by layer."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for layer in cast(Any, model.get_decoder()).layers:
+        fully_shard(layer.float(), **options)
+    fully_shard(whole.float(), **options)
+    # FSDP2 learns who the root is from the first module that runs, and sampling runs the layers by themselves.
+    whole()
+
+
+@contextmanager
+def gathered(whole: nn.Module) -> Iterator[None]:
+    """A block in which every process holds the whole student, to sample from it at its own pace."""
+    shards = [module for module in whole.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module is not shards[0], recurse=False)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` as they are, or, sharded, the whole of each in the memory of the main process's machine.
+
+    Every process must ask; of sharded tensors the others get none.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            kept[name] = tensor
+            continue
+        whole = tensor.full_tensor()
+        if dist.get_rank() == 0:
+            kept[name] = whole.cpu()
+    return kept
+
+
+def slice_like(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, which every process has whole, cut and placed as ``like`` is."""
+    if isinstance(like, DTensor) and value.dim():
+        local = value.to(like.device)
+        return distribute_tensor(local, like.device_mesh, like.placements, src_data_rank=None)
+    return value.to(like.device)

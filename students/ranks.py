@@ -1,0 +1,175 @@
+"""The processes of one run, and the little they say to each other.
+
+Every process runs the same program on its own share of each step. What is data at step n is a function of the seed and
+n alone; a process takes its share by its number, so the number of processes changes nothing but who does what. They
+meet at few places: numbers that are sums over all (tokens, losses, metrics), and after every part in which they worked
+apart (``together``), where one's error or request to stop becomes everyone's. What they say travels over gloo between
+the machines' processors; gradients and weights travel as the training engine likes (NCCL between GPUs).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from signal import Signals
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from distill import interrupt
+from distill.errors import DistillError, PeerError, StoppedError, UserError
+
+Item = TypeVar("Item")
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: they may be examining, or waiting for a teacher. Who fails ends them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process's ``number`` among the run's ``count``; number 0 writes what the run writes."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process trains."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.number == 0
+
+    def share(self, items: Sequence[Item], *, block: int = 1) -> list[Item]:
+        """This process's part of a step's ``items``: consecutive blocks of ``block``, as even as they go.
+
+        The parts of all processes in order are the whole again. Raises UserError where somebody would get nothing.
+        """
+        num_blocks = -(-len(items) // block)
+        if num_blocks < self.count:
+            raise UserError(
+                f"a step has {num_blocks} parts to share and the run {self.count} processes; give the stage more "
+                f"prompts a step (or a larger batch_size), or start {num_blocks} processes"
+            )
+        first, last = (num_blocks * number // self.count * block for number in (self.number, self.number + 1))
+        return list(items[first:last])
+
+    def gather(self, item: Item) -> list[Item]:
+        """Every process's ``item``, in order."""
+        if self.count == 1:
+            return [item]
+        items: list[Any] = [None] * self.count
+        dist.all_gather_object(items, item)
+        return cast(list[Item], items)
+
+    def from_main(self, item: Item) -> Item:
+        """The main process's ``item``."""
+        if self.count == 1:
+            return item
+        items: list[Any] = [item]
+        dist.broadcast_object_list(items, src=0)
+        return cast(Item, items[0])
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sums over all processes, by name; a name that a process lacks counts as 0 there."""
+        total: dict[str, float] = {}
+        for part in self.gather(dict(values)):
+            for name, value in part.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    def check(self) -> None:
+        """``interrupt.check`` for all: everyone raises StoppedError where anyone was asked to stop.
+
+        Every process must call it at the same place.
+        """
+        if self.count == 1:
+            interrupt.check()
+            return
+        asked = torch.tensor(int(interrupt.received() or 0))
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked:
+            raise interrupt.stopped(Signals(int(asked)))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block in which the processes work apart; behind it all go on, or all raise.
+
+        Who failed raises its own error, unless the main process failed too: what happens to all is said once. The
+        others raise StoppedError if somebody was asked to stop, else PeerError.
+        """
+        if self.count == 1:
+            yield
+            return
+        own: DistillError | None = None
+        try:
+            yield
+        except DistillError as error:
+            own = error
+        described = None if own is None else _described(own)
+        everyone = self.gather(described)
+        failures = [failure for failure in everyone if failure is not None]
+        if own is not None and (self.is_main or everyone[0] is None):
+            raise own
+        for text, exit_code in failures:
+            if exit_code is not None:
+                raise StoppedError(text, exit_code=exit_code)
+        if failures:
+            raise PeerError(failures[0][0])
+
+
+ALONE = Ranks()
+"""The one process of a run that is spread over none."""
+
+
+def _described(error: DistillError) -> tuple[str, int | None]:
+    return str(error), error.exit_code if isinstance(error, StoppedError) else None
+
+
+@contextmanager
+def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+    """The processes that this one belongs to, by its environment; alone where that names no others.
+
+    Understands what torchrun and Kubernetes' training operators set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+    MASTER_PORT), which is also what ``distill run --processes`` sets, and srun's own variables.
+    """
+    place = place_in(environment)
+    if place is None:
+        yield ALONE
+        return
+    number, count, local = place
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    # accelerate reads this one to find the process's device.
+    os.environ["LOCAL_RANK"] = str(local)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        rank=number,
+        world_size=count,
+        timeout=PATIENCE,
+    )
+    try:
+        yield Ranks(number, count)
+    finally:
+        dist.destroy_process_group()
+
+
+def place_in(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
+    """Number, count and number on this machine; None for a process that is alone. Raises UserError for half of it."""
+    slurm = "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID") if slurm else ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if int(environment.get(names[1], "1")) == 1:
+        return None
+    missing = [name for name in (*names[:2], "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise UserError(
+            f"the environment says that this is one of {environment[names[1]]} processes ({names[1]}) and lacks "
+            f"{', '.join(missing)}; start it with torchrun, or set them (MASTER_ADDR is the first machine's name, for "
+            'srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500)'
+        )
+    return int(environment[names[0]]), int(environment[names[1]]), int(environment.get(names[2], "0"))

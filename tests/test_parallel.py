@@ -1,0 +1,174 @@
+"""Several processes of one run: the same numbers as one, whoever wrote the checkpoint; one's end is everyone's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from distill.errors import UserError
+from students.ranks import Ranks, place_in
+
+SMALL = {
+    "stages.off_policy.num_prompts": "32",
+    "stages.off_policy.batch_size": "16",
+    "stages.on_policy.steps": "4",
+    "stages.on_policy.prompts_per_step": "8",
+    "stages.on_policy.mixture": "{think_share: 0.3}",
+    "evaluation.num_questions": "4",
+    "checkpoint_every": "2",
+}
+NUM_STEPS = 4 + 4
+
+
+def start(out: Path, processes: int, **changes: str) -> subprocess.Popen[str]:
+    settings = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
+    assignments = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "distill.cli", "run", "--json", "--out", str(out), *assignments]
+    environment = {**os.environ, "DISTILL_STORE": str(out.parent / "store"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--processes", str(processes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(out: Path, processes: int, **changes: str) -> dict[str, Any]:
+    process = start(out, processes, **changes)
+    stdout, stderr = process.communicate(timeout=280)
+    assert process.returncode == 0, stderr
+    return dict(json.loads(stdout))
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def assert_same_curve(out: Path, reference: Path) -> None:
+    """Sums in another order: 1e-4 of the loss. A few steps in, a token drawn at a tie may tell two runs apart."""
+    ours, theirs = metrics(out), metrics(reference)
+    assert len(ours) == len(theirs) == NUM_STEPS
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "student_entropy", "think.sampled_logprob", "no_think.length", "length"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3 if key == "grad_norm" else 1e-4), (a["step"], key)
+        for key in ("num_tokens", "num_responses", "tokens.student_train"):
+            assert a[key] == b[key], (a["step"], key)
+        assert a["flops"] == pytest.approx(b["flops"])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    finish(out, 1)
+    return out
+
+
+@pytest.mark.parametrize("kind", [pytest.param("replicated", marks=pytest.mark.slow), "sharded"])
+def test_two_processes_give_the_curve_of_one(alone: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "run"
+    # Micro-batches so small that the two processes need different numbers of them.
+    summary = finish(out, 2, student__parallel=kind, student__micro_batch_tokens="192")
+    assert_same_curve(out, alone)
+    reference = json.loads((alone / "summary.json").read_text())
+    assert [entry["mean"] for entry in summary["scores"]] == [entry["mean"] for entry in reference["scores"]]
+    ours, theirs = (load_file(run / "student" / "model.safetensors") for run in (out, alone))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-3
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["machine"]["processes"] == 2
+
+
+def when_steps(out: Path, wanted: int) -> Callable[[], bool]:
+    return lambda: len(metrics(out)) >= wanted
+
+
+def stop(process: subprocess.Popen[str], when: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
+    deadline = time.monotonic() + 200
+    while not when() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=100)
+    return process.returncode, stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "first", "second", "number", "expected"),
+    [
+        ("sharded", 2, 1, signal.SIGTERM, 75),
+        ("sharded", 1, 2, signal.SIGINT, 130),
+        ("replicated", 2, 1, signal.SIGINT, 130),
+    ],
+)
+def test_a_checkpoint_is_resumed_by_another_number_of_processes(
+    alone: Path, tmp_path: Path, *, kind: str, first: int, second: int, number: signal.Signals, expected: int
+) -> None:
+    out = tmp_path / "run"
+    code, stderr = stop(start(out, first, student__parallel=kind), when_steps(out, 5), number)
+    assert code == expected, stderr
+    assert stderr.count("the same command resumes it") == 1 and "Traceback" not in stderr
+    done = len(metrics(out))
+    assert (out / "checkpoints" / f"step_{done}" / "training.safetensors").exists()
+    finish(out, second, student__parallel=kind)
+    assert_same_curve(out, alone)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_others_with_its_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(out, 2, stages__off_policy__optimiser="{learning_rate: 1.0, weight_decay: 1e25}")
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "no step was taken" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(out, 2)
+    children: list[int] = []
+
+    def found() -> bool:
+        listing = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        children[:] = map(int, listing.split())
+        return len(metrics(out)) >= 1
+
+    deadline = time.monotonic() + 200
+    while not found() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(children[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "process 1 was ended by SIGKILL" in stderr and "Traceback" not in stderr
+
+
+def test_shares_are_blocks_and_together_the_whole() -> None:
+    items = list(range(22))
+    parts = [Ranks(number, 4).share(items, block=2) for number in range(4)]
+    assert [item for part in parts for item in part] == items
+    assert all(part[0] % 2 == 0 for part in parts) and {len(part) for part in parts} == {4, 6}
+    with pytest.raises(UserError, match="a step has 3 parts to share and the run 4 processes"):
+        Ranks(0, 4).share(items[:6], block=2)
+
+
+def test_a_place_among_others_is_read_from_the_environment() -> None:
+    master = {"MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
+    assert place_in({}) is None and place_in({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    assert place_in({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", **master}) == (9, 16, 1)
+    assert place_in({"RANK": "1", "WORLD_SIZE": "2", **master}) == (1, 2, 0)  # Kubernetes: a process a pod
+    slurm = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+    assert place_in({**slurm, **master}) == (9, 16, 1)
+    with pytest.raises(UserError, match="lacks MASTER_ADDR, MASTER_PORT"):
+        place_in(slurm)
