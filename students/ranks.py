@@ -155,6 +155,11 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
     )
     try:
         yield Ranks(number, count)
+    except RuntimeError as error:
+        # Whoever talks to a process that is gone hears of a connection: that one, or who started it, says why.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise PeerError("another process of this run has ended") from error
+        raise
     finally:
         dist.destroy_process_group()
 

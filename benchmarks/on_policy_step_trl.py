@@ -1,0 +1,119 @@
+"""TRL's side of ``benchmarks.on_policy_step``: a script for TRL's environment that imports nothing of this project.
+
+Reads the task as JSON from standard input and prints ``{"tokens_per_second": x, "seconds_by_phase": {...}}``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+
+
+class Clock(TrainerCallback):
+    """When each optimiser step ended; a step, its data included, lasts from one end to the next."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def timed(owner: Any, name: str, seconds: list[float]) -> None:
+    """Has every call of ``owner.name`` add its time to ``seconds``."""
+    call: Callable[..., Any] = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - started)
+
+    setattr(owner, name, wrapped)
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    torch.set_num_threads(task["threads"])
+
+    def model(shape: dict[str, int], seed: int) -> Qwen3ForCausalLM:
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=task["vocabulary"],
+            head_dim=32,
+            intermediate_size=3 * shape["hidden_size"],
+            eos_token_id=task["stop"],
+            pad_token_id=0,
+            **shape,
+        )
+        return Qwen3ForCausalLM(config)
+
+    words = {f"w{place}": place for place in range(task["vocabulary"])}
+    backend = Tokenizer(WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{task['stop']}", pad_token="w0")
+    texts = [" ".join(f"w{place}" for place in ids) for ids in task["prompts"]]
+    seconds: dict[str, list[float]] = {"sample": [], "score": []}
+    lengths: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DistillationTrainer(
+            model=model(task["student"], 1),
+            teacher_model=model(task["teacher"], 0),
+            args=DistillationConfig(
+                output_dir=folder,
+                per_device_train_batch_size=task["batch"],
+                gradient_accumulation_steps=1,
+                max_steps=task["steps"] + task["warmup"],
+                max_completion_length=task["max_new"],
+                learning_rate=1e-4,
+                beta=1.0,
+                bf16=False,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                shuffle_dataset=False,
+                save_strategy="no",
+                report_to="none",
+                logging_steps=10**6,
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=tokenizer,
+        )
+        generate = trainer._generate_single_turn
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            said = generate(*args, **kwargs)
+            lengths.append(sum(map(len, said)))
+            return said
+
+        trainer._generate_single_turn = counted
+        timed(trainer, "_generate_single_turn", seconds["sample"])
+        timed(trainer.teacher_model.base_model, "forward", seconds["score"])
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+    walls = [after - before for before, after in pairwise(clock.ends)][task["warmup"] - 1 :]
+    lengths = lengths[task["warmup"] :]
+    rates = [length / wall for length, wall in zip(lengths, walls, strict=True)]
+    wall, sample, score = (statistics.median(x) for x in (walls, seconds["sample"], seconds["score"]))
+    phases = {"sample": sample, "score": score, "train": wall - sample - score}
+    print(json.dumps({"tokens_per_second": statistics.median(rates), "seconds_by_phase": phases}))
+
+
+if __name__ == "__main__":
+    main()
