@@ -98,7 +98,12 @@ class _Run:
             self.engine = choose_engine(config, student.shape, ranks, teacher.shape)
             hired = stack.enter_context(
                 hired_teacher(
-                    config, teacher, self.encoder, device=ranks.device, logs=journal.path / "servers", choose=self._choose
+                    config,
+                    teacher,
+                    self.encoder,
+                    device=ranks.device,
+                    logs=journal.path / "servers",
+                    choose=self._choose,
                 )
             )
             # What is sharded moves to the device layer by layer.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill import interrupt
 from distill.config import LoraSettings, Optimiser, StudentSettings
 from distill.errors import NonFiniteError
 from distill.sparse import linear_topk
@@ -142,12 +143,13 @@ class Student:
         """The k ids [R, k] that the student holds most probable at each response token; the stop ids are among them."""
         found: dict[int, Tensor] = {}
         places = {id(rollout): place for place, rollout in enumerate(rollouts)}
-        for group in micro_batches([Example(rollout) for rollout in rollouts], self.settings.micro_batch_tokens):
-            interrupt.check()
-            rows, _ = self.rows(collate(group, self.model.device))
-            ids_NK, _, _ = linear_topk(rows.hidden_ND, rows.head_VD, k, always=self.stop_ids)
-            parts = ids_NK.split([len(example.rollout.response_ids) for example in group])
-            found |= {places[id(example.rollout)]: part for example, part in zip(group, parts, strict=True)}
+        with self.whole():
+            for group in micro_batches([Example(rollout) for rollout in rollouts], self.settings.micro_batch_tokens):
+                interrupt.check()
+                rows, _ = self.rows(collate(group, self.model.device))
+                ids_NK, _, _ = linear_topk(rows.hidden_ND, rows.head_VD, k, always=self.stop_ids)
+                parts = ids_NK.split([len(example.rollout.response_ids) for example in group])
+                found |= {places[id(example.rollout)]: part for example, part in zip(group, parts, strict=True)}
         return [found[place] for place in range(len(rollouts))]
 
     def step(self, examples: Sequence[Example], loss: Loss, *, step: int, num_steps: int, where: str) -> dict[str, Any]:
