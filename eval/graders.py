@@ -6,34 +6,20 @@ for whatever it cannot read and raises on no response. Left out on purpose: grad
 
 from __future__ import annotations
 
-import atexit
 import difflib
-import json
-import os
-import queue
 import re
-import select
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 from distill.chat import split_thinking
 from distill.embedded.task import grade as grade_embedded
-from distill.errors import DistillError, UserError
+from distill.errors import UserError
+from eval import equality
 
 Grader = Callable[[str, str], bool]
 """(the answer part of a response, the reference answer) -> right or wrong"""
 
-WORKERS = min(4, os.cpu_count() or 1)
-"""Processes that compare expressions; as many threads may call ``grade`` at once without waiting."""
-
-COMPARE_SECONDS = 5
-"""Time limit of one comparison; what takes longer is wrong."""
-
-_START_SECONDS = 120
 _LONGEST_ANSWER = 1000
 """A final answer longer than this many characters is none."""
 
@@ -112,7 +98,7 @@ def math(text: str, answer: str) -> bool:
     both_numbers = as_number(reference) is not None and _found_number(found) is not None
     if (both_numbers and "%" not in candidate + reference) or len(candidate) > _LONGEST_ANSWER:
         return False
-    return _compare(reference, candidate)
+    return equality.equal(reference, candidate)
 
 
 GRADERS: dict[str, Grader] = {
@@ -234,12 +220,19 @@ def _last_box(text: str) -> tuple[int, str | None]:
 
 
 _LETTER = r"\(?([A-Z])\)?(?![A-Za-z])"
+# "A or B" and "A, C" choose nothing.
+_ALONE = r"(?!\s*(?:,|/|&|\bor\b|\band\b)\s*\(?[A-Z]\b)"
+_STYLE = r"(?:\\(?:text|textbf|mathrm|mathbf)\{)?"
+_NOUN = r"(?i:\b(?:answer|option|choice))"
 _CHOICES = (
-    re.compile(rf'"answer"\s*:\s*"?{_LETTER}'),
-    re.compile(rf"\\boxed\{{\s*(?:\\(?:text|textbf|mathrm)\{{)?\s*{_LETTER}"),
-    re.compile(rf"(?i:\banswer)\**(?:\s+(?i:is|should be|must be)\b|\s*[:=])\s*:?[\s*]*{_LETTER}"),
+    re.compile(rf"[\"'](?i:answer)[\"']\s*:\s*[\"']?{_LETTER}{_ALONE}"),
+    re.compile(rf"\\boxed\{{\s*{_STYLE}\s*{_LETTER}{_ALONE}"),
+    re.compile(
+        rf"{_NOUN}\**(?:\s+(?i:is|should be|must be)\b|\s*[:=])\s*:?[\s*]*(?i:option|choice)?[\s*]*{_LETTER}{_ALONE}"
+    ),
+    re.compile(rf"(?i:\b(?:option|choice))\s+{_LETTER}\s+(?i:is\s+(?:the\s+)?(?:correct|right))\b"),
 )
-_OPTION = re.compile(r"[\s*(]*([A-Z])(?:[*).:]+.*|\s*)")
+_OPTION = re.compile(rf"[\s*($]*{_STYLE}([A-Z])(?:[*).:}}]+.*|\s*)\$?\s*")
 
 
 def _last_choice(text: str) -> str | None:
@@ -251,74 +244,3 @@ def _last_choice(text: str) -> str | None:
     line = next((line for line in reversed(text.splitlines()) if line.strip()), "")
     option = _OPTION.fullmatch(line)
     return option[1] if option else None
-
-
-class _Worker:
-    """One comparing process, started when first needed and replaced when it dies or does not answer in time."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def same(self, reference: str, candidate: str) -> bool:
-        process = self._process or self._start()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps([reference, candidate]).encode() + b"\n")
-            process.stdin.flush()
-            verdict = _line(process, COMPARE_SECONDS)
-        except BrokenPipeError:
-            verdict = b""
-        if not verdict:
-            self.stop()
-        return verdict == b"1"
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        program = Path(__file__).with_name("math_worker.py")
-        process = subprocess.Popen(
-            # -P: this folder's statistics.py must not stand in for the standard library's.
-            [sys.executable, "-P", str(program), str(COMPARE_SECONDS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-        )
-        if _line(process, _START_SECONDS) != b"ready":
-            process.kill()
-            complaint = process.communicate()[1].decode(errors="replace").strip().splitlines() or ["no message"]
-            raise DistillError(f"the process that compares mathematics did not start: {complaint[-1]}")
-        self._process = process
-        return process
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
-def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """The next line of the process' output without its end; empty if it ended or none came in time."""
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], seconds)
-    return process.stdout.readline().strip() if ready else b""
-
-
-_idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-_workers = [_Worker() for _ in range(WORKERS)]
-for _worker in _workers:
-    _idle.put(_worker)
-
-
-@atexit.register
-def _stop_workers() -> None:
-    for worker in _workers:
-        worker.stop()
-
-
-def _compare(reference: str, candidate: str) -> bool:
-    """Whether two LaTeX expressions are equal, decided in a worker process."""
-    worker = _idle.get()
-    try:
-        return worker.same(reference, candidate)
-    finally:
-        _idle.put(worker)

@@ -26,7 +26,8 @@ from distill.journal import read_json, write_json, writing
 from distill.progress import say, track
 from distill.seeding import derive
 from distill.types import Mode, Prompt, Request, Rollout, Sampling, Switch, content_hash
-from eval.graders import WORKERS, grade
+from eval.equality import WORKERS
+from eval.graders import grade
 from eval.statistics import Estimate, estimate, pass_at_k_estimate
 from eval.tasks import Task
 
