@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,22 +118,36 @@ def validate_safetensors(path: Path) -> dict[str, Path]:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises UserError where it has none that can be read."""
+    return _tokenizer_in(checkpoint.path)
+
+
+def open_tokenizer(source: ModelSource) -> tuple[PreTrainedTokenizerBase, Shape | None]:
+    """The tokenizer that ``source`` names, and its model's shape where a config.json is there; no weights are needed.
+
+    Raises UserError for a tokenizer that cannot be had, DistillError where a download breaks off.
+    """
+    patterns = [pattern for pattern in WANTED_FILES if pattern != "*.safetensors"]
+    path = _download(source.location, source.revision, patterns) if source.kind == "hub" else Path(source.location)
+    config = path / "config.json"
+    return _tokenizer_in(path), _shape(path, _read_object(config, "")) if config.is_file() else None
+
+
+def _tokenizer_in(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     # Without these files transformers would make up an empty tokenizer of the model's type.
     forms = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-    if not any(all((checkpoint.path / name).is_file() for name in form) for form in forms):
-        raise UserError(f"{checkpoint.path} has no tokenizer.json; save the model's tokenizer there too")
+    if not any(all((path / name).is_file() for name in form) for form in forms):
+        raise UserError(f"{path} has no tokenizer.json; save the model's tokenizer there too")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # `tokenizers` reports what it cannot parse as a bare Exception.
     except Exception as error:
         raise UserError(
-            f"the tokenizer in {checkpoint.path} cannot be read ({_first_line(error)}); "
-            f"copy or download its tokenizer files again"
+            f"the tokenizer in {path} cannot be read ({_first_line(error)}); copy or download its tokenizer files again"
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(f"{checkpoint.path} has no tokenizer.json; save the tokenizer there in its fast form")
+        raise UserError(f"{path} has no tokenizer.json; save the tokenizer there in its fast form")
     return tokenizer
 
 
@@ -224,12 +238,12 @@ def family_stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return vocabulary[END_OF_TEXT], vocabulary[IM_END]
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, patterns: Sequence[str] = WANTED_FILES) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     what = hub_id if revision is None else f"{hub_id} at revision {revision}"
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED_FILES)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError:
         raise UserError(
             f"{what} is gated: accept its licence on https://huggingface.co/{hub_id}, then log in with "

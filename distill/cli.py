@@ -19,7 +19,7 @@ from distill.errors import DistillError, GuardError, NonFiniteError, PeerError, 
 from distill.progress import complain, say
 
 if TYPE_CHECKING:
-    from distill.config import RunConfig
+    from distill.config import RunConfig, TaskSettings
     from teachers.service import Nodes
 
 app = typer.Typer(
@@ -155,24 +155,49 @@ def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, processes: in
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A model folder, a run, an embedded or size name, or a hub id.")],
-    task: Annotated[str, typer.Option(help="A task's name or a JSONL file with prompt and answer.")] = "embedded",
+    checkpoint: Annotated[
+        str, typer.Argument(help="A model folder, a run, an embedded or size name, a hub id, or a vLLM server's URL.")
+    ],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task's name, mode_switching, or a JSONL file with prompt and answer [default: embedded]"),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Local copy of the task's set, or prompts to converse on.")] = None,
     mode: Annotated[str, typer.Option(help="think, no_think or both.")] = "both",
-    budget: Annotated[int | None, typer.Option(min=1, help="Thinking budget in tokens.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to each question.")] = 1,
-    questions: Annotated[int | None, typer.Option(min=1, help="Only the task's first questions.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Thinking budgets in tokens: 8,16,24, or the option repeated.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Responses to each question [default: the task's; 64 for AIME, else 1]")
+    ] = None,
+    pass_at: Annotated[
+        list[str] | None, typer.Option(help="The k of pass@k, like --budget [default: the number of samples]")
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Only the task's first questions; conversations of mode_switching.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response [default: the report's]")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For a server's URL: size name, hub id or folder of the model that it serves.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the responses.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores and per-sample parquet.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores and per-sample parquet; resumes.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Examine a checkpoint on a task, in one mode or both, with the report's sampling for each mode.
+    """Examine a checkpoint on tasks, in one mode or both, with the report's prompts and sampling for each mode.
+
+    With --budget, thinking is cut at each budget by the early-stop string; with --mode both, thinking without a budget
+    and non-thinking are there for comparison.
 
     Examples:
 
       distill eval nano --task embedded --mode both --samples 4
 
-      distill eval runs/tiny-to-nano --task embedded --mode think --budget 24 --json
+      distill eval runs/tiny-to-nano --budget 8,16,24,48 --json
+
+      distill eval runs/tiny-to-nano --task mode_switching
+
+      distill eval http://127.0.0.1:8000 --tokenizer 4B --task gsm8k --data /data/gsm8k
     """
     from distill.interrupt import deferred_signals
 
@@ -181,21 +206,43 @@ def evaluate(
 
         scores = examine(
             checkpoint,
-            task=task,
+            tasks=_tasks(task or ["embedded"], data, _numbers(pass_at, "--pass-at")),
             modes=_modes(mode),
-            budget=budget,
+            budgets=_numbers(budget, "--budget"),
             samples=samples,
             num_questions=questions,
             max_new_tokens=max_new_tokens,
             seed=seed,
             out=out,
+            tokenizer=tokenizer,
         )
     if as_json:
         print(json.dumps(scores, allow_nan=False))
     else:
         from eval.table import print_scores
 
-        print_scores(scores["scores"])
+        print_scores([*scores["scores"], *scores["slices"]])
+
+
+def _tasks(names: list[str], data: Path | None, pass_at: tuple[int, ...]) -> list[TaskSettings]:
+    from eval.tasks import settings_of
+
+    if data is not None and len(names) > 1:
+        raise UserError(f"--data is one task's, and there are {len(names)}; give the command once for each")
+    found = [settings_of(name) for name in names]
+    if data is not None and found[0].path is not None:
+        raise UserError(f"--task {names[0]} is a file itself; leave --data {data} out")
+    more: dict[str, Any] = {"pass_at": pass_at} | ({} if data is None else {"path": str(data)})
+    return [settings.model_copy(update=more) for settings in found]
+
+
+def _numbers(texts: list[str] | None, option: str) -> tuple[int, ...]:
+    """Positive whole numbers, separated by commas or given in turn."""
+    parts = [part.strip() for text in texts or () for part in text.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and int(part) > 0):
+            raise UserError(f"{option} {part!r} is no whole number from 1 on; write {option} 8,16,24")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def _modes(mode: str) -> tuple[Any, ...]:

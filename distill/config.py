@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from distill.types import Mode, Sampling
 
@@ -151,6 +151,8 @@ class FilePrompts(Settings):
     path: str
     prompt_column: str = "prompt"
     """The column that holds the prompt, as text or as a list of messages."""
+    answer_column: str = "answer"
+    """The column that holds the reference for grading, if there is one."""
 
 
 class HubSet(Settings):
@@ -347,25 +349,79 @@ class PassAtSettings(Settings):
         return self
 
 
+class ModeText(Settings):
+    """A text for each mode; null keeps the task's own."""
+
+    think: str | None = None
+    no_think: str | None = None
+
+
+class TaskSettings(Settings):
+    """A task with settings of its own; one without any is written as its name alone.
+
+    One's own questions are two lines: ``path: my.jsonl`` and ``grader: math``.
+    """
+
+    name: str | None = None
+    """A known task; null where ``path`` holds questions of one's own."""
+    path: str | None = None
+    """JSONL or parquet, or a folder of such files: one's own questions, or with ``name`` a local copy of that set, with
+    the columns it has on the hub (CSV too)."""
+    grader: str | None = None
+    """How responses are graded; null takes the task's own, or the strictest grader that suits all of one's answers."""
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    instruction: ModeText = ModeText()
+    """What every question ends with, by mode."""
+    num_questions: PositiveInt | None = None
+    """The first questions that are asked; null takes the whole examination's number."""
+    samples: PositiveInt | None = None
+    """Responses to each question; null takes the whole examination's number."""
+    pass_at: tuple[PositiveInt, ...] = ()
+    """Each k for which pass@k is estimated; empty means k = the number of samples."""
+    modes: tuple[Mode, ...] | None = None
+    """The modes in which it is asked; null takes the whole examination's."""
+    label: str | None = None
+    """What results call it; null takes the name, or the file's. Two examinations on one task need two labels."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.name is None and self.path is None:
+            raise ValueError("a task needs a name or a path")
+        return self
+
+
+def _kind_of_task(value: object) -> str:
+    return "name" if isinstance(value, str) else "TaskSettings"
+
+
+AnyTask = Annotated[
+    Annotated[str, Tag("name")] | Annotated[TaskSettings, Tag("TaskSettings")], Discriminator(_kind_of_task)
+]
+
+
 class EvaluationSettings(Settings):
     """How every checkpoint is examined. The sampling is the report's, mode by mode (section 4.6).
 
     The report allows 32,768 tokens a response; the base models' positions end at 32,768, prompt included.
     """
 
-    tasks: tuple[str, ...] | None = None
-    """Names of tasks; ``prompts`` is the held-out part of one's own prompts that have an answer. Null examines on the
+    tasks: tuple[AnyTask, ...] | None = None
+    """Names of tasks, or tasks with settings of their own. ``prompts`` is the held-out part of one's own prompts that
+    have an answer, ``mode_switching`` whether the mode follows flags through a conversation. Null examines on the
     prompts' own kind: the embedded task, one's own answered prompts, or gsm8k where there are none."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("think", "no_think")
     num_questions: PositiveInt | None = None
     """The first questions of a task; null takes all."""
-    samples: PositiveInt = 1
-    """Responses to each question."""
+    samples: PositiveInt | None = None
+    """Responses to each question; null takes the task's own number (64 for AIME, as in the report, else 1)."""
     references: bool = True
     """Examine the teacher and the start too; without them there is no gap to close."""
     pass_at: PassAtSettings | None = None
     curve: CurveSettings | None = None
     """Null examines the checkpoints at the stages' ends only."""
+    budgets: tuple[PositiveInt, ...] = ()
+    """Thinking budgets, in response tokens, at which every checkpoint is examined besides."""
     sampling: ModeSampling = ModeSampling(
         think=SamplingSettings(max_new_tokens=30720, temperature=0.6, top_p=0.95, top_k=20),
         no_think=SamplingSettings(max_new_tokens=30720, temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),

@@ -197,33 +197,48 @@ def _num_held_out(num_answered: int, num_prompts: int) -> int:
     return min(wanted, num_prompts - 1)
 
 
-def _of_files(settings: FilePrompts, limit: _Limit) -> Iterator[Prompt]:
+def file_prompts(settings: FilePrompts) -> Iterator[tuple[str, Prompt]]:
+    """Every prompt of one's own files with the place it stands at, checked.
+
+    Raises UserError for what cannot be used, with the file and line.
+    """
     path = Path(settings.path).expanduser()
+    columns = {name: settings.answer_column if name == "answer" else name for name in _FIELDS}
+    known = (settings.prompt_column, *columns.values())
     num_prompts, ignored = 0, set[str]()
-    for file in _files(path):
-        rows = _parquet_rows(file, settings.prompt_column) if file.suffix == ".parquet" else _json_rows(file)
+    for file in prompt_files(path):
+        rows = _parquet_rows(file, known) if file.suffix == ".parquet" else json_rows(file)
         for where, row in rows:
             if settings.prompt_column not in row:
-                columns = _names(row)
                 raise UserError(
-                    f"{where}: there is no column {settings.prompt_column!r}; the columns are {columns}; rename one, "
-                    f"or name it with --set prompts.prompt_column=NAME"
+                    f"{where}: there is no column {settings.prompt_column!r}; the columns are {_names(row)}; rename "
+                    f"one, or name it with --set prompts.prompt_column=NAME"
                 )
-            ignored |= row.keys() - {settings.prompt_column, *_FIELDS}
+            ignored |= row.keys() - set(known)
             try:
-                prompt = _prompt(row[settings.prompt_column], {name: row.get(name) for name in _FIELDS})
-                limit.check(prompt.messages)
+                prompt = _prompt(
+                    row[settings.prompt_column], {name: row.get(column) for name, column in columns.items()}
+                )
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             num_prompts += 1
-            yield prompt
+            yield where, prompt
     if num_prompts == 0:
         raise UserError(f"{path} holds no prompt; write one JSON object a line, such as {_EXAMPLE}")
     if ignored:
-        say(f"{path}: not used: {_names(sorted(ignored))} (used: {settings.prompt_column}, {', '.join(_FIELDS)})")
+        say(f"{path}: not used: {_names(sorted(ignored))} (used: {', '.join(known)})")
 
 
-def _files(path: Path) -> list[Path]:
+def _of_files(settings: FilePrompts, limit: _Limit) -> Iterator[Prompt]:
+    for where, prompt in file_prompts(settings):
+        try:
+            limit.check(prompt.messages)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        yield prompt
+
+
+def prompt_files(path: Path) -> list[Path]:
     """The file itself, or the prompt files of a folder by name."""
     try:
         if path.is_dir():
@@ -242,7 +257,8 @@ def _files(path: Path) -> list[Path]:
     raise UserError(f"there is no file {path}; " + (f"did you mean {near[0]}?" if near else "check the spelling"))
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of a JSONL file with the place each stands at. Raises UserError for a line that is none."""
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
@@ -262,15 +278,16 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"the prompts {file} cannot be read: {error.strerror}") from None
 
 
-def _parquet_rows(file: Path, prompt_column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """``columns`` of a table's rows, those it has; the first of them it must have."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            wanted = [name for name in (prompt_column, *_FIELDS) if name in names]
-            if prompt_column not in names:
+            wanted = [name for name in columns if name in names]
+            if columns[0] not in names:
                 yield f"{file}", dict.fromkeys(names)
             number = 0
             for batch in table.iter_batches(batch_size=_CHUNK_ROWS, columns=wanted):

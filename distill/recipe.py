@@ -149,8 +149,8 @@ def _walk(location: Sequence[str | int], model: type[Settings]) -> tuple[list[st
     for part in location:
         node = _dereference(node, definitions)
         tags = node.get("discriminator", {}).get("mapping", {})
-        if part in tags:
-            node = {"$ref": tags[part]}
+        if part in tags or part in definitions:
+            node = {"$ref": tags.get(part, f"#/$defs/{part}")}
             continue
         keys.append(str(part))
         known = list(node.get("properties", {}))

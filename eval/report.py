@@ -169,7 +169,8 @@ def _metrics(path: Path) -> list[Document]:
 
 def _evaluations(folder: Path, summary: Mapping[str, Any]) -> list[Document]:
     """The examinations by task, then in the order in which the run made them, thinking first."""
-    found = [_with_file(path) for path in sorted(folder.glob("*.json"))]
+    # Documents of another kind (mode switching) have no page yet.
+    found = [entry for path in sorted(folder.glob("*.json")) if "kind" not in (entry := _with_file(path))]
     order = list(dict.fromkeys(entry["checkpoint"] for entry in summary.get("scores", ())))
     order += sorted({entry["checkpoint"] for entry in found} - set(order), key=lambda name: (name != "teacher", name))
     tasks = list(dict.fromkeys(entry["task"] for entry in (*summary.get("scores", ()), *found)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,30 @@ class Estimate:
     num_questions: int
     num_samples: int
     standard_error: float | None
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What an entry of ``summary.json``'s scores says of a metric."""
+        return {
+            "mean": self.mean,
+            "ci95": list(self.ci95),
+            "num_questions": self.num_questions,
+            "num_samples": self.num_samples,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """``entry`` and the standard error; ``from_json`` gives an equal estimate back."""
+        return {**self.entry, "standard_error": self.standard_error}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Estimate:
+        return cls(
+            document["mean"],
+            (document["ci95"][0], document["ci95"][1]),
+            document["num_questions"],
+            document["num_samples"],
+            document["standard_error"],
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from distill.errors import UserError
 from distill.journal import Journal, StoredTensors, writing
 from distill.sampler import Sampler
 from distill.seeding import derive
-from eval.runner import Evaluation, evaluate
+from eval.evaluation import Evaluation
+from eval.runner import evaluate
 from eval.tasks import Task, load_task
 from pipelines.crew import Crew, Stage
 from pipelines.meter import MeteredSampler

@@ -32,12 +32,16 @@ from distill.prompts import load_prompts
 from distill.sampler import OnFinished, Sampler, TransformersSampler
 from distill.seeding import derive
 from distill.types import Mode, Prompt, Request, Rollout
+from eval.budget import budget_curves
+from eval.evaluation import Evaluation
 from eval.report import write_report
-from eval.runner import Evaluation, evaluate
 from eval.statistics import paired_difference
-from eval.tasks import Task, load_task
+from eval.switching import TASK as MODE_SWITCHING
+from eval.switching import ModeSwitching
+from eval.tasks import load_task
 from pipelines.crew import Crew, Stage
 from pipelines.curve import Curve
+from pipelines.examination import Examined, Subject, examine_mode_switching, examine_task
 from pipelines.guards import Guards
 from pipelines.hiring import Hired, hired_teacher
 from pipelines.launch import choose_engine
@@ -118,6 +122,7 @@ class _Run:
             first_prompt += self.stages[-1].num_prompts
         self.curve = None if config.evaluation.curve is None else Curve(config, self.crew, journal, self.tasks)
         self.evaluations: list[Evaluation] = []
+        self.switching: list[ModeSwitching] = []
         self._moments: Mapping[str, torch.Tensor] = {}
         """What the optimiser had at the checkpoint that this process resumes from."""
 
@@ -150,10 +155,20 @@ class _Run:
             ),
         )
         held_out = self.prompts.held_out()
+        wanted = config.evaluation.tasks or _own_tasks(config, held_out)
         self.tasks = [
-            load_task(name, num_questions=config.evaluation.num_questions, held_out=held_out)
-            for name in config.evaluation.tasks or _own_tasks(config, held_out)
+            load_task(
+                one,
+                num_questions=config.evaluation.num_questions,
+                samples=config.evaluation.samples,
+                held_out=held_out,
+            )
+            for one in wanted
+            if one != MODE_SWITCHING
         ]
+        if not self.tasks:
+            raise UserError("evaluation.tasks names mode_switching alone, which no gap is measured on; add a task")
+        self.examines_switching = MODE_SWITCHING in wanted
         self.store = _store(config)
         self._write_manifest(teacher, student, command, findings)
         return teacher, student
@@ -351,50 +366,50 @@ class _Run:
     def _evaluate_all(self, checkpoint: str, sampler: Sampler) -> None:
         """Every evaluation of one checkpoint; on the main process."""
         settings = self.config.evaluation
+        shape = self.crew.teacher_shape if checkpoint == "teacher" else self.crew.student_shape
+        subject = Subject(
+            checkpoint,
+            MeteredSampler(sampler, self.crew.meter, shape, "evaluate", checkpoint),
+            self.encoder,
+            shape=shape,
+            context=self.config.max_prompt_tokens + self.config.longest_response,
+        )
+        seed, out = self.config.seed, self.journal.path / "eval"
         for task in self.tasks:
-            for mode in settings.modes:
-                self._evaluate(checkpoint, sampler, task, mode, samples=settings.samples)
+            self.evaluations += examine_task(subject, task, settings, seed=seed, out=out)
         if (passing := settings.pass_at) is not None:
-            few = replace(self.tasks[0], prompts=self.tasks[0].prompts[: passing.num_questions])
-            few = replace(few, name=f"{few.name}-pass")
-            for mode in passing.modes:
-                self._evaluate(checkpoint, sampler, few, mode, samples=passing.samples, pass_k=passing.k)
+            few = replace(
+                self.tasks[0],
+                name=f"{self.tasks[0].name}-pass",
+                prompts=self.tasks[0].prompts[: passing.num_questions],
+                samples=passing.samples,
+                pass_at=(passing.k,),
+                modes=passing.modes,
+            )
+            without_budgets = settings.model_copy(update={"budgets": ()})
+            self.evaluations += examine_task(subject, few, without_budgets, seed=seed, out=out)
+        if self.examines_switching:
+            self.switching.append(examine_mode_switching(subject, settings, seed=seed, out=out))
         self._charge_evaluation(checkpoint)
         self._write_costs()
 
-    def _evaluate(
-        self, checkpoint: str, sampler: Sampler, task: Task, mode: Mode, *, samples: int, pass_k: int | None = None
-    ) -> None:
-        shape = self.crew.teacher_shape if checkpoint == "teacher" else self.crew.student_shape
-        self.evaluations.append(
-            evaluate(
-                task,
-                mode,
-                sampler=MeteredSampler(sampler, self.crew.meter, shape, "evaluate", checkpoint),
-                encoder=self.encoder,
-                sampling=self.config.evaluation.sampling.of(mode),
-                samples=samples,
-                # Every checkpoint is asked with the same random numbers: differences are the weights'.
-                seed=derive(self.config.seed, "evaluate", task.name, mode),
-                checkpoint=checkpoint,
-                out=self.journal.path / "eval",
-                shape=shape,
-                pass_k=pass_k,
-            )
-        )
+    @property
+    def _examined(self) -> list[Examined]:
+        return [*self.evaluations, *self.switching]
 
     def _charge_evaluation(self, checkpoint: str) -> None:
         """From the evaluations themselves: parts of them may have been made by an earlier process of this run."""
         cost = Cost()
-        for evaluation in self.evaluations:
-            if evaluation.checkpoint == checkpoint:
-                cost.add(Cost(evaluation.num_tokens, evaluation.flops or 0.0, evaluation.seconds))
+        for found in self._examined:
+            if found.checkpoint == checkpoint:
+                cost.add(Cost(found.num_tokens, found.flops or 0.0, found.seconds))
         self.crew.meter.account.entries.setdefault("evaluate", {})[checkpoint] = cost
 
     def _summarise(self) -> dict[str, Any]:
         summary = {
             "run": str(self.journal.path),
-            "scores": [entry for evaluation in self.evaluations for entry in evaluation.entries],
+            "scores": [entry for found in self._examined for entry in found.entries],
+            "budget_curves": budget_curves(self.evaluations),
             "gap_closed": {mode: self._gap_closed(mode) for mode in self.config.evaluation.modes},
             "costs": self.crew.meter.account.to_json(),
             "peak_memory_bytes": self.crew.meter.account.peak_bytes,
@@ -407,13 +422,15 @@ class _Run:
         """Share of the distance between the first stage's student and the teacher that the last stage covered;
         where there is one stage alone, between the start and the teacher.
 
-        Of the first task; null where the teacher's lead is not certain (its paired 95 % interval reaches zero) or the
-        teacher was not examined.
+        Of the first task; null where it is not asked in this mode, where the teacher's lead is not certain (its paired
+        95 % interval reaches zero) or the teacher was not examined.
         """
         by_checkpoint = {
             evaluation.checkpoint: evaluation
             for evaluation in self.evaluations
-            if evaluation.mode == mode and evaluation.task == self.tasks[0].name
+            if evaluation.mode == mode
+            and evaluation.task == self.tasks[0].name
+            and evaluation.sampling.thinking_budget is None
         }
         if "teacher" not in by_checkpoint:
             return None

@@ -279,6 +279,32 @@ def _is_being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a server says of its model: the name it has there, and the most tokens of prompt and response together."""
+
+    name: str
+    context: int | None
+
+
+def served_model(url: str, *, api_key: str | None = None) -> ServedModel:
+    """The model behind ``url``. Raises UserError where there is no server, or it does not say."""
+    url = _checked_url(url)
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    try:
+        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=10.0, trust_env=not _is_loopback(url))
+    except httpx.TransportError as error:
+        raise UserError(f"no server answers at {url} ({error}); start it, or check the address") from None
+    if answer.status_code != 200:
+        raise _refusal(f"{url}/v1/models", answer.status_code, _complaint(answer))
+    try:
+        model = answer.json()["data"][0]
+        context = model.get("max_model_len")
+        return ServedModel(str(model["id"]), None if context is None else int(context))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise UserError(f"{url}/v1/models does not name a model; is this the URL of a vLLM server?") from None
+
+
 def is_healthy(url: str) -> bool:
     """Whether a server answers at ``url`` and says that it is well."""
     try:

@@ -10,12 +10,13 @@ import pytest
 
 from distill.embedded.tokenizer import build_tokenizer
 from distill.encode import Encoder
-from distill.errors import StoppedError
+from distill.errors import DistillError, StoppedError, UserError
 from distill.family import Shape
 from distill.sampler import OnFinished
 from distill.types import MODES, Prompt, Request, Rollout, Sampling
-from eval import runner
-from eval.runner import Evaluation, evaluate
+from eval import samples as sample_module
+from eval.evaluation import Evaluation
+from eval.runner import evaluate
 from eval.tasks import Task, load_task
 
 SAMPLING = Sampling(max_new_tokens=40, temperature=0.6, top_p=0.95, top_k=20)
@@ -186,14 +187,14 @@ def test_a_stopped_examination_goes_on_where_it_was(encoder: Encoder, tmp_path: 
 def test_a_broken_sample_is_wrong_and_counted(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grade = runner.grade
+    grade = sample_module.grade
 
     def breaks_on_two(task: str, response: str, answer: str) -> bool:
         if answer == "2":
             raise RecursionError("too deep")
         return grade(task, response, answer)
 
-    monkeypatch.setattr(runner, "grade", breaks_on_two)
+    monkeypatch.setattr(sample_module, "grade", breaks_on_two)
     result = run(encoder, task_of("1", "2", "3"), Scripted(encoder, right), out=tmp_path)
     assert result.num_broken == 1
     assert list(result.scores.values()) == [(1.0,), (0.0,), (1.0,)]
@@ -219,6 +220,134 @@ def test_a_thinking_budget_and_odd_names_make_their_own_files(encoder: Encoder, 
     budget = dataclasses.replace(SAMPLING, thinking_budget=8)
     run(encoder, task_of("1"), Scripted(encoder, right), out=tmp_path, checkpoint="runs/my model", sampling=budget)
     assert sorted(path.name for path in tmp_path.iterdir())[0] == "runs_my_model-sums-think-budget8.json"
+
+
+def test_a_soft_switch_makes_its_own_file_and_what_it_writes_is_response(encoder: Encoder, tmp_path: Path) -> None:
+    sampler = Scripted(encoder, right)
+    run(encoder, task_of("1"), sampler, out=tmp_path, switch="soft")
+    assert sorted(path.name for path in tmp_path.iterdir())[0] == "start-sums-think-soft.json"
+    assert "/think" in encoder.decode(sampler.seen[0].prompt_ids)
+
+
+def test_a_question_ends_with_its_modes_instruction_and_keeps_its_id(encoder: Encoder, tmp_path: Path) -> None:
+    plain = task_of("1", "2")
+    task = dataclasses.replace(plain, instructions={"think": "Step by step."})
+    sampler = Scripted(encoder, right)
+    found = run(encoder, task, sampler, out=tmp_path)
+    assert all("Step by step." in encoder.decode(request.prompt_ids) for request in sampler.seen)
+    assert list(found.scores) == [prompt.id for prompt in plain.prompts]
+    again = Scripted(encoder, right)
+    run(encoder, plain, again, out=tmp_path)
+    assert again.calls == 1, "another instruction is another examination"
+
+
+def test_scores_are_also_given_by_language_and_domain(encoder: Encoder, tmp_path: Path) -> None:
+    def script(request: Request) -> str:
+        return "0<|im_end|>" if request.prompt.answer == "2" else right(request)
+
+    languages = {"1": "de", "2": "de", "3": "fr", "4": None}
+    task = task_of(*languages)
+    prompts = tuple(dataclasses.replace(one, language=languages[str(one.answer)]) for one in task.prompts)
+    found = run(encoder, dataclasses.replace(task, prompts=prompts), Scripted(encoder, script), out=tmp_path, samples=2)
+    assert list(found.slices) == ["language"], "no question has a domain"
+    assert {value: result.mean for value, result in found.slices["language"].items()} == {"de": 0.5, "fr": 1.0}
+    assert [(entry["slice"], entry["value"], entry["metric"]) for entry in found.slice_entries] == [
+        ("language", "de", "avg@2"),
+        ("language", "fr", "avg@2"),
+    ]
+    assert found.slices["language"]["de"].num_questions == 2
+    assert Evaluation.from_json(json.loads((tmp_path / "start-sums-think.json").read_text())) == found
+
+
+def test_leakage_is_thinking_that_nobody_asked_for(encoder: Encoder, tmp_path: Path) -> None:
+    def script(request: Request) -> str:
+        # Six tokens of thinking, tags included: <think> \\n 1 1 \\n </think>.
+        return f"<think>\n11\n</think>\n\n{request.prompt.answer}<|im_end|>" if request.prompt.answer == "1" else "2"
+
+    sampler = Scripted(encoder, script)
+    found = evaluate(
+        task_of("1", "2", "3", "4"),
+        "no_think",
+        sampler=sampler,
+        encoder=encoder,
+        sampling=SAMPLING,
+        samples=1,
+        seed=0,
+        checkpoint="start",
+        out=tmp_path,
+    )
+    assert found.leakage is not None
+    assert (found.leakage.share.mean, found.leakage.mean_length) == (0.25, 6 / 4)
+    assert Evaluation.from_json(json.loads((tmp_path / "start-sums-no_think.json").read_text())) == found
+    assert run(encoder, task_of("1"), Scripted(encoder, right)).leakage is None
+
+
+def test_open_thinking_is_wrong_and_counted(encoder: Encoder) -> None:
+    found = run(encoder, task_of("1", "2"), Scripted(encoder, lambda request: f"<think>\n{request.prompt.answer}"))
+    assert (found.num_unclosed, found.metrics["avg@1"].mean) == (2, 0.0)
+
+
+def test_pass_at_k_is_estimated_from_more_samples_than_k(encoder: Encoder, tmp_path: Path) -> None:
+    def script(request: Request) -> str:
+        return right(request) if request.seed % 3 == 0 else "0<|im_end|>"
+
+    task = task_of(*"123456")
+    found = run(encoder, task, Scripted(encoder, script), samples=8, pass_at=(1, 4), out=tmp_path)
+    assert list(found.metrics) == ["avg@8", "pass@1", "pass@4"]
+    assert found.metrics["pass@1"].mean == pytest.approx(found.metrics["avg@8"].mean)
+    assert found.metrics["pass@4"].mean < found.metrics["pass@1"].mean * 4
+    # Another k needs no new responses, and the file says what was asked for last.
+    again = run(encoder, task, Scripted(encoder, script, num_calls=0), samples=8, pass_at=(2,), out=tmp_path)
+    assert list(again.metrics) == ["avg@8", "pass@2"]
+    assert [entry["metric"] for entry in json.loads((tmp_path / "start-sums-think.json").read_text())["metrics"]] == [
+        "avg@8",
+        "pass@2",
+    ]
+    with pytest.raises(UserError, match="pass@9 needs at least 9"):
+        run(encoder, task, Scripted(encoder, script, num_calls=0), samples=8, pass_at=(9,))
+
+
+class Fragile(Scripted):
+    """Fails on every batch that holds a question from ``poison``."""
+
+    def __init__(self, encoder: Encoder, poison: set[str], error: Exception) -> None:
+        super().__init__(encoder, right)
+        self.poison, self.error = poison, error
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        if any(request.prompt.answer in self.poison for request in requests):
+            raise self.error
+        return super().generate(requests, on_finished)
+
+
+def test_a_request_that_breaks_the_sampler_costs_the_others_nothing(encoder: Encoder, tmp_path: Path) -> None:
+    task = task_of(*map(str, range(40)))
+    sampler = Fragile(encoder, {"5", "33"}, DistillError("the server failed 5 times on the same request"))
+    found = run(encoder, task, sampler, out=tmp_path, chunk=16)
+    assert found.num_broken == 2
+    assert [number for number, row in enumerate(found.scores.values()) if row == (0.0,)] == [5, 33]
+    frame = pd.read_parquet(tmp_path / "start-sums-think.parquet")
+    assert frame["response"][5] == "[the server failed 5 times on the same request]"
+    assert frame["broken"].sum() == 2
+
+
+def test_a_sampler_that_fails_on_everything_ends_the_examination_soon(encoder: Encoder) -> None:
+    everything = set(map(str, range(200)))
+    for error in (DistillError("logits are not finite"), StoppedError("stopped", exit_code=75), UserError("no key")):
+        sampler = Fragile(encoder, everything, error)
+        with pytest.raises(type(error)):
+            run(encoder, task_of(*map(str, range(200))), sampler)
+        with pytest.raises(type(error)):
+            run(encoder, task_of("1"), sampler)
+
+
+def test_a_question_without_room_is_broken_and_another_is_cut_to_what_is_left(encoder: Encoder) -> None:
+    long, short = (Prompt(messages=({"role": "user", "content": "1" * length},), answer="1") for length in (200, 10))
+    sampler = Scripted(encoder, right)
+    found = run(encoder, Task("sums", (long, short), "number"), sampler, context=60)
+    assert found.num_broken == 1 and list(found.scores.values()) == [(0.0,), (1.0,)]
+    (request,) = sampler.seen
+    assert request.sampling.max_new_tokens == min(SAMPLING.max_new_tokens, 60 - len(request.prompt_ids)) < 60
 
 
 def test_the_real_sampler_gives_the_same_samples_in_any_batch(encoder: Encoder) -> None:
