@@ -80,11 +80,16 @@ class Difference:
     num_questions: int
 
 
-def wilson(mean: float, num_trials: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion; ``num_trials`` may be an effective (fractional) count."""
-    square = Z95 * Z95
+def wilson(mean: float, num_trials: float, quantile: float = Z95) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion; ``num_trials`` may be an effective (fractional) count.
+
+    ``quantile`` is another distribution's 97.5 % where the variance behind ``num_trials`` is itself uncertain.
+    """
+    square = quantile * quantile
     centre = (mean + square / (2 * num_trials)) / (1 + square / num_trials)
-    half = Z95 * math.sqrt(mean * (1 - mean) / num_trials + square / (4 * num_trials**2)) / (1 + square / num_trials)
+    half = (
+        quantile * math.sqrt(mean * (1 - mean) / num_trials + square / (4 * num_trials**2)) / (1 + square / num_trials)
+    )
     # At 0 and 1 the bound is the mean itself; rounding must not leave [0, 1] or exclude the mean.
     return max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
 
@@ -126,28 +131,65 @@ def pass_at_k_estimate(scores: Sequence[Sequence[float]] | Scores, k: int) -> Es
     Raises UserError as ``estimate`` does, and where a question has fewer than ``k`` samples.
     """
     rows = _rows(scores)
-    values = [[pass_at_k(len(row), sum(score == 1.0 for score in row), k)] for row in rows]
-    return _estimate(values, num_samples=sum(map(len, rows)))
+    return _estimate([[_pass_at_k(row, k)] for row in rows], num_samples=sum(map(len, rows)))
+
+
+def pass_at_k_scores(scores: Scores, k: int) -> dict[str, list[float]]:
+    """Each question's unbiased pass@k as its score, for paired differences and for pooling over seeds."""
+    _rows(scores)
+    return {key: [_pass_at_k(row, k)] for key, row in scores.items()}
+
+
+def _pass_at_k(row: Sequence[float], k: int) -> float:
+    return pass_at_k(len(row), sum(score == 1.0 for score in row), k)
 
 
 def paired_difference(a: Scores, b: Scores, *, seed: int = 0) -> Difference:
     """Mean and percentile-bootstrap interval of the difference a - b, question by question.
 
     Pairing takes the questions' difficulty out of the comparison; the bootstrap resamples questions, so differing
-    numbers of samples in a and b do no harm. One question has the whole range as its interval.
+    numbers of samples in a and b do no harm. Where every question differs by the same amount there is nothing to
+    resample, and the interval is as wide as Wilson's of a share of which no case was seen. One question has the whole
+    range as its interval.
 
     Raises UserError where a and b do not answer the same questions.
     """
-    if set(a) != set(b):
-        alone = sorted(set(a) ^ set(b))
-        raise UserError(
-            f"a paired difference needs the same questions on both sides; {len(alone)} are on one side only, for "
-            f"example {alone[0]}: evaluate both with the same task, number of questions and seed"
-        )
-    ids = sorted(a)
-    difference_Q = _means(_rows([a[key] for key in ids])) - _means(_rows([b[key] for key in ids]))
-    low, high = _bootstrap(difference_Q, seed) if len(ids) > 1 else (-1.0, 1.0)
-    return Difference(float(difference_Q.mean()), (low, high), len(ids))
+    ids = same_questions([a, b])
+    difference_Q = question_means(a, ids) - question_means(b, ids)
+    mean = float(difference_Q.mean())
+    if len(ids) == 1:
+        ci95 = (-1.0, 1.0)
+    elif np.ptp(difference_Q) == 0.0:
+        ci95 = within_range(mean, unseen(len(ids)))
+    else:
+        ci95 = _bootstrap(difference_Q, seed)
+    return Difference(mean, ci95, len(ids))
+
+
+def same_questions(runs: Sequence[Scores]) -> list[str]:
+    """The ids that all ``runs`` answer, sorted. Raises UserError where one answers others."""
+    for scores in runs[1:]:
+        if alone := sorted(set(runs[0]) ^ set(scores)):
+            raise UserError(
+                f"a comparison needs the same questions on both sides; {len(alone)} are on one side only, for "
+                f"example {alone[0]}: evaluate both with the same task, number of questions and seed"
+            )
+    return sorted(runs[0])
+
+
+def question_means(scores: Scores, ids: Sequence[str]) -> NDArray[np.float64]:
+    """The mean over samples of each question of ``ids``. Raises UserError for scores that are none."""
+    return _means(_rows([scores[key] for key in ids]))
+
+
+def unseen(num_trials: int) -> float:
+    """Wilson's upper bound of a share of which ``num_trials`` trials have shown no case."""
+    return wilson(0.0, num_trials)[1]
+
+
+def within_range(mean: float, half_width: float) -> tuple[float, float]:
+    """An interval around a difference of two scores, which lies between -1 and 1."""
+    return max(-1.0, mean - half_width), min(1.0, mean + half_width)
 
 
 def _rows(scores: Sequence[Sequence[float]] | Scores) -> list[Sequence[float]]:

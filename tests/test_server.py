@@ -157,6 +157,38 @@ def test_a_thinking_budget_is_kept(speaker: Service, local: LocalTeacher) -> Non
     check_logprobs(rollouts, local)
 
 
+def test_a_served_model_is_examined_like_a_folder(speaker: Service, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distill.cli", "eval", speaker.url, "--tokenizer", "tiny", "--json"]
+    command += ["--task", "embedded", "--task", "mode_switching", "--questions", "48", "--budget", "16"]
+    command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    scores = {
+        (entry["task"], entry["mode"], entry["metric"], entry.get("thinking_budget")): entry["mean"]
+        for entry in found["scores"]
+    }
+    assert scores["embedded", "think", "avg@1", None] > 0.9
+    assert scores["embedded", "no_think", "avg@1", None] < 0.6
+    assert scores["embedded", "think", "avg@1", 16] < scores["embedded", "think", "avg@1", None]
+    assert scores["mode_switching", "both", "right_mode/plain", None] >= 0.95
+    assert all(one["flops"] > 0 and one["num_broken"] == 0 for one in found["evaluations"])
+    assert len(list(tmp_path.glob("*.parquet"))) == 4
+    # The same command has nothing more to ask.
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert json.loads(again.stdout) == found
+
+
+def test_a_prompt_without_room_on_the_server_is_one_broken_sample(speaker: Service, tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": "1" * 400, "answer": 1}) + "\n" + json.dumps({"prompt": "3+4=", "answer": 7}))
+    command = [sys.executable, "-m", "distill.cli", "eval", speaker.url, "--tokenizer", "tiny", "--json"]
+    done = subprocess.run([*command, "--task", str(own)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for one in json.loads(done.stdout)["evaluations"]:
+        assert one["num_broken"] == 1 and one["samples_per_question"] == 1 and len(one["scores"]) == 2
+
+
 def test_a_server_killed_at_work_is_replaced_and_the_work_goes_on(scorer: Service, local: LocalTeacher) -> None:
     """Last of the scorer's tests: it kills the server under the client's hands."""
     rollouts = TransformersSampler(local.model, ENCODER, speaker="student").generate(requests(256))

@@ -126,7 +126,14 @@ def test_a_paired_difference_pairs_by_id_and_changes_sign() -> None:
     forward, backward = paired_difference(a, b), paired_difference(b, a)
     assert forward.mean == pytest.approx(1 / 3)
     assert backward.mean == pytest.approx(-1 / 3)
-    assert paired_difference(a, a).ci95 == (0.0, 0.0)
+
+
+def test_no_difference_in_a_few_questions_is_not_known_to_be_none() -> None:
+    run = {str(number): [float(number % 2)] for number in range(30)}
+    half = 3.841459 / 33.841459
+    assert paired_difference(run, run).ci95 == pytest.approx((-half, half), abs=1e-6)
+    won, lost = ({key: [value] for key in run} for value in (1.0, 0.0))
+    assert paired_difference(won, lost).ci95 == pytest.approx((1 - half, 1.0), abs=1e-6)
 
 
 def test_a_paired_difference_is_a_function_of_the_seed_alone() -> None:
