@@ -9,7 +9,8 @@ from distill.encode import Encoder
 from distill.errors import UserError
 from distill.prompts import PromptSource
 from distill.types import Prompt, Rollout
-from eval.graders import GRADERS, WORKERS, grade, grader_of
+from eval.equality import WORKERS
+from eval.graders import GRADERS, grade, grader_of
 from eval.tasks import suited_grader
 
 

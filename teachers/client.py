@@ -27,7 +27,7 @@ from distill import interrupt
 from distill.errors import DistillError, StoppedError, UserError
 from distill.progress import say
 from teachers import pulse
-from teachers.replica import Replica
+from teachers.replica import Replica, is_loopback
 
 PATIENCE_SECONDS = 600.0
 """How long a server that does not answer is waited for."""
@@ -289,10 +289,10 @@ class ServedModel:
 
 def served_model(url: str, *, api_key: str | None = None) -> ServedModel:
     """The model behind ``url``. Raises UserError where there is no server, or it does not say."""
-    url = _checked_url(url)
+    url = checked_url(url)
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
-        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=10.0, trust_env=not _is_loopback(url))
+        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=10.0, trust_env=not is_loopback(url))
     except httpx.TransportError as error:
         raise UserError(f"no server answers at {url} ({error}); start it, or check the address") from None
     if answer.status_code != 200:

@@ -248,7 +248,7 @@ def test_lora_trains_adapters_only_and_merges_on_export(tmp_path: Path) -> None:
     assert not learner.head_VD.requires_grad
     step(learner)
     step(learner, at=1)
-    learner.export(tmp_path)
+    learner.export(tmp_path, learner.weights())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.randint(0, 50, (2, 7))
     torch.testing.assert_close(plain(ids).logits, learner.model(ids).logits, atol=1e-4, rtol=1e-4)
@@ -329,7 +329,7 @@ def test_export_of_the_real_06b_shape_loads_with_plain_transformers(tmp_path: Pa
     before = learner.model.model.layers[0].mlp.up_proj.weight.detach().clone()
     examples = [replace(example) for example in EXAMPLES[:2]]
     assert step(learner, examples)["loss"] == pytest.approx(11.93, abs=0.5)  # log(151,936): nothing is known yet
-    learner.export(tmp_path)
+    learner.export(tmp_path, learner.weights())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.config.vocab_size == 151_936
     for (name, ours), (other, theirs) in zip(learner.model.named_parameters(), loaded.named_parameters(), strict=True):
