@@ -108,7 +108,7 @@ def _probable_columns(logits_CV: Tensor, block_rows: int) -> Tensor:
     """The columns [K] of the best standing in any row, relative to the row's most probable token."""
     best_BV = torch.full((block_rows, logits_CV.shape[1]), -torch.inf, device=logits_CV.device)
     for block_BV in logits_CV.split(block_rows):
-        standing_BV = block_BV.float()
+        standing_BV = block_BV.to(torch.float32, copy=True)
         best_rows_BV = best_BV[: len(standing_BV)]
         torch.maximum(best_rows_BV, standing_BV.sub_(standing_BV.amax(-1, keepdim=True)), out=best_rows_BV)
     num_columns = min(logits_CV.shape[1], max(logits_CV.shape[1] // CORRECTED_SHARE, CORRECTED_AT_LEAST))
