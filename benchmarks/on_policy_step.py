@@ -28,14 +28,16 @@ from typing import Any, cast
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distill.config import OnPolicyStage, Optimiser, RunConfig, StudentSettings
+from distill.config import GuardSettings, OnPolicyStage, Optimiser, RunConfig, StudentSettings
 from distill.family import Shape
 from distill.journal import Journal
 from distill.sampler import TransformersSampler
 from distill.types import Prompt, Request, Rollout, Sampling
+from pipelines.crew import Crew
+from pipelines.guards import Guards
 from pipelines.loop import run_stage
 from pipelines.meter import Meter
-from pipelines.stages import Crew, OnPolicy
+from pipelines.stages import OnPolicy
 from students.batch import collate
 from students.ranks import ALONE
 from students.student import Student
@@ -123,8 +125,10 @@ def ours(steps: int, warmup: int) -> dict[str, Any]:
             journal,
             first_step=0,
             global_step=0,
-            checkpoint=lambda done: None,
+            checkpoint=lambda done, ended: None,
             checkpoint_every=10**9,
+            guards=Guards(GuardSettings(), stage="on_policy", checkpoints=Path(folder), history=[]),
+            examine=lambda done: False,
         )
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
         journal.close()
@@ -132,7 +136,7 @@ def ours(steps: int, warmup: int) -> dict[str, Any]:
     rates = [line["length"] * line["num_responses"] / line["seconds"] for line in measured]
 
     rollouts = stage.sample(steps + warmup - 1)
-    examples = stage.signal(rollouts)
+    examples = stage.signal(rollouts).updates[0]
     batch = collate(examples, torch.device("cpu"))
 
     def forward_backward() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -97,27 +97,33 @@ class TransformersSampler:
 
     def _decode(self, rows: list[_Row]) -> Iterator[_Row]:
         """Decode ``rows`` together; each is yielded when it ends."""
+        from distill.kv_cache import roomy_cache
+
         device = self.model.device
         width = max(len(row.request.prompt_ids) for row in rows)
         padding = [width - len(row.request.prompt_ids) for row in rows]
         input_BT = torch.tensor(
             [[0] * pad + list(row.request.prompt_ids) for pad, row in zip(padding, rows, strict=True)], device=device
         )
-        mask_BT = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device)
-        position_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+        # Which of all positions that there will be are attended to: all but the padding at the front.
+        longest = width + max(row.request.sampling.max_new_tokens for row in rows)
+        mask_BT = torch.arange(longest, device=device) >= torch.tensor(padding, device=device)[:, None]
+        position_BT = (mask_BT[:, :width].cumsum(dim=1) - 1).clamp(min=0)
         draw = _Draw.for_rows(rows, self.model.config.vocab_size, device)
-        cache: Any = None
+        cache = roomy_cache()
+        is_new = True
         while True:
             interrupt.check()
             output = self.model(
                 input_ids=input_BT,
-                attention_mask=mask_BT,
+                # A new token sees all before it; with four dimensions the mask is taken as it is.
+                attention_mask=mask_BT[:, :width] if is_new else mask_BT[:, None, None, :width],
                 position_ids=position_BT,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = output.past_key_values
+            is_new = False
             logits_BV = output.logits[:, -1].float()
             if not logits_BV.amax().isfinite():
                 raise NonFiniteError(f"the {self.speaker}'s logits are not finite: its weights are broken or diverged")
@@ -143,7 +149,7 @@ class TransformersSampler:
                 draw = draw.select(keep)
             input_BT = token_B[:, None]
             position_BT = next_position_B[:, None]
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
+            width += 1
 
 
 @dataclass
@@ -229,6 +235,8 @@ class _Draw:
     presence_B: Tensor
     seen_BV: Tensor | None
     truncates: bool
+    untouched: bool
+    """Every row draws from the model's own distribution, or from a part of it."""
 
     @classmethod
     def for_rows(cls, rows: Sequence[_Row], vocabulary: int, device: torch.device) -> _Draw:
@@ -241,6 +249,7 @@ class _Draw:
             presence_B=torch.tensor([sampling.presence_penalty for sampling in samplings], device=device),
             seen_BV=torch.zeros(len(rows), vocabulary, dtype=torch.bool, device=device) if penalised else None,
             truncates=any(sampling.top_p < 1 or sampling.top_k for sampling in samplings),
+            untouched=not penalised and all(sampling.temperature == 1 for sampling in samplings),
         )
 
     def __call__(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +257,10 @@ class _Draw:
         logprob_BV = logits_BV.log_softmax(dim=-1)
         if self.seen_BV is not None:
             logits_BV = logits_BV - self.presence_B[:, None] * self.seen_BV
-        probability_BV = (logits_BV / self.temperature_B[:, None]).softmax(dim=-1)
+        if self.untouched:
+            probability_BV = logprob_BV.exp()
+        else:
+            probability_BV = (logits_BV / self.temperature_B[:, None]).softmax(dim=-1)
         if not self.truncates:
             return _inverse_transform(probability_BV, uniform_B), logprob_BV
         # Only the k most probable can survive a top-k, so only they are sorted; top-p acts on what top-k left.
@@ -274,6 +286,7 @@ class _Draw:
             self.presence_B[keep],
             None if self.seen_BV is None else self.seen_BV[keep],
             self.truncates,
+            self.untouched,
         )
 
 

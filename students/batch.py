@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distill.attention import Packing
 from distill.types import ActionLogprobs, Advantage, Example, HiddenStates, Rollout, SampledLogprobs, TopK
-from students.attention import Packing
 
 
 @dataclass(frozen=True, slots=True)

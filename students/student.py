@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill import interrupt
+from distill.attention import PACKED
 from distill.config import LoraSettings, Optimiser, StudentSettings
 from distill.errors import NonFiniteError
 from distill.sparse import linear_topk
 from distill.types import Example, Rollout
-from students.attention import PACKED
 from students.batch import Batch, collate, micro_batches
 from students.optimiser import MasterAdamW
 from students.parallel import Engine, Pass, gathered, replicated, sharded, slice_like, whole_on_main

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill import interrupt
+from distill.attention import PACKED, Packing
 from distill.types import HiddenStates, Rollout
 
 
 class LocalTeacher:
     """Scores rollouts with a model held in this process.
 
-    ``batch_tokens`` bounds the padded tokens of one forward pass.
+    ``batch_tokens`` bounds the tokens of one forward pass; sequences are packed without padding.
     """
 
     def __init__(self, model: PreTrainedModel, *, name: str, batch_tokens: int) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.model.set_attn_implementation(PACKED)
         self.name = name
         self.batch_tokens = batch_tokens
 
@@ -42,20 +44,19 @@ class LocalTeacher:
         In the order of ``rollouts``; each [R, d] in the model's dtype.
         """
         states: dict[int, HiddenStates] = {}
+        device = self.model.device
+        body = cast(nn.Module, self.model.get_decoder())
         for places in self._batches(rollouts):
             interrupt.check()
             sequences = [rollouts[place].prompt_ids + rollouts[place].response_ids for place in places]
-            width = max(map(len, sequences))
-            device = self.model.device
-            body = cast(nn.Module, self.model.get_decoder())
-            hidden_BTD = body(
-                input_ids=torch.tensor([ids + (0,) * (width - len(ids)) for ids in sequences], device=device),
-                attention_mask=torch.tensor(
-                    [[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=device
-                ),
+            packing = Packing.of([len(ids) for ids in sequences], device)
+            hidden_TD = body(
+                input_ids=torch.tensor([[token for ids in sequences for token in ids]], device=device),
+                position_ids=torch.tensor([[row for ids in sequences for row in range(len(ids))]], device=device),
                 use_cache=False,
-            ).last_hidden_state
-            for row_TD, place in zip(hidden_BTD, places, strict=True):
+                **packing.keywords(),
+            ).last_hidden_state[0]
+            for row_TD, place in zip(hidden_TD.split(list(packing.lengths)), places, strict=True):
                 first = len(rollouts[place].prompt_ids) - 1
                 states[place] = HiddenStates(
                     row_TD[first : first + len(rollouts[place].response_ids)].clone(), self.name
@@ -63,12 +64,15 @@ class LocalTeacher:
         return [states[place] for place in range(len(rollouts))]
 
     def _batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Places of ``rollouts`` by length, grouped under the token bound."""
-        lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
+        """Places of ``rollouts`` in order, grouped under the token bound."""
         batches: list[list[int]] = []
-        for place in sorted(range(len(rollouts)), key=lengths.__getitem__):
-            if batches and (len(batches[-1]) + 1) * lengths[place] <= self.batch_tokens:
+        room = 0
+        for place, rollout in enumerate(rollouts):
+            length = len(rollout.prompt_ids) + len(rollout.response_ids)
+            if batches and length <= room:
                 batches[-1].append(place)
             else:
                 batches.append([place])
+                room = self.batch_tokens
+            room -= length
         return batches

@@ -7,7 +7,7 @@ through ``scaled_dot_product_attention``. Both are exact and neither makes a mas
 row, transformers' own way without FlashAttention, costs the square of the row's length: on a CPU 3 to 5 times the
 time of a step, and at 32k tokens a mask of a gigabyte.
 
-Without a ``Packing`` (sampling, scoring, evaluation) it is transformers' ``sdpa``, masks included.
+Without a ``Packing`` (sampling) it is transformers' ``sdpa``, masks included, but for the decoding of single tokens.
 """
 
 from __future__ import annotations
@@ -62,6 +62,13 @@ def packed_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Queries [1, heads, T, d], keys and values [1, KV heads, T, d] to [1, T, heads, d]."""
+    if packing is None and query.shape[2] == 1:
+        # One new token a row: the query heads that share a key head stand beside each other as its rows, so that keys
+        # and values are not repeated for them.
+        num_rows, _, _, width = query.shape
+        grouped = query.reshape(num_rows, key.shape[1], -1, width)
+        attended = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        return attended.reshape(num_rows, 1, -1, width), None
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
@@ -73,11 +80,11 @@ def packed_attention(
 
         ends_S, longest = packing.ends_S, max(packing.lengths)
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        attended = varlen_attn(
+        flash = varlen_attn(
             query, key, value, ends_S, ends_S, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=shared
         )
-        assert isinstance(attended, Tensor)
-        return attended[None], None
+        assert isinstance(flash, Tensor)
+        return flash[None], None
     sequences = zip(*(x.split(list(packing.lengths), dim=2) for x in (query, key, value)), strict=True)
     said = [
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shared) for q, k, v in sequences
