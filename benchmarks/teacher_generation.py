@@ -3,7 +3,7 @@
 Starts a vLLM server with the embedded teacher and asks for short responses in both modes, ``--width`` of them at once,
 ``--repeats`` times after one round that counts for nothing. Short responses of a small model are what the client and
 the server's front end are slowest at: a flagship's responses take minutes, and then neither matters. Standard output is
-one JSON document; ``steps`` are the engine's passes over the model, of which few mean that many responses grew together.
+one JSON document; ``steps`` are the engine's passes over the model, of which few mean that many responses grew at once.
 """
 
 from __future__ import annotations
