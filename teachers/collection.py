@@ -1,0 +1,316 @@
+"""A collection of the response store: one folder of parquet shards and an index of them.
+
+A writer holds the folder's lock while it looks which keys are new and adds its shard, so that a key is stored once;
+readers share the lock. A shard appears under its name only when it is whole and on disk; one that turns out damaged is
+set aside under a hidden name. A row is a response with everything that was asked; see ``COLUMNS``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import DistillError
+from distill.progress import say
+from distill.types import Request, Rollout
+
+VARIABLE = "DISTILL_STORE"
+_ROW_GROUP = 256  # rows that are read together when one of them is wanted
+_SMALL_SHARD = 4096  # rows; smaller shards are joined when there are many
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A stored response; ``run`` is the label of the run that generated it."""
+
+    rollout: Rollout
+    run: str
+
+
+class Collection:
+    """A folder, ``meta`` about all its responses, and the index: key -> (when it was stored, shard, row)."""
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.meta = meta
+        self._shards: dict[str, dict[str, tuple[int, str, int]]] = {}
+        self._index: dict[str, tuple[int, str, int]] = {}
+
+    def read(self, wanted: Mapping[str, Request], speaker: str) -> dict[str, Kept]:
+        """What is stored of ``wanted``, by key; each response is checked against its hash."""
+        with self._unchanged():
+            while True:
+                self._refresh()
+                places = defaultdict(list)
+                for key in wanted:
+                    if key in self._index:
+                        _, shard, row = self._index[key]
+                        places[shard].append((row, key))
+                found: dict[str, Kept] = {}
+                # A shard that was found broken has been set aside: look again, an older copy may be there.
+                if all(self._read_shard(shard, rows, wanted, speaker, found) for shard, rows in places.items()):
+                    return found
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """No writer adds or joins shards meanwhile.
+
+        Without it a listing made while shards are joined can miss the joined one, which is not there yet, and find the
+        others gone when they are opened: everything they hold would seem never to have been stored.
+        """
+        if not (self.folder / ".lock").exists():
+            yield  # nobody has written here yet
+            return
+        with (self.folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
+    def add(self, rollouts: Mapping[str, Rollout], speaker: str, run: str) -> int:
+        """Store those whose keys are new; how many they were."""
+        if not rollouts:
+            return 0
+        rows = {key: _row(key, rollout, speaker, self.meta["revision"], run) for key, rollout in rollouts.items()}
+        with outside_world(self.folder), self._lock():
+            self._refresh()
+            new = [row for key, row in rows.items() if key not in self._index]
+            if new:
+                self._write(_table(new))
+        return len(new)
+
+    def compact(self) -> int:
+        """Join the small shards; how many were joined."""
+        from pyarrow import ArrowException, concat_tables, parquet
+
+        with outside_world(self.folder), self._lock():
+            self._refresh()
+            tables = {}
+            for name in [name for name, index in self._shards.items() if len(index) < _SMALL_SHARD]:
+                try:
+                    tables[name] = parquet.read_table(self.folder / name, page_checksum_verification=True)
+                except (ArrowException, OSError) as error:
+                    self._set_aside(name, error)
+            if len(tables) < 2:
+                return 0
+            self._write(concat_tables(tables.values()).sort_by("created"))
+            for name in tables:
+                (self.folder / name).unlink(missing_ok=True)
+            return len(tables)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Alone among writers; the system releases the lock of a process that dies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Drafts are written under the lock, so one that is there now was left by a writer that died.
+            for draft in self.folder.glob(".draft-*"):
+                draft.unlink()
+            meta = self.folder / "meta.json"
+            if not meta.is_file():
+                draft = self.folder / ".draft-meta.json"
+                draft.write_text(json.dumps(self.meta, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                _settle(draft, meta)
+            yield
+
+    def _write(self, table: Any) -> None:
+        from pyarrow import parquet
+
+        name = f"part-{uuid.uuid4().hex}.parquet"
+        draft = self.folder / f".draft-{name}"
+        try:
+            parquet.write_table(table, draft, row_group_size=_ROW_GROUP, compression="zstd", write_page_checksum=True)
+            _settle(draft, self.folder / name)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
+
+    def _refresh(self) -> None:
+        """Bring the index to what is in the folder now; of a key that is there twice the first one stored wins."""
+        from pyarrow import ArrowException, parquet
+
+        there = {file.name for file in self.folder.glob("part-*.parquet")}
+        if there == self._shards.keys():
+            return
+        self._shards = {name: index for name, index in self._shards.items() if name in there}
+        for name in sorted(there - self._shards.keys()):
+            try:
+                table = parquet.read_table(self.folder / name, columns=["key", "created"])
+            except FileNotFoundError:
+                continue
+            except (ArrowException, OSError) as error:
+                self._set_aside(name, error)
+                continue
+            keys, created = table["key"].to_pylist(), table["created"].cast("int64").to_pylist()
+            self._shards[name] = {
+                key: (stored, name, row) for row, (key, stored) in enumerate(zip(keys, created, strict=True))
+            }
+        self._index = {}
+        for index in self._shards.values():
+            for key, place in index.items():
+                if key not in self._index or place < self._index[key]:
+                    self._index[key] = place
+
+    def _read_shard(
+        self,
+        name: str,
+        rows: list[tuple[int, str]],
+        wanted: Mapping[str, Request],
+        speaker: str,
+        found: dict[str, Kept],
+    ) -> bool:
+        """Read rows of one shard into ``found``; False if the shard cannot be read (any more)."""
+        from pyarrow import ArrowException, parquet
+
+        groups = defaultdict(list)
+        for row, key in rows:
+            groups[row // _ROW_GROUP].append((row % _ROW_GROUP, key))
+        try:
+            with parquet.ParquetFile(self.folder / name, page_checksum_verification=True) as shard:
+                for group, places in groups.items():
+                    table = shard.read_row_group(group, columns=_READ_COLUMNS)
+                    for place, key in places:
+                        row_found = table.slice(place, 1).to_pylist()[0]
+                        if row_found["key"] != key or row_found["content_hash"] != _response_hash(row_found):
+                            raise OSError(f"the response {key[:12]} does not have the hash it was stored with")
+                        found[key] = Kept(_rollout(row_found, wanted[key], speaker), row_found["run"])
+        except FileNotFoundError:
+            return False
+        except (ArrowException, OSError, IndexError) as error:
+            self._set_aside(name, error)
+            return False
+        return True
+
+    def _set_aside(self, name: str, error: Exception) -> None:
+        """Rename a damaged shard. A refusal of the operating system (it has a number) is no damage, and is raised."""
+        shard = self.folder / name
+        # Hidden, as the lock and drafts are: `datasets` takes every visible file of the folder for data.
+        aside = shard.with_name(f".{name}.broken")
+        with outside_world(shard):
+            if isinstance(error, OSError) and error.errno is not None:
+                raise error
+            try:
+                shard.rename(aside)
+            except FileNotFoundError:
+                # Another process has done so.
+                return
+        reason = " ".join(str(error).split())[:200]
+        say(f"{shard} is damaged ({reason}); it is kept as {aside.name} and its responses are generated again")
+
+
+_COLUMNS = {
+    "key": "string",
+    "prompt_id": "string",
+    "messages": "string",
+    "mode": "string",
+    "switch": "string",
+    "prompt_ids": "list<int32>",
+    "response_ids": "list<int32>",
+    "forced": "list<bool>",
+    "logprobs": "list<float32>",
+    "finish_reason": "string",
+    "teacher": "string",
+    "revision": "string",
+    "sampling": "string",
+    "seed": "int64",
+    "created": "timestamp[us, UTC]",
+    "run": "string",
+    "content_hash": "string",
+}
+_RESPONSE_COLUMNS = ("response_ids", "forced", "logprobs", "finish_reason")
+_READ_COLUMNS = ["key", *_RESPONSE_COLUMNS, "run", "content_hash"]
+
+
+def _table(rows: list[Mapping[str, Any]]) -> Any:
+    import pyarrow as pa
+
+    types = {
+        "string": pa.string(),
+        "int64": pa.int64(),
+        "list<int32>": pa.list_(pa.int32()),
+        "list<bool>": pa.list_(pa.bool_()),
+        "list<float32>": pa.list_(pa.float32()),
+        "timestamp[us, UTC]": pa.timestamp("us", tz="UTC"),
+    }
+    return pa.Table.from_pylist(rows, schema=pa.schema([(name, types[kind]) for name, kind in _COLUMNS.items()]))
+
+
+def _row(key: str, rollout: Rollout, teacher: str, revision: str, run: str) -> dict[str, Any]:
+    request = rollout.request
+    row: dict[str, Any] = {
+        "key": key,
+        "prompt_id": request.prompt.id,
+        "messages": json.dumps([dict(message) for message in request.prompt.messages]),
+        "mode": request.mode,
+        "switch": request.switch,
+        "prompt_ids": list(request.prompt_ids),
+        "response_ids": list(rollout.response_ids),
+        "forced": list(rollout.forced),
+        "logprobs": list(rollout.logprobs),
+        "finish_reason": rollout.finish_reason,
+        "teacher": teacher,
+        "revision": revision,
+        "sampling": json.dumps(asdict(request.sampling), sort_keys=True),
+        "seed": request.seed,
+        "created": time.time_ns() // 1000,
+        "run": run,
+    }
+    return {**row, "content_hash": _response_hash(row)}
+
+
+def _response_hash(row: Mapping[str, Any]) -> str:
+    """SHA-256 over the response's ids (int32), forced flags (a byte each), log-probs (float32) and finish reason."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for name, kind in (("response_ids", "<i4"), ("forced", "u1"), ("logprobs", "<f4")):
+        values = np.asarray(row[name], dtype=kind)
+        digest.update(f"{len(values)} ".encode())
+        digest.update(values.tobytes())
+    digest.update(row["finish_reason"].encode())
+    return digest.hexdigest()
+
+
+def _rollout(row: Mapping[str, Any], request: Request, speaker: str) -> Rollout:
+    return Rollout(
+        request=request,
+        response_ids=tuple(row["response_ids"]),
+        forced=tuple(row["forced"]),
+        logprobs=tuple(row["logprobs"]),
+        finish_reason=row["finish_reason"],
+        speaker=speaker,
+    )
+
+
+def _settle(draft: Path, final: Path) -> None:
+    """Give a finished file its name, once it and then the name are on disk."""
+    with draft.open("rb") as stream:
+        os.fsync(stream.fileno())
+    draft.rename(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def outside_world(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise DistillError(
+            f"the response store {path} cannot be used ({error.strerror or error}); responses stored before are safe "
+            f"and the same command goes on from them; free some space, or name another folder with --store "
+            f"or {VARIABLE}"
+        ) from error
