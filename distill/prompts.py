@@ -13,20 +13,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
-from distill.chat import switch_in
 from distill.config import EmbeddedPrompts, FilePrompts, HubPrompts, HubSet, PromptSettings
 from distill.errors import DistillError, UserError
 from distill.progress import say
+from distill.prompt_rows import EXAMPLE, FIELDS, kind_of, no_number, prompt_of, reason_of, shown_names
 from distill.seeding import derive
-from distill.types import MODES, Message, Prompt, content_hash
+from distill.types import Message, Prompt, content_hash
 
 HELD_OUT_SHARE = 0.05
 HELD_OUT_MOST = 500
@@ -34,8 +33,6 @@ HELD_OUT_MOST = 500
 CountTokens = Callable[[Sequence[Message]], int]
 """How many tokens a conversation is, rendered and ready to be answered."""
 
-ROLES = ("system", "user", "assistant", "tool")
-_FIELDS = ("answer", "mode", "language", "domain")
 _CHUNK_ROWS = 4096
 _TEMPLATE_TOKENS = 128  # tokens that a chat template puts around one message, generously
 
@@ -100,7 +97,7 @@ class TableSource:
         import pyarrow as pa
 
         self._seed = seed
-        columns = ("messages", *_FIELDS)
+        columns = ("messages", *FIELDS)
         schema = pa.schema([(name, pa.large_string()) for name in columns])
         digest = hashlib.sha256()
         ids: list[str] = []
@@ -108,7 +105,7 @@ class TableSource:
         chunks: list[Any] = []
         rows: list[dict[str, str | None]] = []
         for prompt in prompts:
-            fields = {name: getattr(prompt, name) for name in _FIELDS}
+            fields = {name: getattr(prompt, name) for name in FIELDS}
             rows.append({"messages": json.dumps([dict(message) for message in prompt.messages]), **fields})
             ids.append(prompt.id)
             if prompt.answer is not None:
@@ -203,7 +200,7 @@ def file_prompts(settings: FilePrompts) -> Iterator[tuple[str, Prompt]]:
     Raises UserError for what cannot be used, with the file and line.
     """
     path = Path(settings.path).expanduser()
-    columns = {name: settings.answer_column if name == "answer" else name for name in _FIELDS}
+    columns = {name: settings.answer_column if name == "answer" else name for name in FIELDS}
     known = (settings.prompt_column, *columns.values())
     num_prompts, ignored = 0, set[str]()
     for file in prompt_files(path):
@@ -211,12 +208,12 @@ def file_prompts(settings: FilePrompts) -> Iterator[tuple[str, Prompt]]:
         for where, row in rows:
             if settings.prompt_column not in row:
                 raise UserError(
-                    f"{where}: there is no column {settings.prompt_column!r}; the columns are {_names(row)}; rename "
+                    f"{where}: there is no column {settings.prompt_column!r}; the columns are {shown_names(row)}; rename "
                     f"one, or name it with --set prompts.prompt_column=NAME"
                 )
             ignored |= row.keys() - set(known)
             try:
-                prompt = _prompt(
+                prompt = prompt_of(
                     row[settings.prompt_column], {name: row.get(column) for name, column in columns.items()}
                 )
             except UserError as error:
@@ -224,9 +221,9 @@ def file_prompts(settings: FilePrompts) -> Iterator[tuple[str, Prompt]]:
             num_prompts += 1
             yield where, prompt
     if num_prompts == 0:
-        raise UserError(f"{path} holds no prompt; write one JSON object a line, such as {_EXAMPLE}")
+        raise UserError(f"{path} holds no prompt; write one JSON object a line, such as {EXAMPLE}")
     if ignored:
-        say(f"{path}: not used: {_names(sorted(ignored))} (used: {', '.join(known)})")
+        say(f"{path}: not used: {shown_names(sorted(ignored))} (used: {', '.join(known)})")
 
 
 def _of_files(settings: FilePrompts, limit: _Limit) -> Iterator[Prompt]:
@@ -266,13 +263,13 @@ def json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     continue
                 where = f"{file}, line {number}"
                 try:
-                    row = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+                    row = json.loads(line.decode("utf-8-sig"), parse_constant=no_number)
                 except (ValueError, RecursionError) as error:
                     raise UserError(
-                        f"{where} is not JSON ({_short(error)}); write one JSON object a line, such as {_EXAMPLE}"
+                        f"{where} is not JSON ({reason_of(error)}); write one JSON object a line, such as {EXAMPLE}"
                     ) from None
                 if not isinstance(row, dict):
-                    raise UserError(f"{where} holds {_kind(row)}; write one JSON object a line, such as {_EXAMPLE}")
+                    raise UserError(f"{where} holds {kind_of(row)}; write one JSON object a line, such as {EXAMPLE}")
                 yield where, row
     except OSError as error:
         raise UserError(f"the prompts {file} cannot be read: {error.strerror}") from None
@@ -296,7 +293,9 @@ def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Map
                     # Arrow fills in None for what a message of the list does not have.
                     yield f"{file}, row {number}", row
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read as parquet ({_short(error)}); write it again, or use JSONL") from None
+        raise UserError(
+            f"{file} cannot be read as parquet ({reason_of(error)}); write it again, or use JSONL"
+        ) from None
 
 
 def _of_hub(settings: HubPrompts, limit: _Limit) -> Iterator[Prompt]:
@@ -309,7 +308,7 @@ def _of_hub(settings: HubPrompts, limit: _Limit) -> Iterator[Prompt]:
             fields = {name: row[column] for name, column in columns.items() if column is not None}
             try:
                 value = _up_to_last_question(row[hub_set.prompt_column])
-                prompt = _prompt(value, {**fields, "domain": domain})
+                prompt = prompt_of(value, {**fields, "domain": domain})
                 limit.check(prompt.messages)
             except UserError as error:
                 left_out[str(error).partition(";")[0][:100]] += 1
@@ -336,9 +335,9 @@ def _hub_rows(hub_set: HubSet) -> Iterator[Mapping[str, Any]]:
     try:
         table = datasets.load_dataset(hub_set.id, hub_set.subset, split=hub_set.split, revision=hub_set.revision)
     except (datasets.exceptions.DatasetsError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise UserError(f"the data set {hub_set.id} cannot be had: {_short(error)}; {way_out}") from None
+        raise UserError(f"the data set {hub_set.id} cannot be had: {reason_of(error)}; {way_out}") from None
     except OSError as error:
-        raise DistillError(f"the data set {hub_set.id} could not be read: {_short(error)}; {way_out}") from error
+        raise DistillError(f"the data set {hub_set.id} could not be read: {reason_of(error)}; {way_out}") from error
     named = (hub_set.prompt_column, hub_set.answer_column, hub_set.language_column)
     columns = [column for column in named if column is not None]
     for column in columns:
@@ -355,105 +354,3 @@ def _up_to_last_question(value: Any) -> Any:
         roles = [message.get("role") if isinstance(message, dict) else None for message in value]
         return value[: len(roles) - roles[::-1].index("user")] if "user" in roles else value
     return value
-
-
-def _prompt(value: Any, fields: Mapping[str, Any]) -> Prompt:
-    """The prompt of one row. Raises UserError without the place, which the caller knows."""
-    messages = _messages(value)
-    mode, switch = fields.get("mode"), switch_in(messages)
-    if mode is not None and mode not in MODES:
-        raise UserError(f"mode is {mode!r}; it is think, no_think, or left out where the stage may choose")
-    if mode is not None and switch is not None and mode != switch:
-        raise UserError(f"mode is {mode} and a message says /{switch}; leave one of them out")
-    for name in ("language", "domain"):
-        found = fields.get(name)
-        if found is not None and not (isinstance(found, str) and _is_text(found)):
-            raise UserError(f"{name} is {_kind(found)}; it is a text or left out")
-    return Prompt(
-        messages=messages,
-        answer=_answer(fields.get("answer")),
-        mode=switch or mode,
-        language=fields.get("language"),
-        domain=fields.get("domain"),
-    )
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list):
-        raise UserError(f"the prompt is {_kind(value)}; it is a text or a list of messages")
-    if not value:
-        raise UserError("the prompt is an empty list; it needs at least one message of the user")
-    messages = tuple(_message(number, message) for number, message in enumerate(value, start=1))
-    last = messages[-1]["role"]
-    if last != "user":
-        raise UserError(f"the last message is from {last!r}; the last one must be from the user, who is answered")
-    return messages
-
-
-def _message(number: int, message: Any) -> Message:
-    if not isinstance(message, dict):
-        raise UserError(f"message {number} is {_kind(message)}; it is an object with role and content")
-    given = {key: value for key, value in message.items() if value is not None}
-    if not {"role", "content"} <= given.keys():
-        raise UserError(f"message {number} has the keys {_names(given)}; it needs role and content")
-    role, content = given["role"], given["content"]
-    if role not in ROLES:
-        raise UserError(f"message {number} has the role {role!r}; it is one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise UserError(f"the content of message {number} is {_kind(content)}; only text is supported")
-    if not content.strip():
-        raise UserError(f"the text of message {number} is empty; write something or remove the row")
-    if not _is_text(content):
-        raise UserError(f"the text of message {number} holds half of a surrogate pair, which no encoding can write")
-    # What a template does not read (names, scores) is no part of the prompt.
-    kept = {"role": role, "content": content}
-    thinking = given.get("reasoning_content")
-    if thinking is not None and not (isinstance(thinking, str) and _is_text(thinking)):
-        raise UserError(f"the reasoning_content of message {number} is {_kind(thinking)}; it is a text or left out")
-    if thinking is not None:
-        kept["reasoning_content"] = thinking
-    if given.get("tool_calls"):
-        raise UserError(f"message {number} calls tools; write the call into its content as text")
-    return kept
-
-
-def _answer(value: Any) -> str | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, str) and value.strip() and _is_text(value):
-        return value
-    shown = "empty" if isinstance(value, str) else _kind(value)
-    raise UserError(f"answer is {shown}; it is a text, a number, or left out where there is none")
-
-
-def _is_text(text: str) -> bool:
-    """Whether every encoding can write it; JSON's escapes can smuggle in half a surrogate pair."""
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
-
-
-def _names(keys: Iterable[str]) -> str:
-    """The first of some names, fit for printing."""
-    shown = [key.encode(errors="backslashreplace").decode()[:60] for key in keys]
-    return (", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")) or "none"
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"a value of type {type(value).__name__}")
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-_EXAMPLE = '{"prompt": "What is 3+4?", "answer": "7"}'
