@@ -7,10 +7,6 @@ never asked for.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,11 +14,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.cache import cache_home
 from distill.errors import DistillError, UserError
 from distill.family import ModelSource, Shape
-from distill.progress import say
-from distill.types import content_hash
+from distill.weights import fingerprint, first_line, read_object, validate_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -31,15 +25,6 @@ if TYPE_CHECKING:
 
 WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 """What is downloaded of a model on the hub."""
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-_REMEMBER_FROM_BYTES = 64 * 1024**2  # below, hashing a file anew takes less than a tenth of a second
-_SETTLED_SECONDS = 2.0  # a file changed more recently than this can change again without a new time stamp
-
-_ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
-_ITEM_BITS |= {"I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +58,7 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     a download breaks off.
     """
     path = _download(source.location, source.revision) if source.kind == "hub" else Path(source.location)
-    config = _read_object(path / "config.json", f"{path} is no model folder")
+    config = read_object(path / "config.json", f"{path} is no model folder")
     shape = _shape(path, config)
     weight_files = validate_safetensors(path)
     return Checkpoint(
@@ -82,38 +67,11 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
         config=config,
         shape=shape,
         # The hub's cache names the folder of a snapshot after its commit.
-        revision=path.name if source.kind == "hub" else _fingerprint(config, weight_files),
+        revision=path.name if source.kind == "hub" else fingerprint(config, weight_files),
         stop_ids=_stop_ids(path, config),
         max_positions=_positive(path, config, "max_position_embeddings"),
         weight_files=weight_files,
     )
-
-
-def validate_safetensors(path: Path) -> dict[str, Path]:
-    """The file of every tensor of the model in ``path``, once all its files are known to be whole.
-
-    Reads headers only. Raises UserError that names the file: missing, cut off (with the bytes it has and should
-    have), damaged, or without a tensor that the index promises.
-    """
-    if (path / _INDEX).is_file():
-        promised = _weight_map(path / _INDEX)
-    elif (path / _SINGLE).is_file():
-        promised = dict.fromkeys(_header(path / _SINGLE), _SINGLE)
-    else:
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-        raise UserError(
-            f"{path} has neither {_SINGLE} nor {_INDEX}"
-            + (f" but {pickled[0]}, and pickled weights are never read; " if pickled else "; ")
-            + "save the model with transformers' save_pretrained, which writes safetensors"
-        )
-    held = {name: _header(path / name) for name in sorted(set(promised.values()))}
-    for tensor, name in promised.items():
-        if tensor not in held[name]:
-            raise UserError(
-                f"{path / name} does not hold the tensor {tensor}, which {_INDEX} says it does; "
-                f"the files belong to different models or versions: copy or download the folder again"
-            )
-    return {tensor: path / name for tensor, name in promised.items()}
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -144,7 +102,7 @@ def _tokenizer_in(path: Path) -> PreTrainedTokenizerBase:
     # `tokenizers` reports what it cannot parse as a bare Exception.
     except Exception as error:
         raise UserError(
-            f"the tokenizer in {path} cannot be read ({_first_line(error)}); copy or download its tokenizer files again"
+            f"the tokenizer in {path} cannot be read ({first_line(error)}); copy or download its tokenizer files again"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{path} has no tokenizer.json; save the tokenizer there in its fast form")
@@ -257,30 +215,18 @@ def _download(hub_id: str, revision: str | None, patterns: Sequence[str] = WANTE
     except errors.RevisionNotFoundError:
         raise UserError(f"{hub_id} has no revision {revision}; name a branch, a tag or a commit of it") from None
     except errors.HFValidationError as error:
-        raise UserError(f"{hub_id!r} is no hub id ({_first_line(error)}); write owner/name or a folder") from None
+        raise UserError(f"{hub_id!r} is no hub id ({first_line(error)}); write owner/name or a folder") from None
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{what} is not complete in the cache and the hub cannot be reached ({_first_line(error.__cause__)}); "
+            f"{what} is not complete in the cache and the hub cannot be reached ({first_line(error.__cause__)}); "
             f"give a local folder instead, point HF_HOME to a cache that holds the model, "
             f"or run once with a connection (for a gated model after `hf auth login`)"
         ) from None
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         raise DistillError(
-            f"the download of {what} failed: {_first_line(error)}; what has arrived is kept and the same command "
+            f"the download of {what} failed: {first_line(error)}; what has arrived is kept and the same command "
             f"goes on from there, and with HF_HUB_OFFLINE=1 a model in the cache is used without asking the hub"
         ) from error
-
-
-def _read_object(file: Path, if_missing: str) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{if_missing}: there is no {file.name} in it; name the folder that holds it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({_first_line(error)}); copy or download it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds a {type(value).__name__}, not an object; copy or download it again")
-    return value
 
 
 def _shape(path: Path, config: Mapping[str, Any]) -> Shape:
@@ -308,7 +254,7 @@ def _positive(path: Path, config: Mapping[str, Any], key: str) -> int:
 def _stop_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """``eos_token_id`` of generation_config.json; where that says nothing, of config.json, as transformers does it."""
     file = path / "generation_config.json"
-    generation = _read_object(file, str(path)) if file.is_file() else {}
+    generation = read_object(file, str(path)) if file.is_file() else {}
     found = generation.get("eos_token_id")
     if found is None:
         found = config.get("eos_token_id")
@@ -318,95 +264,8 @@ def _stop_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_object(index, str(index.parent)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map from tensors to files; copy or download it again")
-    for name in weight_map.values():
-        # A name with a folder in it could point out of the model's own folder.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} names {name!r} as a file; it names safetensors files beside itself")
-    return weight_map
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """A safetensors file's tensors by name, once header and data are known to be as long as the file."""
-    again = "copy or download it again"
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            start = 8 + (header_bytes if size >= 8 else 0)
-            if size < start and header_bytes <= _MAX_HEADER_BYTES:
-                raise UserError(f"{file} is cut off: it has {size} bytes, and its header alone needs {start}; {again}")
-            text = stream.read(min(header_bytes, _MAX_HEADER_BYTES))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing, and the model's index names it; {again}") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    try:
-        header = json.loads(text)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((_checked_end(entry) for entry in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{file} is no safetensors file: its header cannot be read; {again}") from None
-    if size != start + end:
-        what = "is cut off" if size < start + end else "is too long"
-        raise UserError(f"{file} {what}: it has {size} bytes and should have {start + end}; {again}")
-    return tensors
-
-
-def _checked_end(entry: Mapping[str, Any]) -> int:
-    """Where a tensor's data end. Raises ValueError for data of another length than its shape and type need."""
-    begin, end = entry["data_offsets"]
-    item_bits = _ITEM_BITS.get(entry["dtype"])
-    is_known = item_bits is not None
-    if not 0 <= begin <= end or (is_known and (end - begin) * 8 != item_bits * math.prod(entry["shape"])):
-        raise ValueError(entry)
-    return int(end)
-
-
-def _fingerprint(config: Mapping[str, Any], weight_files: Mapping[str, Path]) -> str:
-    files = sorted(set(weight_files.values()))
-    # What transformers was called when it saved the model says nothing about the model.
-    described = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
-    return content_hash([described, [[file.name, _file_hash(file)] for file in files]])
-
-
-def _file_hash(file: Path) -> str:
-    """SHA-256 of a file; that of a large file is remembered under the user's cache until the file changes."""
-    status = file.stat()
-    identity = [str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    note = cache_home() / "fingerprints" / content_hash(identity)
-    is_large = status.st_size >= _REMEMBER_FROM_BYTES
-    if is_large and note.is_file():
-        return note.read_text(encoding="ascii")
-    if status.st_size >= 16 * _REMEMBER_FROM_BYTES:
-        say(f"hashing {file} ({status.st_size / 1e9:.1f} GB) to identify the model; done once for each file")
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if is_large and time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS:
-        _remember(note, digest)
-    return digest
-
-
-def _remember(note: Path, digest: str) -> None:
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        draft = note.with_name(f"{note.name}.{os.getpid()}")
-        draft.write_text(digest, encoding="ascii")
-        draft.replace(note)
-    except OSError:
-        # Nothing but time is lost: the file is hashed again the next time.
-        return
-
-
 def _some(names: object) -> str:
     """The first few names of a set that may be long; a mismatch comes as (name, shape, shape)."""
     assert isinstance(names, set | list | tuple)
     shown = sorted(str(name) for name in names)
     return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
-
-
-def _first_line(error: BaseException | None) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

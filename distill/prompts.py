@@ -208,8 +208,8 @@ def file_prompts(settings: FilePrompts) -> Iterator[tuple[str, Prompt]]:
         for where, row in rows:
             if settings.prompt_column not in row:
                 raise UserError(
-                    f"{where}: there is no column {settings.prompt_column!r}; the columns are {shown_names(row)}; rename "
-                    f"one, or name it with --set prompts.prompt_column=NAME"
+                    f"{where}: there is no column {settings.prompt_column!r}; the columns are {shown_names(row)}; "
+                    f"rename one, or name it with --set prompts.prompt_column=NAME"
                 )
             ignored |= row.keys() - set(known)
             try:

@@ -230,7 +230,7 @@ _RESPONSE_COLUMNS = ("response_ids", "forced", "logprobs", "finish_reason")
 _READ_COLUMNS = ["key", *_RESPONSE_COLUMNS, "run", "content_hash"]
 
 
-def _table(rows: list[Mapping[str, Any]]) -> Any:
+def _table(rows: list[dict[str, Any]]) -> Any:
     import pyarrow as pa
 
     types = {

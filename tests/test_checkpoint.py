@@ -13,18 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from distill import checkpoint as checkpoint_module
+from distill import weights as weights_module
 from distill.checkpoint import (
     family_stop_ids,
     lm_head,
     load_model,
     load_tokenizer,
     open_checkpoint,
-    validate_safetensors,
 )
 from distill.embedded.tokenizer import VOCAB_ROWS, build_tokenizer
 from distill.errors import UserError
 from distill.family import ModelSource
+from distill.weights import validate_safetensors
 
 SHAPE = {
     "vocab_size": VOCAB_ROWS,
@@ -111,9 +111,9 @@ def test_a_remembered_hash_does_not_outlive_a_change(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(checkpoint_module, "_REMEMBER_FROM_BYTES", 1)
-    monkeypatch.setattr(checkpoint_module, "_SETTLED_SECONDS", -1.0)
-    monkeypatch.setattr(checkpoint_module, "say", lambda text: None)
+    monkeypatch.setattr(weights_module, "_REMEMBER_FROM_BYTES", 1)
+    monkeypatch.setattr(weights_module, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(weights_module, "say", lambda text: None)
     first = open_checkpoint(source(single)).revision
     notes = list((tmp_path / "cache" / "strong-to-weak" / "fingerprints").iterdir())
     assert len(notes) == 1
