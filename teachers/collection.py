@@ -101,7 +101,10 @@ class Collection:
                     self._set_aside(name, error)
             if len(tables) < 2:
                 return 0
-            self._write(concat_tables(tables.values()).sort_by("created"))
+            joined = concat_tables(tables.values()).sort_by("created")
+            # Folders that were copied into each other, or a writer killed before it removed what it had joined.
+            first = {key: row for row, key in reversed(list(enumerate(joined["key"].to_pylist())))}
+            self._write(joined.take(sorted(first.values())))
             for name in tables:
                 (self.folder / name).unlink(missing_ok=True)
             return len(tables)

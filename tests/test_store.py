@@ -142,6 +142,13 @@ def test_of_two_stores_that_were_joined_the_first_response_wins(tmp_path: Path) 
         shutil.copy(shard, shards(tmp_path / "a")[0].parent / "part-0.parquet")
     assert len(shards(tmp_path / "a")) == 2
     assert stored(tmp_path / "a", requests(4))[:3] == [respond(one) for one in requests(3)]
+    store = ResponseStore(tmp_path / "a")
+    store.get(TEACHER, requests(4))
+    assert store.compact() == 2
+    expected = [*[respond(one) for one in requests(3)], respond(request(3), offset=100)]
+    assert stored(tmp_path / "a", requests(4)) == expected, "also after they were joined in one shard"
+    (shard,) = shards(tmp_path / "a")
+    assert parquet.read_table(shard).num_rows == 4
 
 
 def cut(file: Path, keep: float) -> None:
