@@ -76,7 +76,7 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises UserError where it has none that can be read."""
-    return _tokenizer_in(checkpoint.path)
+    return tokenizer_in(checkpoint.path)
 
 
 def open_tokenizer(source: ModelSource) -> tuple[PreTrainedTokenizerBase, Shape | None]:
@@ -87,10 +87,11 @@ def open_tokenizer(source: ModelSource) -> tuple[PreTrainedTokenizerBase, Shape 
     patterns = [pattern for pattern in WANTED_FILES if pattern != "*.safetensors"]
     path = _download(source.location, source.revision, patterns) if source.kind == "hub" else Path(source.location)
     config = path / "config.json"
-    return _tokenizer_in(path), _shape(path, _read_object(config, "")) if config.is_file() else None
+    return tokenizer_in(path), _shape(path, _read_object(config, "")) if config.is_file() else None
 
 
-def _tokenizer_in(path: Path) -> PreTrainedTokenizerBase:
+def tokenizer_in(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files lie in ``path``. Raises UserError where there is none that can be read."""
     from transformers import AutoTokenizer
 
     # Without these files transformers would make up an empty tokenizer of the model's type.

@@ -1,4 +1,4 @@
-"""The door: ``distill run``, ``distill eval``, ``distill report``.
+"""The door: ``distill run``, ``distill eval``, ``distill report``, ``distill teacher``, ``distill responses``.
 
 Standard output carries results only (with ``--json``, one JSON document); progress and errors go to standard error.
 A user's error is one sentence and exit code 2, a failure 1, a clean stop 75, Ctrl-C 130. Heavy modules are imported by
@@ -31,8 +31,12 @@ app = typer.Typer(
 
 teacher_app = typer.Typer(help="A teacher's vLLM server.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
+responses_app = typer.Typer(help="The store of teachers' responses.", no_args_is_help=True)
+app.add_typer(responses_app, name="responses")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Store = Annotated[Path | None, typer.Option(help="Folder of the store; default DISTILL_STORE or the user's cache.")]
+Collection = Annotated[str, typer.Option(help="Only collections with this in their folder's name.")]
 
 
 @app.callback()
@@ -347,6 +351,74 @@ def _nodes(num: int, rank: int, address: str | None) -> Nodes | None:
         raise UserError(f"--nodes {num} needs --node-address, the host name of machine 0 as the others see it")
     host, _, port = address.rpartition(":") if address.rpartition(":")[2].isdigit() else (address, "", "")
     return Nodes(num, rank, host, int(port)) if port else Nodes(num, rank, host)
+
+
+@responses_app.command("ls")
+def responses_list(store: Store = None, collection: Collection = "", as_json: Json = False) -> None:
+    """List the collections: whose responses they hold, how they were drawn, how many and how large.
+
+    Example:
+
+      distill responses ls --store runs/store
+    """
+    from pipelines.listing import print_collections
+    from teachers.inspection import list_collections
+    from teachers.store import default_root
+
+    root = store or default_root()
+    found = list_collections(root, collection)
+    if as_json:
+        print(json.dumps({"store": str(root), "collections": found}, allow_nan=False))
+    else:
+        print_collections(str(root), found)
+
+
+@responses_app.command("show")
+def responses_show(
+    key: Annotated[str | None, typer.Argument(help="The first letters of a response's key.")] = None,
+    num: Annotated[int, typer.Option("--first", min=1, help="Without a key: how many are shown.")] = 3,
+    store: Store = None,
+    collection: Collection = "",
+    as_json: Json = False,
+) -> None:
+    """Show responses: what was asked and said, forced tokens marked.
+
+    Examples:
+
+      distill responses show 5c48c5
+
+      distill responses show --first 10 --collection tiny --json
+    """
+    from pipelines.listing import print_responses
+    from teachers.inspection import show_responses
+    from teachers.store import default_root
+
+    root = store or default_root()
+    found = show_responses(root, key=key, num=num, name=collection)
+    if as_json:
+        print(json.dumps({"store": str(root), "responses": found}, allow_nan=False))
+    else:
+        print_responses(found)
+
+
+@responses_app.command("stats")
+def responses_stats(store: Store = None, collection: Collection = "", as_json: Json = False) -> None:
+    """Statistics of each collection by mode: lengths, truncation, closed thinking, repetition.
+
+    Example:
+
+      distill responses stats --collection tiny
+    """
+    from pipelines.listing import print_statistics
+    from teachers.inspection import statistics
+    from teachers.store import default_root
+
+    root = store or default_root()
+    found = statistics(root, collection)
+    if as_json:
+        print(json.dumps({"store": str(root), "collections": found}, allow_nan=False))
+    else:
+        print_statistics(found)
 
 
 def _one_of(value: str, option: str, known: tuple[Any, ...]) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 
 from distill.errors import DistillError
 from distill.progress import say
-from distill.types import Request, Rollout
+from distill.types import Prompt, Request, Rollout, Sampling
 
 VARIABLE = "DISTILL_STORE"
 _ROW_GROUP = 256  # rows that are read together when one of them is wanted
@@ -31,10 +31,11 @@ _SMALL_SHARD = 4096  # rows; smaller shards are joined when there are many
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A stored response; ``run`` is the label of the run that generated it."""
+    """A stored response; ``run`` is the label of the run that generated it, ``created`` when, in microseconds."""
 
     rollout: Rollout
     run: str
+    created: int
 
 
 class Collection:
@@ -60,6 +61,45 @@ class Collection:
                 # A shard that was found broken has been set aside: look again, an older copy may be there.
                 if all(self._read_shard(shard, rows, wanted, speaker, found) for shard, rows in places.items()):
                     return found
+
+    def shards(self) -> list[Path]:
+        """The files that hold responses."""
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def set_aside(self) -> list[str]:
+        """Names of the files that were found damaged."""
+        return sorted(file.name for file in self.folder.glob(".part-*.broken"))
+
+    def walk(self, broken: list[str]) -> Iterator[tuple[str, Kept]]:
+        """Every response with its key, a few at a time in memory; of a key that is there twice the first one stored.
+
+        For looking only: a shard that cannot be read is named in ``broken`` and left where it is.
+        """
+        with outside_world(self.folder), self._unchanged():
+            first: dict[str, tuple[int, str, int]] = {}
+            for shard in self.shards():
+                for number, row in enumerate(self._rows(shard, ["key", "created"], broken)):
+                    place = (row["created"], shard.name, number)
+                    first[row["key"]] = min(place, first.get(row["key"], place))
+            for shard in self.shards():
+                for number, row in enumerate(self._rows(shard, list(_COLUMNS), broken)):
+                    if first[row["key"]] == (row["created"], shard.name, number):
+                        yield row["key"], Kept(_rollout(row, _request(row), row["teacher"]), row["run"], row["created"])
+
+    def _rows(self, shard: Path, columns: list[str], broken: list[str]) -> Iterator[dict[str, Any]]:
+        from pyarrow import ArrowException, RecordBatch, parquet
+
+        if shard.name in broken:
+            return
+        try:
+            with parquet.ParquetFile(shard, page_checksum_verification=True) as file:
+                batch: RecordBatch
+                for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=columns):
+                    yield from _with_plain_times(batch).to_pylist()
+        except (ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            broken.append(shard.name)
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
@@ -180,12 +220,13 @@ class Collection:
         try:
             with parquet.ParquetFile(self.folder / name, page_checksum_verification=True) as shard:
                 for group, places in groups.items():
-                    table = shard.read_row_group(group, columns=_READ_COLUMNS)
+                    table = _with_plain_times(shard.read_row_group(group, columns=_READ_COLUMNS))
                     for place, key in places:
                         row_found = table.slice(place, 1).to_pylist()[0]
                         if row_found["key"] != key or row_found["content_hash"] != _response_hash(row_found):
                             raise OSError(f"the response {key[:12]} does not have the hash it was stored with")
-                        found[key] = Kept(_rollout(row_found, wanted[key], speaker), row_found["run"])
+                        rollout = _rollout(row_found, wanted[key], speaker)
+                        found[key] = Kept(rollout, row_found["run"], row_found["created"])
         except FileNotFoundError:
             return False
         except (ArrowException, OSError, IndexError) as error:
@@ -230,7 +271,7 @@ _COLUMNS = {
     "content_hash": "string",
 }
 _RESPONSE_COLUMNS = ("response_ids", "forced", "logprobs", "finish_reason")
-_READ_COLUMNS = ["key", *_RESPONSE_COLUMNS, "run", "content_hash"]
+_READ_COLUMNS = ["key", *_RESPONSE_COLUMNS, "run", "created", "content_hash"]
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:
@@ -245,6 +286,12 @@ def _table(rows: list[dict[str, Any]]) -> Any:
         "timestamp[us, UTC]": pa.timestamp("us", tz="UTC"),
     }
     return pa.Table.from_pylist(rows, schema=pa.schema([(name, types[kind]) for name, kind in _COLUMNS.items()]))
+
+
+def _with_plain_times(table: Any) -> Any:
+    """``created`` in microseconds."""
+    where = table.schema.get_field_index("created")
+    return table.set_column(where, "created", table["created"].cast("int64"))
 
 
 def _row(key: str, rollout: Rollout, teacher: str, revision: str, run: str) -> dict[str, Any]:
@@ -281,6 +328,18 @@ def _response_hash(row: Mapping[str, Any]) -> str:
         digest.update(values.tobytes())
     digest.update(row["finish_reason"].encode())
     return digest.hexdigest()
+
+
+def _request(row: Mapping[str, Any]) -> Request:
+    """What was asked, as far as it is stored: without the reference answer, which takes no part in a response."""
+    return Request(
+        prompt=Prompt(tuple(json.loads(row["messages"]))),
+        mode=row["mode"],
+        switch=row["switch"],
+        prompt_ids=tuple(row["prompt_ids"]),
+        sampling=Sampling(**json.loads(row["sampling"])),
+        seed=row["seed"],
+    )
 
 
 def _rollout(row: Mapping[str, Any], request: Request, speaker: str) -> Rollout:

@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from distill.cache import cache_home
+from distill.errors import DistillError
 from distill.types import Request, Rollout, Sampling, content_hash
 from teachers.collection import VARIABLE, Collection, Kept, outside_world
 
@@ -88,12 +88,17 @@ class ResponseStore:
         """Join the small shards of every collection in use. Returns how many shards were joined."""
         return sum(collection.compact() for collection in self._collections.values())
 
-    def collections(self) -> dict[Path, dict[str, Any]]:
-        """Every collection's folder with its meta data, by folder name."""
-        found = {}
+    def collections(self) -> list[Collection]:
+        """Every collection, by folder name."""
+        found = []
         for meta in sorted(self.root.glob("*/meta.json")):
             with outside_world(meta):
-                found[meta.parent] = json.loads(meta.read_text(encoding="utf-8"))
+                try:
+                    found.append(Collection(meta.parent, json.loads(meta.read_text(encoding="utf-8"))))
+                except ValueError as error:
+                    raise DistillError(
+                        f"{meta} is damaged ({error}); remove it, and the next run that uses the collection writes it"
+                    ) from None
         return found
 
     def _by_collection(

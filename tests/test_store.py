@@ -103,16 +103,16 @@ def test_a_collection_holds_one_sampling_and_says_which(tmp_path: Path) -> None:
     store.put(TEACHER, [respond(one) for one in cool])
     assert len(store.get(TEACHER, [*requests(2), *cool])) == 4
     collections = store.collections()
-    assert {meta["sampling"]["max_new_tokens"] for meta in collections.values()} == {8, 64}
-    assert all(folder.name.startswith("owner-teacher-") for folder in collections)
-    assert all(meta["revision"] == "r1" for meta in collections.values())
+    assert {one.meta["sampling"]["max_new_tokens"] for one in collections} == {8, 64}
+    assert all(one.folder.name.startswith("owner-teacher-") for one in collections)
+    assert all(one.meta["revision"] == "r1" for one in collections)
 
 
 def test_other_tools_can_read_a_collection(tmp_path: Path) -> None:
     import datasets
 
     filled(tmp_path / "store", 3)
-    (folder,) = ResponseStore(tmp_path / "store").collections()
+    (folder,) = (one.folder for one in ResponseStore(tmp_path / "store").collections())
     (folder / ".part-0.parquet.broken").write_text("set aside")
     for name, options in ((str(folder), {}), ("parquet", {"data_files": str(folder / "part-*.parquet")})):
         table = datasets.load_dataset(name, split="train", cache_dir=str(tmp_path / "cache"), **options)
