@@ -206,6 +206,20 @@ class Mixture(Settings):
     """Share of prompts whose mode is asked for by a flag in the last user message (/think, /no_think)."""
 
 
+class FilterSettings(Settings):
+    """Which of the teacher's responses are not trained on. A prompt with several samples keeps those that are left."""
+
+    truncated: bool = True
+    """Leave out responses that reached the token limit."""
+    unclosed: bool = False
+    """Leave out responses whose thinking is not closed: they end without an answer."""
+    max_repetition: Share | None = None
+    """Leave out responses of which a larger share of 4-grams repeats earlier ones; null leaves out none. What a
+    teacher's responses have is in ``distill responses stats``."""
+    wrong: bool = False
+    """Leave out responses that do not give their prompt's answer, among prompts that have one."""
+
+
 class OffPolicyStage(Settings):
     """Cross-entropy on the teacher's responses in both modes (Qwen3 report, section 4.5, first stage)."""
 
@@ -221,8 +235,7 @@ class OffPolicyStage(Settings):
         think=SamplingSettings(max_new_tokens=16384, temperature=0.6, top_p=0.95, top_k=20),
         no_think=SamplingSettings(max_new_tokens=4096, temperature=0.7, top_p=0.8, top_k=20),
     )
-    keep_truncated: bool = False
-    """Train on responses that reached the token limit too."""
+    filters: FilterSettings = FilterSettings()
     optimiser: Optimiser = Optimiser(learning_rate=1e-5, schedule="cosine")
 
 

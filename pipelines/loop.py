@@ -16,6 +16,7 @@ from distill.encode import Encoder
 from distill.errors import DistillError, GuardError, NonFiniteError, StoppedError
 from distill.journal import Journal
 from distill.progress import track
+from distill.repetition import repetition
 from distill.seeding import derive
 from distill.types import MODES, Example, Mode, Rollout
 from pipelines.crew import Crew, Mean, Stage
@@ -217,16 +218,6 @@ def surprise(rollout: Rollout) -> float:
     """Mean of -log p over the tokens that the speaker chose itself; 0 where there is none."""
     chosen = [value for value, kept in zip(rollout.logprobs, rollout.loss_mask, strict=True) if kept]
     return -sum(chosen) / len(chosen) if chosen else 0.0
-
-
-def repetition(ids: Sequence[int]) -> float:
-    """Share of a response's 4-grams that it had said before; 0 for one that is shorter than two of them.
-
-    >>> repetition((1, 2, 3, 4, 1, 2, 3, 4))
-    0.2
-    """
-    grams = list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _note(metrics: Mapping[str, Any]) -> str:

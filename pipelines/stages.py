@@ -28,9 +28,11 @@ from pipelines.crew import Crew, Judged, group_requests, with_modes
 from pipelines.grpo import Grpo, OpdReward
 from pipelines.losses import LOSSES
 from pipelines.meter import MeteredSampler
+from pipelines.verifier import verdicts_where_known
 from students.shared_sampler import with_all_samplers
 from students.student import Felt, Rows
 from teachers.answers import Answers, answer
+from teachers.filters import sift
 
 
 class OffPolicy:
@@ -40,7 +42,7 @@ class OffPolicy:
         self.name, self.settings, self.crew, self.first_prompt = name, settings, crew, first_prompt
         self._responses: list[Rollout] = []
         self._keys: list[str] = []
-        self._num_truncated = 0
+        self._fallen: dict[str, int] = {}
 
     @property
     def num_prompts(self) -> int:
@@ -84,14 +86,19 @@ class OffPolicy:
         assert answers is not None
         self._charge(answers)
         self._keys = list(answers.keys)
-        self._responses = [
-            rollout for rollout in answers.rollouts if settings.keep_truncated or rollout.finish_reason == "stop"
-        ]
-        self._num_truncated = len(answers.rollouts) - len(self._responses)
+        sifted = sift(
+            answers.rollouts,
+            settings.filters,
+            crew.encoder,
+            lambda rollouts: verdicts_where_known(rollouts, crew.prompts, crew.encoder),
+        )
+        self._responses, self._fallen = list(sifted.kept), sifted.fallen
+        say(f"{self.name}: {sifted.sentence}")
         if not self._responses:
             raise UserError(
-                f"all {len(answers.rollouts)} responses of the teacher reached the token limit; raise "
-                f"stages.{self.name}.sampling.*.max_new_tokens"
+                f"stages.{self.name}.filters leave none of the teacher's {len(requests)} responses "
+                f"({', '.join(f'{count} {name}' for name, count in sifted.fallen.items() if count)}); raise "
+                f"stages.{self.name}.sampling.*.max_new_tokens where they are truncated, or switch a filter off"
             )
 
     def _charge(self, answers: Answers) -> None:
@@ -121,7 +128,7 @@ class OffPolicy:
         return Felt(felt.total, {"sampled_logprob": -felt.values, "student_entropy": felt.entropy})
 
     def manifest(self) -> dict[str, Any]:
-        return {"responses": self._keys, "num_truncated": self._num_truncated}
+        return {"responses": self._keys, "num_kept": len(self._responses), "filtered": self._fallen}
 
 
 class OnPolicy:

@@ -50,3 +50,12 @@ class Verifier:
         answer = rollout.request.prompt.answer
         assert answer is not None, "for_prompts saw an answer to every prompt"
         return grade(self.grader, self.encoder.decode(rollout.response_ids), answer)
+
+
+def verdicts_where_known(rollouts: Sequence[Rollout], source: PromptSource, encoder: Encoder) -> list[bool | None]:
+    """Right or wrong, by one grader for all; None where the prompt has no answer."""
+    answered = [rollout for rollout in rollouts if rollout.request.prompt.answer is not None]
+    prompts = [rollout.request.prompt for rollout in answered]
+    verifier = Verifier.for_prompts(source, prompts, encoder, grader=None, stage="")
+    verdicts = iter(verifier.verdicts(answered))
+    return [None if rollout.request.prompt.answer is None else next(verdicts) for rollout in rollouts]

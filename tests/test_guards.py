@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from distill.config import GuardLimits, GuardSettings
 from distill.embedded import checkpoint_dir
 from distill.errors import GuardError
+from distill.repetition import repetition
 from pipelines.guards import GUARDS, Guards
-from pipelines.loop import repetition
 from pipelines.resolution import resolve_run
 from pipelines.strong_to_weak import run
 
