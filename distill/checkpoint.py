@@ -8,7 +8,6 @@ never asked for.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -87,7 +86,7 @@ def open_tokenizer(source: ModelSource) -> tuple[PreTrainedTokenizerBase, Shape 
     patterns = [pattern for pattern in WANTED_FILES if pattern != "*.safetensors"]
     path = _download(source.location, source.revision, patterns) if source.kind == "hub" else Path(source.location)
     config = path / "config.json"
-    return tokenizer_in(path), _shape(path, _read_object(config, "")) if config.is_file() else None
+    return tokenizer_in(path), _shape(path, read_object(config, "")) if config.is_file() else None
 
 
 def tokenizer_in(path: Path) -> PreTrainedTokenizerBase:
@@ -152,6 +151,28 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.d
             f"copy or download the folder again, or point to the folder that was saved whole"
         )
     return model
+
+
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same numbers, wherever they lie and in however many files.
+
+    Where their number types differ, in the coarser one. Reads up to the first tensor that differs.
+    """
+    if one.revision == other.revision:
+        return True
+    if one.shape != other.shape or one.weight_files.keys() != other.weight_files.keys():
+        return False
+    return all(_same_tensor(name, one.weight_files[name], other.weight_files[name]) for name in one.weight_files)
+
+
+def _same_tensor(name: str, one: Path, other: Path) -> bool:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(one, framework="pt") as first, safe_open(other, framework="pt") as second:
+        pair: tuple[Tensor, Tensor] = (first.get_tensor(name), second.get_tensor(name))
+    coarser = min(pair, key=lambda tensor: tensor.dtype.itemsize).dtype
+    return pair[0].shape == pair[1].shape and torch.equal(*(tensor.to(coarser) for tensor in pair))
 
 
 def lm_head(checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:

@@ -63,6 +63,9 @@ def run(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that share the work; default one a GPU, else one.")
     ] = None,
+    skip_preflight: Annotated[
+        list[str] | None, typer.Option("--skip-preflight", metavar="NAME", help="Leave out one check; recorded.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and what would run.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +95,11 @@ def run(
         student=student,
         prompts=prompts,
         seed=seed,
-        assignments=[*(assignments or []), *([f"store={json.dumps(store)}"] if store else [])],
+        assignments=[
+            *(assignments or []),
+            *([f"store={json.dumps(store)}"] if store else []),
+            *([f"preflight.skip={json.dumps(skip_preflight)}"] if skip_preflight else []),
+        ],
     )
     folder = out or Path("runs") / str(config.name)
     if dry_run:

@@ -473,6 +473,15 @@ class GuardSettings(Settings):
         return found
 
 
+class PreflightSettings(Settings):
+    """What is checked before the first gradient; the manifest holds what each check found."""
+
+    skip: tuple[str, ...] = ()
+    """Checks that are not made, by their names (--skip-preflight)."""
+    same_weights: bool = False
+    """Let a model be distilled into itself: its teacher may hold the student's own weights."""
+
+
 class RunConfig(Settings):
     """Everything a run depends on besides the code and the data."""
 
@@ -480,6 +489,9 @@ class RunConfig(Settings):
     """Also the run directory's name where ``--out`` is not given; null becomes TEACHER-to-STUDENT."""
     seed: Annotated[int, Field(ge=0)] = 0
     teacher: TeacherSettings = TeacherSettings()
+    specialists: dict[str, TeacherSettings] = {}
+    """Teachers for the prompts of one domain (a prompt's ``domain``); ``teacher`` teaches all others. The
+    student is the same."""
     student: StudentSettings = StudentSettings()
     prompts: PromptSettings = EmbeddedPrompts()
     stages: dict[str, StageSettings] = {"off_policy": OffPolicyStage(), "on_policy": OnPolicyStage()}
@@ -488,6 +500,7 @@ class RunConfig(Settings):
     """Stages, by name, that may end early; looked at where ``evaluation.curve`` examines."""
     evaluation: EvaluationSettings = EvaluationSettings()
     guards: GuardSettings = GuardSettings()
+    preflight: PreflightSettings = PreflightSettings()
     max_prompt_tokens: PositiveInt = 2048
     """A longer prompt is refused, with the line it came from."""
     sampler_batch: PositiveInt = 256
@@ -527,6 +540,18 @@ class RunConfig(Settings):
                 )
             if signal == "sampled":
                 _check_sampled(where, name, stage)
+        return self
+
+    @model_validator(mode="after")
+    def _check_specialists(self) -> Self:
+        for domain, settings in self.specialists.items():
+            if "model" not in settings.model_fields_set:
+                raise ValueError(f"specialists.{domain} names no model; set specialists.{domain}.model")
+            if (settings.signal, settings.top_k) != (self.teacher.signal, self.teacher.top_k):
+                raise ValueError(
+                    f"specialists.{domain} has signal {settings.signal} and top_k {settings.top_k}, and teacher has "
+                    f"{self.teacher.signal} and {self.teacher.top_k}; one loss feels them all: set them to the same"
+                )
         return self
 
     @model_validator(mode="after")

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from distill.family import Shape
 from distill.types import Rollout
 
-Role = Literal[
-    "teacher_generate", "teacher_score", "student_sample", "student_score", "verify", "student_train", "evaluate"
-]
-"""``student_score`` is a forward pass of the student, or of its earlier self, over responses that exist already."""
+Role = str
+"""Who worked: teacher_generate, teacher_score, student_sample, student_score (a forward pass of the student, or of its
+earlier self, over responses that exist already), verify, student_train or evaluate. A specialist teacher's lines have
+its domain behind a point (teacher_score.mathematics)."""
 
 
 def sequence_flops(shape: Shape, num_prompt: int, num_response: int) -> float:

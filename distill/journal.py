@@ -110,7 +110,7 @@ class Journal:
             write_atomically(self.path / "config.yaml", dump_yaml(self.config))
         if path.exists():
             old = read_json(path)
-            for key in ("teacher", "student", "prompts"):
+            for key in ("teacher", "specialists", "student", "prompts"):
                 if key in entries and old.get(key) != entries[key]:
                     raise UserError(
                         f"{self.path} was begun with another {key}: {old.get(key)}, now {entries[key]}; "

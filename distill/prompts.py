@@ -49,6 +49,10 @@ class PromptSource(Protocol):
         """Different prompts to train on; None where they never run out."""
 
     @property
+    def domains(self) -> Mapping[str, int]:
+        """The domains that prompts name, with how many do."""
+
+    @property
     def grader(self) -> str | None:
         """The grader that the answers are made for; None where the answers themselves have to decide."""
 
@@ -66,6 +70,7 @@ class EmbeddedSource:
     """Fresh train questions of the embedded task; its test questions are the evaluation's own affair."""
 
     num_train = None
+    domains: Mapping[str, int] = {}
     grader = "embedded"
 
     def __init__(self, settings: EmbeddedPrompts, *, seed: int) -> None:
@@ -102,12 +107,15 @@ class TableSource:
         digest = hashlib.sha256()
         ids: list[str] = []
         answered: set[str] = set()
+        self.domains = Counter[str]()
         chunks: list[Any] = []
         rows: list[dict[str, str | None]] = []
         for prompt in prompts:
             fields = {name: getattr(prompt, name) for name in FIELDS}
             rows.append({"messages": json.dumps([dict(message) for message in prompt.messages]), **fields})
             ids.append(prompt.id)
+            if prompt.domain is not None:
+                self.domains[prompt.domain] += 1
             if prompt.answer is not None:
                 answered.add(prompt.id)
             digest.update(content_hash([prompt.id, fields]).encode())

@@ -13,14 +13,14 @@ from distill.config import Mixture, ModeSampling
 from distill.encode import Encoder
 from distill.family import Shape
 from distill.prompts import PromptSource
-from distill.sampler import Sampler, TransformersSampler
+from distill.sampler import TransformersSampler
 from distill.seeding import derive, uniform
 from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
+from pipelines.faculty import Faculty, TeacherPart
 from pipelines.meter import Meter
 from students.ranks import ALONE, Ranks
 from students.student import Felt, Rows, Student
-from teachers.store import ResponseStore, TeacherIdentity
-from teachers.teacher import Teacher
+from teachers.store import ResponseStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,7 @@ class Crew:
     """Everyone a stage can call on."""
 
     encoder: Encoder
-    teacher: Teacher
-    teacher_sampler: Sampler
-    teacher_identity: TeacherIdentity
-    teacher_shape: Shape
+    teachers: Faculty
     student: Student
     student_sampler: TransformersSampler
     student_shape: Shape
@@ -73,6 +70,7 @@ class Stage(Protocol):
     """What the loop needs to know of a method."""
 
     name: str
+    teacher_part: TeacherPart
 
     @property
     def num_prompts(self) -> int:
@@ -86,6 +84,10 @@ class Stage(Protocol):
 
     def prepare(self) -> None:
         """Make what must exist before the first step. Interrupted, it goes on where it was."""
+        ...
+
+    def spoken(self) -> Sequence[Rollout]:
+        """Responses of the teacher that the stage learns from; known after ``prepare``."""
         ...
 
     def sample(self, step: int) -> list[Rollout]:

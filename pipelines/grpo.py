@@ -11,20 +11,21 @@ the other model's head is cheap next to a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor
 
 from distill.config import DivergenceSettings, GrpoStage, OpdRewardStage
-from distill.costs import Role, rollout_flops
+from distill.costs import rollout_flops
 from distill.divergence import Divergence, linear_divergence
 from distill.errors import UserError
-from distill.family import Shape
 from distill.policy_gradient import Clip, linear_policy_gradient
 from distill.types import MODES, ActionLogprobs, Advantage, Example, HiddenStates, Rollout
 from pipelines.crew import Crew, Judged, Mean, group_requests
+from pipelines.faculty import TeacherPart
 from pipelines.meter import MeteredSampler
 from pipelines.rewards import group_advantages, overlong_penalty
 from pipelines.verifier import Verifier
@@ -32,7 +33,6 @@ from students.batch import Advantages
 from students.rescoring import rescore
 from students.student import Felt, Rows
 from teachers.local import LocalTeacher
-from teachers.teacher import ExactTeacher
 
 START_BATCH_TOKENS = 65536
 """Padded tokens in one forward pass of the student's earlier self."""
@@ -40,13 +40,15 @@ START_BATCH_TOKENS = 65536
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A distribution that the student is drawn to while it is rewarded, and on whose account its passes go."""
+    """A distribution that the student is drawn to while it is rewarded.
 
-    judge: ExactTeacher
+    ``judge`` gives its states and charges for them, ``head_VD`` the head that makes logits of somebody's states.
+    """
+
+    judge: Callable[[Sequence[Rollout]], Sequence[HiddenStates]]
+    head_VD: Callable[[str], Tensor]
     divergence: DivergenceSettings
     coefficient: float
-    role: Role
-    shape: Shape
     metrics: Callable[[Divergence], dict[str, Tensor]]
 
 
@@ -63,6 +65,7 @@ class _Group:
 class Grpo:
     """The student's own responses, each moved by how much better it was than the others to the same prompt."""
 
+    teacher_part: TeacherPart = None
     reward_coefficient = 1.0
     keeps_equal_groups = False
     """Whether a group without advantages has something else to teach."""
@@ -95,16 +98,24 @@ class Grpo:
         """Load the student as the stage found it, if it is to stay near that one."""
         assert isinstance(self.settings, GrpoStage)
         if self.settings.kl_coefficient > 0:
+            start = LocalTeacher(
+                self.crew.start_of(self.name), name=f"start of {self.name}", batch_tokens=START_BATCH_TOKENS
+            )
+
+            def judge(rollouts: Sequence[Rollout]) -> list[HiddenStates]:
+                with self._rescoring(rollouts):
+                    return start.score(rollouts)
+
             self.anchor = Anchor(
-                LocalTeacher(
-                    self.crew.start_of(self.name), name=f"start of {self.name}", batch_tokens=START_BATCH_TOKENS
-                ),
+                judge,
+                lambda name: start.head_VD,
                 DivergenceSettings(),
                 self.settings.kl_coefficient,
-                role="student_score",
-                shape=self.crew.student_shape,
                 metrics=lambda divergence: {"start_kl": divergence.reverse_kl},
             )
+
+    def spoken(self) -> Sequence[Rollout]:
+        return ()
 
     def sample(self, step: int) -> list[Rollout]:
         settings, crew = self.settings, self.crew
@@ -159,18 +170,21 @@ class Grpo:
         """What the policy says before the step; not needed where the only optimiser step begins at that policy."""
         if self.settings.policy_gradient.updates_per_step == 1:
             return [None] * len(rollouts)
-        with self.crew.meter.measure("student_score", self.name) as cost:
-            cost.tokens = _num_tokens(rollouts)
-            cost.flops = rollout_flops(self.crew.student_shape, rollouts)
+        with self._rescoring(rollouts):
             return rescore(self.crew.student, rollouts)
+
+    @contextmanager
+    def _rescoring(self, rollouts: Sequence[Rollout]) -> Iterator[None]:
+        """Charges a pass of the student, or of its earlier self, over what was said."""
+        with self.crew.meter.measure("student_score", self.name) as cost:
+            cost.tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+            cost.flops = rollout_flops(self.crew.student_shape, rollouts)
+            yield
 
     def _anchor_states(self, rollouts: Sequence[Rollout]) -> Sequence[HiddenStates | None]:
         if self.anchor is None:
             return [None] * len(rollouts)
-        with self.crew.meter.measure(self.anchor.role, self.name) as cost:
-            cost.tokens = _num_tokens(rollouts)
-            cost.flops = rollout_flops(self.anchor.shape, rollouts)
-            return self.anchor.judge.score(rollouts)
+        return self.anchor.judge(rollouts)
 
     def loss(self, rows: Rows) -> Felt:
         batch, settings = rows.batch, self.settings.policy_gradient
@@ -204,7 +218,7 @@ class Grpo:
                 rows.hidden_ND,
                 rows.head_VD,
                 batch.signal.anchor.states_Rd,
-                self.anchor.judge.head_VD,
+                self.anchor.head_VD(batch.signal.anchor.teacher),
                 kind=chosen.kind,
                 beta=chosen.beta,
                 temperature=chosen.temperature,
@@ -222,17 +236,18 @@ class Grpo:
 class OpdReward(Grpo):
     """On-policy distillation and the verifier's reward in one loss, a coefficient each."""
 
+    teacher_part: TeacherPart = "judges"
     keeps_equal_groups = True
 
     def __init__(self, name: str, settings: OpdRewardStage, crew: Crew, *, first_prompt: int) -> None:
         super().__init__(name, settings, crew, first_prompt=first_prompt)
         self.reward_coefficient = settings.reward_coefficient
         self.anchor = Anchor(
-            cast(ExactTeacher, crew.teacher),  # the configuration allows this stage with teacher.signal=hidden alone
+            # The configuration allows this stage with teacher.signal=hidden alone.
+            lambda rollouts: cast(list[HiddenStates], crew.teachers.judge(rollouts, crew.meter, name)),
+            crew.teachers.head_VD,
             settings.divergence,
             settings.divergence_coefficient,
-            role="teacher_score",
-            shape=crew.teacher_shape,
             metrics=lambda divergence: {
                 "reverse_kl": divergence.reverse_kl,
                 "forward_kl": divergence.forward_kl,
@@ -242,10 +257,6 @@ class OpdReward(Grpo):
 
     def prepare(self) -> None:
         """Nothing: what a step needs, it makes."""
-
-
-def _num_tokens(rollouts: Sequence[Rollout]) -> int:
-    return sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
 
 
 def _over_constant(examples: list[Example], limit: float) -> list[Example]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,9 @@ from distill.config import RunConfig, TeacherSettings
 from distill.encode import Encoder
 from distill.interrupt import deferred_signals
 from distill.sampler import Sampler, TransformersSampler
+from distill.types import Request, Rollout, Signal
 from pipelines.signals import SIGNALS, Wanted
-from teachers.client import Client
+from teachers.client import Client, checked_url
 from teachers.local import LocalTeacher
 from teachers.reduced import Choose
 from teachers.remote import REPLY_BYTES, state_bytes
@@ -40,10 +41,34 @@ KEY_VARIABLE = "DISTILL_TEACHER_API_KEY"
 
 @dataclass(frozen=True, slots=True)
 class Hired:
-    """One teacher in its two capacities."""
+    """One teacher in its two capacities.
+
+    ``judged_at`` and ``spoken_at`` name every place where it works, with the client that asks there (None in this
+    process); ``foreign`` are those of them that somebody else runs. ``takes_turns`` where asking in one capacity ends
+    the servers of the other. ``is_exact`` where what comes back is float32 all the way.
+    """
 
     judge: Teacher
     speaker: Sampler
+    judged_at: Mapping[str, Client | None]
+    spoken_at: Mapping[str, Client | None]
+    foreign: Sequence[str]
+    takes_turns: bool
+    is_exact: bool
+
+    def judge_at(self, where: str, rollouts: Sequence[Rollout]) -> Sequence[Signal]:
+        """What the judge at one place says."""
+        with _only(self.judged_at[where], where):
+            return self.judge.score(rollouts)
+
+    def speak_at(self, where: str, requests: Sequence[Request]) -> list[Rollout]:
+        """Responses from one place."""
+        with _only(self.spoken_at[where], where):
+            return self.speaker.generate(requests)
+
+
+def _only(client: Client | None, url: str) -> AbstractContextManager[None]:
+    return nullcontext() if client is None else client.only(url)
 
 
 @contextmanager
@@ -58,11 +83,19 @@ def hired_teacher(
     signal, wanted = SIGNALS[settings.signal], Wanted(checkpoint, settings, device, choose)
     if settings.backend == "local":
         model = load_model(checkpoint, dtype, device)
+        here = f"the model {checkpoint.name} in this process"
+        judge = LocalTeacher(model, name=checkpoint.name, batch_tokens=settings.batch_tokens)
+        speaker = TransformersSampler(
+            model, encoder, speaker="teacher", batch=config.sampler_batch, cache_tokens=config.sampler_tokens
+        )
         yield Hired(
-            signal.here(LocalTeacher(model, name=checkpoint.name, batch_tokens=settings.batch_tokens), wanted),
-            TransformersSampler(
-                model, encoder, speaker="teacher", batch=config.sampler_batch, cache_tokens=config.sampler_tokens
-            ),
+            signal.here(judge, wanted),
+            speaker,
+            judged_at={here: None},
+            spoken_at={here: None},
+            foreign=(),
+            takes_turns=False,
+            is_exact=settings.dtype == "float32",
         )
         return
     with ExitStack() as stack:
@@ -79,6 +112,11 @@ def hired_teacher(
         yield Hired(
             signal.there(score, wanted),
             RemoteSampler(generate, encoder, speaker="teacher", vocabulary=checkpoint.shape.vocabulary),
+            judged_at={replica.url: score for replica in score.replicas},
+            spoken_at={replica.url: generate for replica in generate.replicas},
+            foreign=tuple(map(checked_url, (*settings.urls.score, *settings.urls.generate))),
+            takes_turns=signal.role == "score" and not settings.urls.score and not settings.urls.generate,
+            is_exact=settings.dtype == "float32" and (signal.role == "generate" or settings.wire == "fp32"),
         )
 
 

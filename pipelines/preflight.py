@@ -1,5 +1,7 @@
 """Checks of a teacher and a student before the first gradient: what would silently spoil a distillation stops here.
 
+These read files only; ``pipelines.probes`` goes on with what a hired teacher answers.
+
 A check is a function of the pair with an entry in ``CHECKS``; it returns what it found, or raises UserError with the
 cure. They run in order and the first failure stops, since later checks lean on earlier ones. Tokenizers are compared
 by content and behaviour, never by file: one may be saved as tokenizer.json and the other as vocab.json and merges.txt.
@@ -7,15 +9,16 @@ by content and behaviour, never by file: one may be saved as tokenizer.json and 
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from distill.chat import END_OF_TEXT, IM_END
-from distill.checkpoint import Checkpoint, family_stop_ids
+from distill.checkpoint import Checkpoint, family_stop_ids, same_weights
 from distill.errors import UserError
+from distill.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +55,8 @@ class Pair:
     student_tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
     max_new_tokens: int
+    template: PreTrainedTokenizerBase
+    same_weights_allowed: bool = False
 
     @property
     def models(self) -> tuple[tuple[str, Checkpoint, PreTrainedTokenizerBase], ...]:
@@ -63,9 +68,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A check and what it found; ``skipped`` where the user asked not to run it."""
+    """A check of a teacher and what it found; ``skipped`` where it was not made, and the text says why."""
 
     check: str
+    teacher: str
     text: str
     skipped: bool = False
 
@@ -81,18 +87,41 @@ def check_pair(
     *,
     max_prompt_tokens: int,
     max_new_tokens: int,
+    template: PreTrainedTokenizerBase | None = None,
+    same_weights_allowed: bool = False,
     skip: Collection[str] = (),
-) -> list[Finding]:
-    """What every check of ``CHECKS`` found, in order. Raises UserError at the first that fails."""
-    unknown = sorted(set(skip) - set(CHECKS))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], CHECKS, n=1, cutoff=0.0)[0]
-        raise UserError(f"there is no check {unknown[0]!r} to skip; did you mean {near}? Known: {', '.join(CHECKS)}")
-    pair = Pair(teacher, teacher_tokenizer, student, student_tokenizer, max_prompt_tokens, max_new_tokens)
-    return [
-        Finding(name, "skipped on request", skipped=True) if name in skip else Finding(name, check(pair))
-        for name, check in CHECKS.items()
-    ]
+) -> Iterator[Finding]:
+    """What every check of ``CHECKS`` found, in order. Raises UserError at the first that fails.
+
+    ``template`` is the tokenizer that renders the run's prompts: the teacher's own, or for a specialist that of the
+    teacher of all other prompts.
+    """
+    pair = Pair(
+        teacher,
+        teacher_tokenizer,
+        student,
+        student_tokenizer,
+        max_prompt_tokens,
+        max_new_tokens,
+        template or teacher_tokenizer,
+        same_weights_allowed,
+    )
+    for name, check in CHECKS.items():
+        yield skipped(name, teacher.name) if name in skip else Finding(name, teacher.name, check(pair))
+
+
+def skipped(check: str, teacher: str, why: str = "skipped on request") -> Finding:
+    """The finding of a check that was not made."""
+    return Finding(check, teacher, why, skipped=True)
+
+
+def shown(findings: Iterable[Finding], student: str) -> Iterator[Finding]:
+    """``findings`` as they come, each one a line to whoever watches."""
+    for teacher, group in groupby(findings, key=lambda finding: finding.teacher):
+        say(f"preflight, {teacher} teaches {student}:")
+        for finding in group:
+            say(f"  {'-' if finding.skipped else 'ok':2} {finding.check:<17} {finding.text}")
+            yield finding
 
 
 def check_vocabulary(pair: Pair) -> str:
@@ -199,6 +228,17 @@ def check_context(pair: Pair) -> str:
     return f"{needed} tokens at most, within {least}"
 
 
+def check_template(pair: Pair) -> str:
+    """Every teacher reads the conversation that the run's chat template renders as its own."""
+    if pair.teacher_tokenizer.chat_template != pair.template.chat_template:
+        raise UserError(
+            f"the chat template of {pair.teacher.name} is not the one that this run's prompts are rendered with; put "
+            f"the chat_template.jinja of the other teacher into {pair.teacher.path} if it was trained with that one, "
+            f"else take a specialist of the same family and release"
+        )
+    return "the run's own"
+
+
 def check_rendering(pair: Pair) -> str:
     """A conversation in the teacher's chat template has the same ids for both, in both modes."""
     template = pair.teacher_tokenizer
@@ -218,6 +258,19 @@ def check_rendering(pair: Pair) -> str:
     return "a conversation has the same ids for both, in both modes"
 
 
+def check_different_weights(pair: Pair) -> str:
+    """The teacher is not the student."""
+    if not same_weights(pair.teacher, pair.student):
+        return "teacher and student hold different weights"
+    if pair.same_weights_allowed:
+        return "teacher and student are the same model, which this run allows"
+    raise UserError(
+        f"the teacher {pair.teacher.name} and the student {pair.student.name} hold the same weights, so there is "
+        f"nothing to learn; name another --student (a base model, or a smaller one), or say "
+        f"--set preflight.same_weights=true to distil a model into itself"
+    )
+
+
 CHECKS: dict[str, Check] = {
     "vocabulary": check_vocabulary,
     "added_tokens": check_added_tokens,
@@ -226,7 +279,9 @@ CHECKS: dict[str, Check] = {
     "vocabulary_rows": check_vocabulary_rows,
     "stop_ids": check_stop_ids,
     "context": check_context,
+    "template": check_template,
     "rendering": check_rendering,
+    "different_weights": check_different_weights,
 }
 """The catalogue, in the order in which they run."""
 

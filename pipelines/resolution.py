@@ -12,6 +12,7 @@ from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, short_name
 from distill.recipe import assign, load_recipe, merge, parse_assignment, validate
+from pipelines.probes import refuse_unknown
 
 EMBEDDED_RECIPE = "embedded"
 REAL_RECIPE = "qwen3"
@@ -119,6 +120,7 @@ def resolve_run(
         # A stage that is null is one that this recipe leaves out of the one it extends.
         tree["stages"] = {name: stage for name, stage in tree["stages"].items() if stage is not None}
     config = validate(tree, where=f"the configuration (recipe {recipe})")
+    refuse_unknown(config.preflight.skip)
     if config.name is None:
         parts = (Path(block.model).name for block in (config.teacher, config.student))
         config = config.model_copy(update={"name": "-to-".join(parts)})

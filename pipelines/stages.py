@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 
 from distill.config import GrpoStage, OffPolicyStage, OnPolicyStage, OpdRewardStage
-from distill.costs import Cost, rollout_flops
+from distill.costs import Cost, Role, rollout_flops
 from distill.divergence import linear_cross_entropy
 from distill.errors import UserError
+from distill.family import Shape
 from distill.progress import say
 from distill.sampler import Sampler
 from distill.seeding import derive
-from distill.types import Example, Rollout
+from distill.types import Example, HiddenStates, Request, Rollout
 from pipelines.crew import Crew, Judged, group_requests, with_modes
+from pipelines.faculty import TeacherPart, Tutor
 from pipelines.grpo import Grpo, OpdReward
 from pipelines.losses import LOSSES
 from pipelines.meter import MeteredSampler
@@ -37,6 +39,8 @@ from teachers.filters import sift
 
 class OffPolicy:
     """The teacher's responses in both modes, learnt by cross-entropy (Qwen3 report, section 4.5, first stage)."""
+
+    teacher_part: TeacherPart = "speaks"
 
     def __init__(self, name: str, settings: OffPolicyStage, crew: Crew, *, first_prompt: int) -> None:
         self.name, self.settings, self.crew, self.first_prompt = name, settings, crew, first_prompt
@@ -71,23 +75,13 @@ class OffPolicy:
             for prompt, mode, switch in with_modes(prompts, settings.mixture, crew.seed, self.name, self.first_prompt)
             for sample in range(settings.samples_per_prompt)
         ]
-
-        def ask(speaker: Sampler) -> Answers:
-            return answer(
-                requests,
-                crew.store,
-                MeteredSampler(speaker, crew.meter, crew.teacher_shape, "teacher_generate", self.name),
-                identity=crew.teacher_identity,
-                run=crew.run_id,
-                description=f"{self.name}: teacher responses",
-            )
-
-        answers = crew.ranks.from_main(with_all_samplers(crew.ranks, crew.teacher_sampler, ask))
-        assert answers is not None
-        self._charge(answers)
-        self._keys = list(answers.keys)
+        found: dict[int, tuple[str, Rollout]] = {}
+        for tutor, places in crew.teachers.groups([request.prompt for request in requests]):
+            answers = self._answer(tutor, [requests[place] for place in places])
+            found |= zip(places, zip(answers.keys, answers.rollouts, strict=True), strict=True)
+        self._keys = [found[place][0] for place in range(len(requests))]
         sifted = sift(
-            answers.rollouts,
+            [found[place][1] for place in range(len(requests))],
             settings.filters,
             crew.encoder,
             lambda rollouts: verdicts_where_known(rollouts, crew.prompts, crew.encoder),
@@ -101,13 +95,35 @@ class OffPolicy:
                 f"stages.{self.name}.sampling.*.max_new_tokens where they are truncated, or switch a filter off"
             )
 
-    def _charge(self, answers: Answers) -> None:
+    def _answer(self, tutor: Tutor, requests: Sequence[Request]) -> Answers:
+        """One teacher's answers, charged to it."""
+        crew, role = self.crew, tutor.role("teacher_generate")
+
+        def ask(speaker: Sampler) -> Answers:
+            return answer(
+                requests,
+                crew.store,
+                MeteredSampler(speaker, crew.meter, tutor.shape, role, self.name),
+                identity=tutor.identity,
+                run=crew.run_id,
+                description=f"{self.name}: responses of {tutor.name}",
+            )
+
+        answers = crew.ranks.from_main(with_all_samplers(crew.ranks, tutor.hired.speaker, ask))
+        assert answers is not None
+        self._charge(answers, role, tutor.shape)
+        return answers
+
+    def _charge(self, answers: Answers, role: Role, shape: Shape) -> None:
         """Charge what this run generated, now or before it was interrupted, and mark what it found."""
-        entry = self.crew.meter.account.entries.setdefault("teacher_generate", {}).setdefault(self.name, Cost())
+        entry = self.crew.meter.account.entries.setdefault(role, {}).setdefault(self.name, Cost())
         paid = [rollout for rollout, reused in zip(answers.rollouts, answers.reused, strict=True) if not reused]
         entry.tokens = answers.generated_tokens
-        entry.flops = rollout_flops(self.crew.teacher_shape, paid)
+        entry.flops = rollout_flops(shape, paid)
         entry.reused_tokens = answers.reused_tokens
+
+    def spoken(self) -> Sequence[Rollout]:
+        return self._responses
 
     def sample(self, step: int) -> list[Rollout]:
         size, num = self.settings.batch_size, len(self._responses)
@@ -134,6 +150,8 @@ class OffPolicy:
 class OnPolicy:
     """The student's own responses, aligned with the teacher's distribution at every token (second stage)."""
 
+    teacher_part: TeacherPart = "judges"
+
     def __init__(self, name: str, settings: OnPolicyStage, crew: Crew, *, first_prompt: int) -> None:
         self.name, self.settings, self.crew, self.first_prompt = name, settings, crew, first_prompt
 
@@ -147,6 +165,9 @@ class OnPolicy:
 
     def prepare(self) -> None:
         """Nothing: what a step needs, it makes."""
+
+    def spoken(self) -> Sequence[Rollout]:
+        return ()
 
     def sample(self, step: int) -> list[Rollout]:
         settings, crew = self.settings, self.crew
@@ -163,21 +184,19 @@ class OnPolicy:
         sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", self.name)
         shared = crew.ranks.share(requests, block=settings.samples_per_prompt)
         try:
-            return sampler.generate(shared, crew.teacher.hear)
+            return sampler.generate(shared, crew.teachers.hear)
         except BaseException:
-            crew.teacher.forget()
+            crew.teachers.forget()
             raise
 
     def signal(self, rollouts: Sequence[Rollout]) -> Judged:
-        with self.crew.meter.measure("teacher_score", self.name) as cost:
-            signals = self.crew.teacher.score(rollouts)
-            cost.tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
-            cost.flops = rollout_flops(self.crew.teacher_shape, rollouts)
+        signals = self.crew.teachers.judge(rollouts, self.crew.meter, self.name)
         return Judged([[Example(rollout, signal) for rollout, signal in zip(rollouts, signals, strict=True)]])
 
     def loss(self, rows: Rows) -> Felt:
-        loss = LOSSES[type(rows.batch.signal)]
-        return loss(rows, self.settings.divergence, self.crew.teacher.head_VD, self.crew.encoder.stop_ids)
+        signal = rows.batch.signal
+        head_VD = self.crew.teachers.head_VD(signal.teacher) if isinstance(signal, HiddenStates) else None
+        return LOSSES[type(signal)](rows, self.settings.divergence, head_VD, self.crew.encoder.stop_ids)
 
     def manifest(self) -> dict[str, Any]:
         return {}

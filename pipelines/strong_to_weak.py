@@ -11,7 +11,7 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from distill.config import RunConfig, StageSettings
-from distill.costs import Cost, CostAccount
+from distill.costs import Cost, CostAccount, Role
 from distill.encode import Encoder
 from distill.errors import DistillError, UserError
 from distill.family import EMBEDDED_NAMES, ModelSource, resolve
@@ -39,20 +39,20 @@ from eval.statistics import paired_difference
 from eval.switching import TASK as MODE_SWITCHING
 from eval.switching import ModeSwitching
 from eval.tasks import load_task
+from pipelines.admission import Admission
 from pipelines.crew import Crew, Stage
 from pipelines.curve import Curve
 from pipelines.examination import Examined, Subject, examine_mode_switching, examine_task
+from pipelines.faculty import Candidate, Faculty, check_domains, find_teachers, hired_faculty
 from pipelines.guards import Guards
-from pipelines.hiring import Hired, hired_teacher
 from pipelines.launch import choose_engine
 from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
-from pipelines.preflight import Finding, check_pair
 from pipelines.stages import STAGES
 from students.ranks import ALONE, Ranks
 from students.shared_sampler import with_all_samplers
 from students.student import Student
-from teachers.store import ResponseStore, TeacherIdentity, default_root
+from teachers.store import ResponseStore, default_root
 
 STEP_ROLES = ("student_sample", "teacher_score", "student_score", "verify", "student_train")
 """Roles whose costs belong to optimiser steps: on a resume they go back to the checkpoint, with the steps."""
@@ -97,13 +97,13 @@ class _Run:
     ) -> None:
         self.config, self.journal, self.ranks = config, journal, ranks
         with ranks.together():
-            teacher, student = self._open(command)
+            candidates, student = self._open()
             _check_shared_servers(config, ranks)
-            self.engine = choose_engine(config, student.shape, ranks, teacher.shape)
-            hired = stack.enter_context(
-                hired_teacher(
+            self.engine = choose_engine(config, student.shape, ranks, candidates[0].checkpoint.shape)
+            teachers = stack.enter_context(
+                hired_faculty(
                     config,
-                    teacher,
+                    candidates,
                     self.encoder,
                     device=ranks.device,
                     logs=journal.path / "servers",
@@ -113,8 +113,12 @@ class _Run:
             # What is sharded moves to the device layer by layer.
             place = torch.device("cpu") if self.engine == "sharded" else ranks.device
             model = load_model(student, getattr(torch, config.student.dtype), place)
-        self.crew = self._assemble(hired, teacher, student, model)
-        self.student = self.crew.student
+        self.student = Student(model, config.student, stop_ids=self.encoder.stop_ids, ranks=ranks, engine=self.engine)
+        with ranks.together():
+            self.admission.ask_at_once(teachers, self.prompts, self.encoder)
+            self._write_manifest(candidates, student, command)
+            self.admission.record = self._record_admission
+        self.crew = self._assemble(teachers, student)
         self.stages: list[Stage] = []
         first_prompt = 0
         for name, settings in config.stages.items():
@@ -126,26 +130,18 @@ class _Run:
         self._moments: Mapping[str, torch.Tensor] = {}
         """What the optimiser had at the checkpoint that this process resumes from."""
 
-    def _open(self, command: Sequence[str]) -> tuple[Checkpoint, Checkpoint]:
-        """The teacher's and the student's checkpoints, with all that is read and checked before either is loaded."""
+    def _open(self) -> tuple[list[Candidate], Checkpoint]:
+        """The teachers' and the student's checkpoints, with all that is read and checked before any is loaded."""
         config = self.config
         torch.manual_seed(derive(config.seed, "torch"))
-        # Both names first: a misspelt student should not be noticed after a teacher's download.
-        sources = (
-            resolve(config.teacher.model, role="teacher", revision=config.teacher.revision),
-            resolve(config.student.model, role="student", revision=config.student.revision),
-        )
-        teacher, student = (open_checkpoint(source) for source in sources)
-        tokenizer = load_tokenizer(teacher)
-        findings = check_pair(
-            teacher,
-            tokenizer,
-            student,
-            load_tokenizer(student),
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_new_tokens=config.longest_response,
-        )
-        self.encoder = Encoder(tokenizer)
+        # Its name first: a misspelt student should not be noticed after a teacher's download.
+        source = resolve(config.student.model, role="student", revision=config.student.revision)
+        candidates = find_teachers(config)
+        student = open_checkpoint(source)
+        self.store = _store(config)
+        self.admission = Admission(config, student, self.store)
+        self.admission.compare(candidates)
+        self.encoder = Encoder(load_tokenizer(candidates[0].checkpoint))
         self.prompts = load_prompts(
             config.prompts,
             seed=config.seed,
@@ -154,6 +150,7 @@ class _Run:
                 self.encoder.encode(Prompt(tuple(messages)), mode="no_think", switch="hard")
             ),
         )
+        check_domains(candidates, self.prompts.domains)
         held_out = self.prompts.held_out()
         wanted = config.evaluation.tasks or _own_tasks(config, held_out)
         self.tasks = [
@@ -169,22 +166,20 @@ class _Run:
         if not self.tasks:
             raise UserError("evaluation.tasks names mode_switching alone, which no gap is measured on; add a task")
         self.examines_switching = MODE_SWITCHING in wanted
-        self.store = _store(config)
-        self._write_manifest(teacher, student, command, findings)
-        return teacher, student
+        return candidates, student
 
-    def _write_manifest(
-        self, teacher: Checkpoint, student: Checkpoint, command: Sequence[str], findings: Sequence[Finding]
-    ) -> None:
+    def _write_manifest(self, candidates: Sequence[Candidate], student: Checkpoint, command: Sequence[str]) -> None:
+        specialists = {one.label: _identified(one.checkpoint) for one in candidates[1:]}
         packages = ("torch", "transformers", "tokenizers", "datasets", "peft", "numpy")
         self.journal.manifest(
             {
                 "command": shlex.join(command),
                 "seed": self.config.seed,
-                "teacher": {"name": teacher.source.location, "revision": teacher.revision},
-                "student": {"name": student.source.location, "revision": student.revision},
+                "teacher": _identified(candidates[0].checkpoint),
+                **({"specialists": specialists} if specialists else {}),
+                "student": _identified(student),
                 "prompts": self.prompts.content_hash,
-                "preflight": [asdict(finding) for finding in findings],
+                "preflight": self.admission.manifest(),
                 "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
                 "machine": {
                     "processor": platform.machine(),
@@ -194,31 +189,25 @@ class _Run:
             }
         )
 
-    def _assemble(self, hired: Hired, teacher: Checkpoint, student: Checkpoint, model: PreTrainedModel) -> Crew:
+    def _record_admission(self) -> None:
+        self.journal.manifest({"preflight": self.admission.manifest()})
+
+    def _assemble(self, teachers: Faculty, student: Checkpoint) -> Crew:
         config, ranks = self.config, self.ranks
-        learner = Student(model, config.student, stop_ids=self.encoder.stop_ids, ranks=ranks, engine=self.engine)
         if ranks.count > 1:
             say(f"{ranks.count} processes, the student {self.engine}")
 
         def start_of(stage: str) -> PreTrainedModel:
             number = list(config.stages).index(stage)
             begun = student if number == 0 else self._stage_end(list(config.stages)[number - 1])
-            return load_model(begun, learner.dtype, ranks.device)
+            return load_model(begun, self.student.dtype, ranks.device)
 
         crew = Crew(
             encoder=self.encoder,
-            teacher=hired.judge,
-            teacher_sampler=hired.speaker,
-            teacher_identity=TeacherIdentity(
-                name=teacher.name,
-                revision=teacher.revision,
-                template_hash=self.encoder.template_hash,
-                tokenizer_hash=self.encoder.vocabulary_hash,
-            ),
-            teacher_shape=teacher.shape,
-            student=learner,
+            teachers=teachers,
+            student=self.student,
             student_sampler=TransformersSampler(
-                learner.model,
+                self.student.model,
                 self.encoder,
                 speaker="student",
                 batch=config.sampler_batch,
@@ -249,7 +238,10 @@ class _Run:
         with self.ranks.together():
             position = self._resume()
         if self.config.evaluation.references:
-            self._examine("teacher", self.crew.teacher_sampler)
+            self._examine("teacher", self.crew.teachers.default.hired.speaker)
+        if position.stage < len(self.stages):
+            self.admission.draw(self.stages, self.crew.teachers, self.prompts, self.encoder)
+        if self.config.evaluation.references:
             self._examine("start", self._student_at(position, _Position()))
         for number, (stage, settings) in enumerate(zip(self.stages, self.config.stages.values(), strict=True)):
             if number >= position.stage:
@@ -270,6 +262,7 @@ class _Run:
         """Run the stage from ``position`` to its end."""
         stage.prepare()
         self._write_costs()
+        self.admission.ask_before_steps(stage, self.stages, self.crew.teachers)
         self.journal.manifest({"stages": {**self._manifest_stages(), stage.name: stage.manifest()}})
         self.student.begin(settings.optimiser)
         if self._moments:
@@ -336,8 +329,8 @@ class _Run:
             ({}, CostAccount()) if found is None else (found[0], CostAccount.from_state(found[0]["costs"]))
         )
         self.crew.meter.account.entries = {
-            role: stages for role, stages in account.entries.items() if role not in STEP_ROLES
-        } | {role: stages for role, stages in step_costs.entries.items() if role in STEP_ROLES}
+            role: stages for role, stages in account.entries.items() if not _is_of_steps(role)
+        } | {role: stages for role, stages in step_costs.entries.items() if _is_of_steps(role)}
         self.crew.meter.account.peak_bytes = account.peak_bytes
         if found is None:
             self.journal.keep_steps(0)
@@ -366,7 +359,7 @@ class _Run:
     def _evaluate_all(self, checkpoint: str, sampler: Sampler) -> None:
         """Every evaluation of one checkpoint; on the main process."""
         settings = self.config.evaluation
-        shape = self.crew.teacher_shape if checkpoint == "teacher" else self.crew.student_shape
+        shape = self.crew.teachers.default.shape if checkpoint == "teacher" else self.crew.student_shape
         subject = Subject(
             checkpoint,
             MeteredSampler(sampler, self.crew.meter, shape, "evaluate", checkpoint),
@@ -482,6 +475,14 @@ def _own_tasks(config: RunConfig, held_out: Sequence[Prompt]) -> tuple[str, ...]
         return ("prompts",)
     # The embedded models know their own task alone, and need no hub for it.
     return ("embedded",) if config.teacher.model in EMBEDDED_NAMES else ("gsm8k",)
+
+
+def _identified(checkpoint: Checkpoint) -> dict[str, str]:
+    return {"name": checkpoint.source.location, "revision": checkpoint.revision}
+
+
+def _is_of_steps(role: Role) -> bool:
+    return role.partition(".")[0] in STEP_ROLES
 
 
 def _mean(evaluation: Evaluation) -> float:

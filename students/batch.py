@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from distill.attention import Packing
-from distill.types import ActionLogprobs, Advantage, Example, HiddenStates, Rollout, SampledLogprobs, TopK
+from distill.types import (
+    ActionLogprobs,
+    Advantage,
+    Example,
+    HiddenStates,
+    Rollout,
+    SampledLogprobs,
+    Signal,
+    TopK,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +148,22 @@ def _join_advantages(examples: Sequence[Example], signals: Sequence[Advantage], 
 def micro_batches(examples: Sequence[Example], max_tokens: int | None) -> list[list[Example]]:
     """``examples`` in groups of at most ``max_tokens`` tokens, as few as the longest-first rule finds.
 
-    Short sequences fill the room that long ones leave. A single longer sequence is a group of its own. None keeps
-    everything in one group.
+    Short sequences fill the room that long ones leave. A single longer sequence is a group of its own. None sets no
+    bound. A group holds states of one teacher only: one LM head makes its logits.
     """
+    by_teacher: dict[str | None, list[Example]] = {}
+    for example in examples:
+        by_teacher.setdefault(_teacher_of(example.signal), []).append(example)
+    return [group for judged in by_teacher.values() for group in _filled(judged, max_tokens)]
+
+
+def _teacher_of(signal: Signal | None) -> str | None:
+    """Whose head the signal needs."""
+    states = signal.anchor if isinstance(signal, Advantage) else signal
+    return states.teacher if isinstance(states, HiddenStates) else None
+
+
+def _filled(examples: Sequence[Example], max_tokens: int | None) -> list[list[Example]]:
     if max_tokens is None:
         return [list(examples)]
     groups: list[list[Example]] = []

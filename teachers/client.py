@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
@@ -82,6 +82,16 @@ class Client:
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher client", daemon=True)
         self._thread.start()
         self._changed = asyncio.Condition()
+        self._chosen: str | None = None
+
+    @contextmanager
+    def only(self, url: str) -> Iterator[None]:
+        """Within the block the replica at ``url`` alone is asked."""
+        self._chosen = url
+        try:
+            yield
+        finally:
+            self._chosen = None
 
     def close(self) -> None:
         """End what is under way and let the connections go."""
@@ -213,7 +223,7 @@ class Client:
         now = time.monotonic()
         best = min((r.seconds_per_load for r in self.replicas if r.seconds_per_load is not None), default=1.0)
         return min(
-            self.replicas,
+            (one for one in self.replicas if self._chosen in (None, one.url)),
             key=lambda one: (one.has_hung, one.avoid_until > now, one.expected_seconds(load, best=best, now=now)),
         )
 
@@ -266,8 +276,9 @@ class Client:
             if answer.status_code != 200:
                 raise _refusal(replica.url + "/v1/models", answer.status_code, _complaint(answer))
             try:
-                replica.model = str(answer.json()["data"][0]["id"])
-            except (ValueError, KeyError, IndexError, TypeError):
+                card = answer.json()["data"][0]
+                replica.model, replica.longest = str(card["id"]), card.get("max_model_len")
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
                 raise UserError(
                     f"{replica.url}/v1/models does not name a model; is this the URL of a vLLM server?"
                 ) from None

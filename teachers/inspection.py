@@ -21,7 +21,7 @@ from distill.family import resolve
 from distill.repetition import repetition
 from distill.types import MODES, Rollout
 from teachers.collection import Collection, Kept
-from teachers.store import ResponseStore
+from teachers.store import QUANTISED, ResponseStore
 
 Document = dict[str, Any]
 
@@ -184,7 +184,8 @@ def _encoder(collection: Collection) -> Encoder | str:
     """
     teacher = collection.meta["teacher"]
     try:
-        source = resolve(teacher, role="teacher", revision=collection.meta["revision"])
+        revision = collection.meta["revision"].partition(QUANTISED)[0]
+        source = resolve(teacher, role="teacher", revision=revision)
         path = _in_cache(source.location, source.revision) if source.kind == "hub" else Path(source.location)
         encoder = Encoder(tokenizer_in(path))
     except UserError as error:

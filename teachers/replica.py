@@ -26,12 +26,14 @@ _PROBE_TIMEOUT = 5.0
 class Replica:
     """A replica, used from the client's event loop alone.
 
+    ``model`` and ``longest`` (the longest sequence it takes) are what it says of itself when it is first asked.
     ``load`` is the number of tokens that it was given and has not answered for.
     """
 
     def __init__(self, url: str, *, api_key: str | None) -> None:
         self.url = url
         self.model: str | None = None
+        self.longest: int | None = None
         self.load = 0
         self.avoid_until = 0.0
         self.told_at = -math.inf

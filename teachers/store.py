@@ -21,6 +21,9 @@ from distill.errors import DistillError
 from distill.types import Request, Rollout, Sampling, content_hash
 from teachers.collection import VARIABLE, Collection, Kept, outside_world
 
+QUANTISED = "+"
+"""Between a revision and how its weights are quantised when they are loaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherIdentity:

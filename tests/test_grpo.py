@@ -72,6 +72,7 @@ def configuration(stage: dict[str, Any], *more: str, **choices: Any) -> Any:
             "evaluation.num_questions=2",
             "evaluation.modes=[think]",
             "checkpoint_every=100",
+            "preflight.same_weights=true",
             *more,
         ],
         **choices,

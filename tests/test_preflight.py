@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distill.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from distill.checkpoint import Checkpoint, load_tokenizer, open_checkpoint, same_weights
 from distill.embedded.tokenizer import VOCAB_ROWS, build_tokenizer
 from distill.errors import UserError
 from distill.family import ModelSource
-from pipelines.preflight import CHECKS, Finding, check_pair
+from pipelines.preflight import CHECKS, Finding, check_pair, shown
+from pipelines.resolution import resolve_run
 
 
-def save_model(folder: Path, rows: int = VOCAB_ROWS) -> None:
-    torch.manual_seed(0)
+def save_model(folder: Path, rows: int = VOCAB_ROWS, *, seed: int = 0) -> None:
+    torch.manual_seed(seed)
     shape: dict[str, Any] = {
         "vocab_size": rows,
         "hidden_size": 16,
@@ -43,8 +45,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pair(whole: Path, tmp_path: Path) -> tuple[Path, Path]:
-    for name in ("teacher", "student"):
+    for seed, name in enumerate(("teacher", "student")):
         shutil.copytree(whole, tmp_path / name)
+        generation = (tmp_path / name / "generation_config.json").read_text()
+        save_model(tmp_path / name, seed=seed)
+        (tmp_path / name / "generation_config.json").write_text(generation)
     return tmp_path / "teacher", tmp_path / "student"
 
 
@@ -59,11 +64,17 @@ def opened(folder: Path) -> Checkpoint:
 
 
 def check(
-    pair: tuple[Path, Path], *, max_prompt_tokens: int = 28, max_new_tokens: int = 100, skip: tuple[str, ...] = ()
+    pair: tuple[Path, Path],
+    *,
+    max_prompt_tokens: int = 28,
+    max_new_tokens: int = 100,
+    skip: tuple[str, ...] = (),
+    **options: Any,
 ) -> list[Finding]:
     teacher, student = (opened(folder) for folder in pair)
     lengths = {"max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens}
-    return check_pair(teacher, load_tokenizer(teacher), student, load_tokenizer(student), **lengths, skip=skip)
+    tokenizers = [load_tokenizer(model) for model in (teacher, student)]
+    return list(check_pair(teacher, tokenizers[0], student, tokenizers[1], **lengths, skip=skip, **options))
 
 
 def failed_check(pair: tuple[Path, Path], **lengths: int) -> tuple[str, str]:
@@ -156,8 +167,8 @@ def test_vocabulary_rows_that_differ_are_refused(pair: tuple[Path, Path]) -> Non
 
 
 def test_fewer_rows_than_tokens_are_refused(pair: tuple[Path, Path]) -> None:
-    for folder in pair:
-        save_model(folder, 280)
+    for seed, folder in enumerate(pair):
+        save_model(folder, 280, seed=seed)
     name, text = failed_check(pair)
     assert name == "vocabulary_rows"
     assert "280 vocabulary rows and the tokenizer's ids go up to 286" in text
@@ -208,5 +219,51 @@ def test_the_student_needs_no_chat_template(pair: tuple[Path, Path]) -> None:
 def test_a_skipped_check_is_recorded_and_an_unknown_one_refused(pair: tuple[Path, Path]) -> None:
     edit(pair[1] / "generation_config.json", lambda content: content.update(eos_token_id=5))
     assert [finding.check for finding in check(pair, skip=("stop_ids",)) if finding.skipped] == ["stop_ids"]
-    with pytest.raises(UserError, match=r"no check 'stop_id' to skip; did you mean stop_ids\?"):
-        check(pair, skip=("stop_id",))
+    for name, near in (("stop_id", "stop_ids"), ("response", "responses")):
+        with pytest.raises(UserError, match=rf"no check '{name}' to skip; did you mean {near}\?"):
+            resolve_run(assignments=[f"preflight.skip=[context, {name}]"])
+    assert resolve_run(assignments=["preflight.skip=[context, responses]"]).preflight.skip == ("context", "responses")
+
+
+def test_a_model_is_its_own_teacher_only_where_that_is_meant(pair: tuple[Path, Path]) -> None:
+    teacher, student = pair
+    shutil.copy(teacher / "model.safetensors", student)
+    edit(student / "config.json", lambda content: content.update(max_position_embeddings=256))
+    assert opened(teacher).revision != opened(student).revision, "the weights alone are the same"
+    name, text = failed_check(pair)
+    assert name == "different_weights"
+    assert "hold the same weights" in text and "preflight.same_weights=true" in text
+    assert "which this run allows" in check(pair, same_weights_allowed=True)[-1].text
+
+
+def test_weights_are_compared_by_content(pair: tuple[Path, Path]) -> None:
+    """In another number type they are the same model; with one number changed they are not."""
+    teacher, student = pair
+    weights = load_file(teacher / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, student / "model.safetensors")
+    assert same_weights(opened(teacher), opened(student))
+    last = sorted(weights)[-1]
+    weights[last].view(-1)[-1] += 1.0
+    save_file(weights, student / "model.safetensors")
+    assert not same_weights(opened(teacher), opened(student))
+
+
+def test_a_specialist_with_another_chat_template_is_refused(pair: tuple[Path, Path]) -> None:
+    run = load_tokenizer(opened(pair[0]))
+    run.chat_template = f"{run.chat_template} "
+    with pytest.raises(UserError, match=r"the chat template of teacher is not the one .* chat_template\.jinja"):
+        check(pair, template=run)
+
+
+def test_findings_are_shown_a_line_each(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(list(shown(check(pair, skip=("merges",)), "student"))) == len(CHECKS)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "preflight, teacher teaches student:"
+    assert len(lines) == 1 + len(CHECKS)
+    assert lines[1].split()[:2] == ["ok", "vocabulary"] and lines[3].split() == [
+        "-",
+        "merges",
+        "skipped",
+        "on",
+        "request",
+    ]

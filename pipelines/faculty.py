@@ -1,0 +1,187 @@
+"""A run's teachers: the one for every prompt, and specialists for the prompts of their domains.
+
+Each has its own model or servers, its own LM head, its own responses in the store and its own lines in the cost
+account; there is one student. A response is judged by the teacher of its prompt's domain, whose head its states need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.checkpoint import Checkpoint, open_checkpoint
+from distill.config import RunConfig, TeacherSettings
+from distill.costs import Role, rollout_flops
+from distill.encode import Encoder
+from distill.errors import UserError
+from distill.family import Shape, resolve
+from distill.types import Prompt, Rollout, Signal
+from pipelines.hiring import Hired, hired_teacher
+from pipelines.meter import Meter
+from teachers.reduced import Choose
+from teachers.store import QUANTISED, TeacherIdentity
+
+TeacherPart = Literal["speaks", "judges"] | None
+"""What a stage has the teacher do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A teacher that was found on disk and not yet hired. The one for every prompt has no domains."""
+
+    settings: TeacherSettings
+    checkpoint: Checkpoint
+    domains: tuple[str, ...]
+
+    @property
+    def revision(self) -> str:
+        """What its responses are stored under: a model that is quantised when it is loaded is another one."""
+        quantization = self.settings.quantization
+        return self.checkpoint.revision + (f"{QUANTISED}{quantization}" if quantization else "")
+
+    @property
+    def label(self) -> str:
+        """What tells a specialist from the others in costs and folders."""
+        return "+".join(self.domains)
+
+
+@dataclass(frozen=True, slots=True)
+class Tutor:
+    """A hired teacher with what its responses are stored under."""
+
+    candidate: Candidate
+    hired: Hired
+    identity: TeacherIdentity
+
+    @property
+    def name(self) -> str:
+        return self.candidate.checkpoint.name
+
+    @property
+    def shape(self) -> Shape:
+        return self.candidate.checkpoint.shape
+
+    def role(self, role: Role) -> Role:
+        """The line of the cost account for its work; a specialist has lines of its own."""
+        label = self.candidate.label
+        return f"{role}.{label}" if label else role
+
+
+class Faculty:
+    """All tutors of a run; ``default`` teaches the prompts of every domain without a specialist."""
+
+    def __init__(self, tutors: Sequence[Tutor]) -> None:
+        self.tutors = tuple(tutors)
+        self.default = self.tutors[0]
+        self._by_domain = {domain: tutor for tutor in tutors for domain in tutor.candidate.domains}
+        self._by_name = {tutor.name: tutor for tutor in tutors}
+
+    def of(self, prompt: Prompt) -> Tutor:
+        """Who teaches this prompt."""
+        return self.default if prompt.domain is None else self._by_domain.get(prompt.domain, self.default)
+
+    def head_VD(self, teacher: str) -> Tensor:
+        """The LM head that makes logits of the states of the teacher of this name."""
+        head_VD = self._by_name[teacher].hired.judge.head_VD
+        assert head_VD is not None, "only hidden states name their teacher"
+        return head_VD
+
+    def hear(self, rollout: Rollout) -> None:
+        """Have the response's teacher take note of it; see ``Teacher.hear``."""
+        self.of(rollout.request.prompt).hired.judge.hear(rollout)
+
+    def forget(self) -> None:
+        """Have every teacher drop what it heard."""
+        for tutor in self.tutors:
+            tutor.hired.judge.forget()
+
+    def groups(self, prompts: Sequence[Prompt]) -> list[tuple[Tutor, list[int]]]:
+        """Each tutor that has work with the places of its prompts."""
+        places: dict[str, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            places.setdefault(self.of(prompt).name, []).append(place)
+        return [(self._by_name[name], found) for name, found in places.items()]
+
+    def judge(self, rollouts: Sequence[Rollout], meter: Meter, stage: str) -> list[Signal]:
+        """What each rollout's own teacher says of it, in the order of ``rollouts``, charged to ``stage``."""
+        signals: dict[int, Signal] = {}
+        for tutor, places in self.groups([rollout.request.prompt for rollout in rollouts]):
+            own = [rollouts[place] for place in places]
+            with meter.measure(tutor.role("teacher_score"), stage) as cost:
+                signals |= zip(places, tutor.hired.judge.score(own), strict=True)
+                cost.tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in own)
+                cost.flops = rollout_flops(tutor.shape, own)
+        return [signals[place] for place in range(len(rollouts))]
+
+
+def find_teachers(config: RunConfig) -> list[Candidate]:
+    """The teachers that ``config`` names, opened, the one for every prompt first; domains of equal settings share one.
+
+    Raises UserError for two different teachers of the same name: a name tells whose states a response was judged by.
+    """
+    domains: dict[TeacherSettings, tuple[str, ...]] = {config.teacher: ()}
+    for domain, settings in config.specialists.items():
+        if settings != config.teacher:
+            domains[settings] = (*domains.get(settings, ()), domain)
+    found = []
+    for settings, names in domains.items():
+        source = resolve(settings.model, role="teacher", revision=settings.revision)
+        found.append(Candidate(settings, open_checkpoint(source), names))
+    names_seen: set[str] = set()
+    for candidate in found:
+        if candidate.checkpoint.name in names_seen:
+            raise UserError(
+                f"specialists.{candidate.domains[0]} and another teacher are both called {candidate.checkpoint.name} "
+                f"and differ in their settings; give both the same settings, or name one by the folder of a copy"
+            )
+        names_seen.add(candidate.checkpoint.name)
+    return found
+
+
+def check_domains(candidates: Sequence[Candidate], domains: Mapping[str, int]) -> None:
+    """Raises UserError for a specialist that no prompt asks for; ``domains`` counts the prompts of each domain."""
+    for candidate in candidates:
+        for domain in candidate.domains:
+            if domain not in domains:
+                known = ", ".join(domains) or "none"
+                raise UserError(
+                    f"specialists.{domain}: no prompt has the domain {domain!r}; the prompts' domains are {known}"
+                )
+
+
+@contextmanager
+def hired_faculty(
+    config: RunConfig,
+    candidates: Sequence[Candidate],
+    encoder: Encoder,
+    *,
+    device: torch.device,
+    logs: Path,
+    choose: Choose,
+) -> Iterator[Faculty]:
+    """All of the run's teachers; what has to be ended of them ends with the block.
+
+    ``choose`` is what ``hired_teacher`` takes.
+    """
+    with ExitStack() as stack:
+        tutors = []
+        for candidate in candidates:
+            own = config.model_copy(update={"teacher": candidate.settings})
+            folder = logs / candidate.label.replace("/", "-") if candidate.label else logs
+            hired = stack.enter_context(
+                hired_teacher(own, candidate.checkpoint, encoder, device=device, logs=folder, choose=choose)
+            )
+            identity = TeacherIdentity(
+                name=candidate.checkpoint.name,
+                revision=candidate.revision,
+                template_hash=encoder.template_hash,
+                tokenizer_hash=encoder.vocabulary_hash,
+            )
+            tutors.append(Tutor(candidate, hired, identity))
+        yield Faculty(tutors)
