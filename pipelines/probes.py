@@ -182,7 +182,7 @@ def check_responses(probe: Probe) -> str:
                     f"responses are the wrong ones, remove their collection (`distill responses ls`) or name another "
                     f"--store"
                 )
-    return f"{max(gaps, key=lambda gap: gap.mean)} from what was reported, {' and '.join(probe.said)}"
+    return f"{max(gaps, key=lambda gap: gap.mean)} from what was reported ({' and '.join(probe.said)})"
 
 
 PROBES: dict[str, Ask] = {
