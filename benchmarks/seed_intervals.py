@@ -52,7 +52,7 @@ def bootstrap(table_SQ: Table, random: np.random.Generator) -> tuple[float, floa
 
 
 def main() -> None:
-    print(f"{'seeds':>5} {'questions':>9} {'spread':>6}   {'two-way: holds, width':>22}   {'bootstrap':>14}")
+    print(f"{'seeds':>5} {'questions':>9} {'spread':>6}   {'eval.seeds: holds, width':>22}   {'bootstrap':>14}")
     random = np.random.default_rng(0)
     for num_seeds in (3, 5):
         for num_questions in (64, 512):

@@ -80,16 +80,11 @@ class Difference:
     num_questions: int
 
 
-def wilson(mean: float, num_trials: float, quantile: float = Z95) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion; ``num_trials`` may be an effective (fractional) count.
-
-    ``quantile`` is another distribution's 97.5 % where the variance behind ``num_trials`` is itself uncertain.
-    """
-    square = quantile * quantile
+def wilson(mean: float, num_trials: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion; ``num_trials`` may be an effective (fractional) count."""
+    square = Z95 * Z95
     centre = (mean + square / (2 * num_trials)) / (1 + square / num_trials)
-    half = (
-        quantile * math.sqrt(mean * (1 - mean) / num_trials + square / (4 * num_trials**2)) / (1 + square / num_trials)
-    )
+    half = Z95 * math.sqrt(mean * (1 - mean) / num_trials + square / (4 * num_trials**2)) / (1 + square / num_trials)
     # At 0 and 1 the bound is the mean itself; rounding must not leave [0, 1] or exclude the mean.
     return max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
 
