@@ -72,8 +72,8 @@ def half_width(value_SQ: NDArray[np.float64]) -> float:
 
     With mean squares M between seeds, between questions and of the rest, the variance of the mean is estimated by
     (M_seeds + M_questions - M_rest) / (S Q). The seeds' part is taken with Student's t of S - 1 degrees of freedom,
-    what the questions add with the normal distribution's quantile. M_seeds holds the chance of single samples too, so the
-    interval is too wide, never too narrow, where seeds hardly differ.
+    what the questions add with the normal distribution's quantile. M_seeds holds the chance of single samples too, so
+    the interval is too wide, never too narrow, where seeds hardly differ.
     """
     num_seeds, num_questions = value_SQ.shape
     mean = value_SQ.mean()

@@ -176,8 +176,9 @@ def _held(
                     _request(history, turn, encoder, sampling[turn.wanted], derive(seed, TASK, place, number))
                     for place, (history, turn) in enumerate(zip(histories, turns, strict=True))
                 ]
-                begun = time.perf_counter()
+                begun, before = time.perf_counter(), bar.done
                 said = speak(sampler, [fitted(one, context) for one in requests], lambda rollout: bar.advance())
+                bar.advance(before + len(requests) - bar.done)
                 seconds = (time.perf_counter() - begun) / len(requests)
                 fresh = [
                     {"prompt_id": f"dialogue_{place}", "turn": number + 1, "seconds": seconds}
