@@ -36,6 +36,8 @@ class Guard:
     worse: str
     finding: str
     advice: str
+    where_judged: bool = True
+    """Watched too where a teacher judges every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ GUARDS: dict[str, Guard] = {
         "below",
         "the student's entropy, as sampled, is {value:.3f} of what it was at the beginning",
         "Lower the learning rate; in a GRPO stage, raise policy_gradient.clip_high or end the stage earlier",
+        # There the student becomes as certain as its teacher, however certain that is; the KL tells a collapse.
+        where_judged=False,
     ),
     "kl": Guard(
         ("reverse_kl",),
@@ -173,7 +177,10 @@ class Guards:
         if "tokens.student_sample" not in metrics:
             return
         where = f"{self.stage} step {metrics['step']}"
+        is_judged = any(key.startswith("tokens.teacher_score") for key in metrics)
         for watch in self.watches:
+            if is_judged and not GUARDS[watch.name].where_judged:
+                continue
             value = metrics.get(watch.metric)
             verdict = None if value is None else watch.see(value)
             if verdict == "stop":

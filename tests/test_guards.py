@@ -121,6 +121,9 @@ def test_entropy_that_collapses(tmp_path: Path) -> None:
     stream = stream_of(tmp_path / "run", stage)
     found = stopped_at(stream, only("entropy", 1, GuardLimits(warn=0.5, stop=0.1)))
     assert found is not None and "entropy, as sampled, is" in found[1]
+    # A student that comes to be as certain as its teacher has not collapsed.
+    judged = [{**row, "tokens.teacher_score": 1} for row in stream]
+    assert stopped_at(judged, only("entropy", 1, GuardLimits(warn=0.5, stop=0.1))) is None
 
 
 def test_the_teacher_as_its_own_student(tmp_path: Path) -> None:
