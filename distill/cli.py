@@ -48,7 +48,9 @@ def _root() -> None:
 def run(
     teacher: Annotated[str | None, typer.Option(help="235B, 32B, ..., tiny, a hub id or a folder.")] = None,
     student: Annotated[str | None, typer.Option(help="4B (its base), ..., nano, a hub id or a folder.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="JSONL or parquet with a column 'prompt'.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="JSONL or parquet with a column 'prompt', or a hub set: OWNER/NAME@REVISION.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name>.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed is another run.")] = None,
     store: Annotated[str | None, typer.Option(help="Folder of the teacher-response store.")] = None,

@@ -168,8 +168,13 @@ class HubSet(Settings):
     prompt_column: str = "prompt"
     answer_column: str | None = None
     language_column: str | None = None
+    mode_column: str | None = None
+    """think, no_think or null, for each prompt."""
+    domain_column: str | None = None
     domain: str | None = None
-    """Recorded with every prompt of the set."""
+    """Recorded with every prompt of the set that ``domain_column`` names none for."""
+    usual_columns: bool = False
+    """Use the columns answer, mode, language and domain where the set has them, as ``--prompts`` does."""
     limit: PositiveInt | None = None
     """The first rows that are used; null uses all."""
 

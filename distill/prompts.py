@@ -15,7 +15,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -257,7 +257,10 @@ def prompt_files(path: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"the prompts {path} cannot be read: {error.strerror}") from None
     if there is None:
-        raise UserError(f"there is no file {path}: its folder {path.parent} does not exist either; check the spelling")
+        raise UserError(
+            f"there is no file {path}: its folder {path.parent} does not exist either; check the spelling (a set on "
+            f"the hub is OWNER/NAME@REVISION)"
+        )
     near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.4)
     raise UserError(f"there is no file {path}; " + (f"did you mean {near[0]}?" if near else "check the spelling"))
 
@@ -311,12 +314,10 @@ def _of_hub(settings: HubPrompts, limit: _Limit) -> Iterator[Prompt]:
         num_prompts = 0
         left_out = Counter[str]()
         for row in _hub_rows(hub_set):
-            domain = hub_set.domain
-            columns = {"answer": hub_set.answer_column, "language": hub_set.language_column}
-            fields = {name: row[column] for name, column in columns.items() if column is not None}
+            fields = {name: row[column] for name, column in _field_columns(hub_set, row).items()}
             try:
                 value = _up_to_last_question(row[hub_set.prompt_column])
-                prompt = prompt_of(value, {**fields, "domain": domain})
+                prompt = prompt_of(value, {**fields, "domain": fields.get("domain") or hub_set.domain})
                 limit.check(prompt.messages)
             except UserError as error:
                 left_out[str(error).partition(";")[0][:100]] += 1
@@ -346,14 +347,20 @@ def _hub_rows(hub_set: HubSet) -> Iterator[Mapping[str, Any]]:
         raise UserError(f"the data set {hub_set.id} cannot be had: {reason_of(error)}; {way_out}") from None
     except OSError as error:
         raise DistillError(f"the data set {hub_set.id} could not be read: {reason_of(error)}; {way_out}") from error
-    named = (hub_set.prompt_column, hub_set.answer_column, hub_set.language_column)
-    columns = [column for column in named if column is not None]
+    columns = [hub_set.prompt_column, *_field_columns(hub_set, table.column_names).values()]
     for column in columns:
         if column not in table.column_names:
             raise UserError(
                 f"the data set {hub_set.id} has no column {column!r}; its columns are {', '.join(table.column_names)}"
             )
     yield from table.select_columns(columns).select(range(min(len(table), hub_set.limit or len(table))))
+
+
+def _field_columns(hub_set: HubSet, there: Collection[str]) -> dict[str, str]:
+    """Which column holds which field of a prompt; ``there`` are the set's columns."""
+    usual = {name: name for name in FIELDS if hub_set.usual_columns and name in there}
+    chosen = {name: getattr(hub_set, f"{name}_column") for name in FIELDS}
+    return usual | {name: column for name, column in chosen.items() if column is not None}
 
 
 def _up_to_last_question(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -105,7 +106,7 @@ def resolve_run(
     if seed is not None:
         assign(flags, "seed", seed)
     if prompts is not None:
-        assign(flags, "prompts", {"kind": "file", "path": str(Path(prompts).absolute())})
+        assign(flags, "prompts", _prompt_settings(prompts))
         # One's own questions are examined on themselves, unless an assignment says otherwise.
         assign(tree, "evaluation.tasks", None)
     # The flags lie below the assignments too: prompts.prompt_column is a key of the prompts that --prompts makes.
@@ -125,6 +126,20 @@ def resolve_run(
         parts = (Path(block.model).name for block in (config.teacher, config.student))
         config = config.model_copy(update={"name": "-to-".join(parts)})
     return config
+
+
+_HUB_SET = re.compile(r"([\w.-]+/[\w.-]+)@([\w.-]+)(?::([\w.-]+))?")
+
+
+def _prompt_settings(prompts: str) -> dict[str, Any]:
+    """What ``--prompts`` means: a file or folder, or a hub set as OWNER/NAME@REVISION (:SPLIT, if it is not train)."""
+    found = None if Path(prompts).exists() else _HUB_SET.fullmatch(prompts)
+    if found is None:
+        return {"kind": "file", "path": str(Path(prompts).absolute())}
+    id_, revision, split = found.groups()
+    licence = "not looked up: see the set's page"
+    one = {"id": id_, "revision": revision, "split": split or "train", "licence": licence, "usual_columns": True}
+    return {"kind": "hub", "sets": [one]}
 
 
 def _absolute(model: str) -> str:

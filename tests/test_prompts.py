@@ -18,6 +18,7 @@ from distill.embedded.task import ask, split_of
 from distill.errors import UserError
 from distill.prompts import PromptSource, load_prompts
 from distill.types import Message, Prompt
+from pipelines.resolution import resolve_run
 
 
 def words(messages: Sequence[Message]) -> int:
@@ -341,3 +342,25 @@ def test_hub_sets_are_read_to_their_last_question(
     assert "2 rows are left out" in heard
     with pytest.raises(UserError, match=r"has no column 'prompt'; its columns are messages, lang, gold"):
         load_prompts(hub(), seed=0, max_prompt_tokens=100, count_tokens=words)
+
+
+def test_a_hub_set_on_the_command_line_brings_its_usual_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    rows = [{"prompt": text, "mode": mode, "domain": "maths"} for text, mode in (("a b", "think"), ("c d", None))]
+    jsonl(tmp_path / "test.jsonl", rows)
+    real = datasets.load_dataset
+
+    def from_folder(name: str, subset: str | None, *, split: str, revision: str) -> object:
+        assert (name, subset, split, revision) == ("owner/name", None, "test", "v1.0")
+        return real("json", data_files=str(tmp_path / "test.jsonl"), split="train", cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    config = resolve_run(prompts="owner/name@v1.0:test")
+    source = load_prompts(config.prompts, seed=0, max_prompt_tokens=100, count_tokens=words)
+    found = {str(prompt.messages[0]["content"]): (prompt.mode, prompt.domain) for prompt in everything(source)}
+    assert found == {"a b": ("think", "maths"), "c d": (None, "maths")}
+    # A file of one's own is never taken for a set.
+    assert resolve_run(prompts="owner/name").prompts.kind == "file"
