@@ -61,32 +61,34 @@ class Admission:
                 )
             )
 
-    def ask_at_once(self, faculty: Faculty, prompts: PromptSource, encoder: Encoder) -> None:
-        """Ask every teacher that can judge and speak without its servers changing over."""
+    def draw(self, faculty: Faculty, prompts: PromptSource, encoder: Encoder, *, taking_turns: bool) -> None:
+        """Have the teachers speak whose servers take turns, or those of the others."""
+        for tutor in faculty.tutors:
+            if tutor.hired.takes_turns is taking_turns:
+                self._draw(tutor, prompts, encoder)
+
+    def ask_at_once(self, faculty: Faculty) -> None:
+        """Ask every teacher that can judge and speak without its servers changing over, and has spoken.
+
+        No process stores a response before all have drawn theirs: they ask about the same ones.
+        """
         for tutor in faculty.tutors:
             if not tutor.hired.takes_turns:
-                self._draw(tutor, prompts, encoder)
                 self._ask(tutor)
-
-    def draw(self, stages: Sequence[Stage], faculty: Faculty, prompts: PromptSource, encoder: Encoder) -> None:
-        """Have the other teachers speak now, while the servers that they do it with are up."""
-        for tutor in faculty.tutors:
-            if tutor.hired.takes_turns and _is_judge_wanted(stages):
-                self._draw(tutor, prompts, encoder)
 
     def ask_before_steps(self, stage: Stage, stages: Sequence[Stage], faculty: Faculty) -> None:
         """Whatever is left to ask before ``stage`` takes its first step in this process."""
         for tutor in faculty.tutors:
             if tutor.name in self._asked:
                 continue
-            if _is_judge_wanted(stages):
+            if is_judge_wanted(stages):
                 self._ask(tutor)
             else:
                 self._asked.add(tutor.name)
                 self._add([skipped(name, tutor.name, _NOT_WANTED) for name in PROBES])
         spoken = list(stage.spoken())
         for tutor, places in faculty.groups([rollout.request.prompt for rollout in spoken]):
-            if tutor.hired.takes_turns and not _is_judge_wanted(stages):
+            if tutor.hired.takes_turns and not is_judge_wanted(stages):
                 continue
             chosen = places[:: max(1, len(places) // NUM_STORED)][:NUM_STORED]
             probe = self._probe(tutor, {f"stage {stage.name}": [spoken[place] for place in chosen]})
@@ -129,5 +131,6 @@ class Admission:
         return [asdict(finding) for finding in self.findings]
 
 
-def _is_judge_wanted(stages: Sequence[Stage]) -> bool:
+def is_judge_wanted(stages: Sequence[Stage]) -> bool:
+    """Whether any stage has the teacher judge."""
     return any(stage.teacher_part == "judges" for stage in stages)

@@ -39,7 +39,7 @@ from eval.statistics import paired_difference
 from eval.switching import TASK as MODE_SWITCHING
 from eval.switching import ModeSwitching
 from eval.tasks import load_task
-from pipelines.admission import Admission
+from pipelines.admission import Admission, is_judge_wanted
 from pipelines.crew import Crew, Stage
 from pipelines.curve import Curve
 from pipelines.examination import Examined, Subject, examine_mode_switching, examine_task
@@ -115,7 +115,9 @@ class _Run:
             model = load_model(student, getattr(torch, config.student.dtype), place)
         self.student = Student(model, config.student, stop_ids=self.encoder.stop_ids, ranks=ranks, engine=self.engine)
         with ranks.together():
-            self.admission.ask_at_once(teachers, self.prompts, self.encoder)
+            self.admission.draw(teachers, self.prompts, self.encoder, taking_turns=False)
+        with self.student.whole(), ranks.together():
+            self.admission.ask_at_once(teachers)
             self._write_manifest(candidates, student, command)
             self.admission.record = self._record_admission
         self.crew = self._assemble(teachers, student)
@@ -239,8 +241,9 @@ class _Run:
             position = self._resume()
         if self.config.evaluation.references:
             self._examine("teacher", self.crew.teachers.default.hired.speaker)
-        if position.stage < len(self.stages):
-            self.admission.draw(self.stages, self.crew.teachers, self.prompts, self.encoder)
+        if position.stage < len(self.stages) and is_judge_wanted(self.stages):
+            with self.ranks.together():
+                self.admission.draw(self.crew.teachers, self.prompts, self.encoder, taking_turns=True)
         if self.config.evaluation.references:
             self._examine("start", self._student_at(position, _Position()))
         for number, (stage, settings) in enumerate(zip(self.stages, self.config.stages.values(), strict=True)):
@@ -262,7 +265,8 @@ class _Run:
         """Run the stage from ``position`` to its end."""
         stage.prepare()
         self._write_costs()
-        self.admission.ask_before_steps(stage, self.stages, self.crew.teachers)
+        with self.student.whole(), self.ranks.together():
+            self.admission.ask_before_steps(stage, self.stages, self.crew.teachers)
         self.journal.manifest({"stages": {**self._manifest_stages(), stage.name: stage.manifest()}})
         self.student.begin(settings.optimiser)
         if self._moments:
@@ -459,12 +463,14 @@ def _store(config: RunConfig) -> ResponseStore:
 
 def _check_shared_servers(config: RunConfig, ranks: Ranks) -> None:
     """One process starting a server on devices that the others train on would start it under them."""
-    urls = config.teacher.urls
-    if ranks.count > 1 and config.teacher.backend == "vllm" and not (urls.score and urls.generate):
-        raise UserError(
-            f"{ranks.count} processes share a teacher behind vLLM, and it is not named; start its servers with "
-            "`distill teacher serve` (both roles) and set teacher.urls.generate and teacher.urls.score"
-        )
+    teachers = {"teacher": config.teacher}
+    teachers |= {f"specialists.{domain}": settings for domain, settings in config.specialists.items()}
+    for where, settings in teachers.items():
+        if ranks.count > 1 and settings.backend == "vllm" and not (settings.urls.score and settings.urls.generate):
+            raise UserError(
+                f"{ranks.count} processes share a teacher behind vLLM, and it is not named; start its servers with "
+                f"`distill teacher serve` (both roles) and set {where}.urls.generate and {where}.urls.score"
+            )
 
 
 def _own_tasks(config: RunConfig, held_out: Sequence[Prompt]) -> tuple[str, ...]:

@@ -81,7 +81,9 @@ def asked(config: RunConfig, root: Path) -> dict[str, str]:
     admission = Admission(config, STUDENT, ResponseStore(root))
     candidates, cpu = find_teachers(config), torch.device("cpu")
     with hired_faculty(config, candidates, ENCODER, device=cpu, logs=root / "logs", choose=_nobody) as faculty:
-        admission.ask_at_once(faculty, EmbeddedSource(config.prompts, seed=0), ENCODER)  # type: ignore[arg-type]
+        source = EmbeddedSource(config.prompts, seed=0)  # type: ignore[arg-type]
+        admission.draw(faculty, source, ENCODER, taking_turns=False)
+        admission.ask_at_once(faculty)
     return {finding.check: finding.text for finding in admission.findings}
 
 
