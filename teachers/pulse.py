@@ -14,23 +14,31 @@ PROBE_SECONDS = 10.0
 STALL_SECONDS = 180.0
 """A server with work and without a sign of life for so long has hung: one pass over the model is shorter."""
 
+UNSEEN_SECONDS = 30.0
+"""More time than a look at a server that does not answer takes."""
+
 
 class Pulse:
     """The signs of life of one server that has work."""
 
     def __init__(self) -> None:
         self._engine: str | None = None
-        self._last_sign = time.monotonic()
+        self._last_sign = self._last_look = time.monotonic()
 
     def beat(self) -> None:
         """Something came that only a working server gives; also called where the waiting begins."""
-        self._last_sign = time.monotonic()
+        self._last_sign = self._last_look = time.monotonic()
 
     def note(self, metrics: str | None) -> None:
         """Take in a reading of ``/metrics``, None where there was none.
 
-        A server that answers without a word about its engine gets the benefit of the doubt.
+        A server that answers without a word about its engine gets the benefit of the doubt. So does every server after
+        a time in which nobody looked: this process may have been stopped, and the server with it.
         """
+        now = time.monotonic()
+        if now - self._last_look > 3 * PROBE_SECONDS + UNSEEN_SECONDS:
+            self.beat()
+        self._last_look = now
         if metrics is None:
             return
         engine = _engine_lines(metrics)
