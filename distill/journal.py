@@ -292,12 +292,15 @@ def claim(path: Path, *, marker: str) -> Any:
     return lock
 
 
+_WHEREABOUTS = ("teacher.urls.", "teacher.replicas ", "teacher.patience_seconds ")
+"""Where the teacher is says nothing about what it says: servers may move while a run rests."""
+
+
 def refuse_other(file: Path, config: Settings) -> None:
     """Raises UserError, naming the differences, where ``file`` holds another configuration."""
     tree = parse_yaml(file.read_text(encoding="utf-8"), where=str(file))
-    # A server may move while a run rests: where the teacher is says nothing about what it says.
     found = _differences(tree, config.model_dump(mode="json"), "")
-    differences = [difference for difference in found if not difference.startswith("teacher.urls.")]
+    differences = [difference for difference in found if not difference.startswith(_WHEREABOUTS)]
     if differences:
         shown = "; ".join(differences[:5])
         raise UserError(

@@ -33,6 +33,7 @@ def assignments(stage: dict[str, Any], guards: dict[str, Any]) -> list[str]:
         f"guards={json.dumps(guards)}",
         "evaluation.num_questions=2",
         "evaluation.modes=[think]",
+        "preflight.same_weights=true",
     ]
 
 

@@ -93,5 +93,6 @@ def test_no_server_is_started_for_a_role_that_has_a_url(tmp_path: Path, monkeypa
         # More GPUs than there are would be refused if a server of our own had to be started.
         config: RunConfig = resolve_run(assignments=["teacher.backend=vllm", "teacher.replicas=999", *urls])
         encoder = Encoder(load_tokenizer(teacher))
-        with hired_teacher(config, teacher, encoder, device=torch.device("cpu"), logs=tmp_path) as hired:
+        cpu = torch.device("cpu")
+        with hired_teacher(config, teacher, encoder, device=cpu, logs=tmp_path, choose=lambda rollouts: []) as hired:
             assert hired.judge.name == "tiny"

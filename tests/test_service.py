@@ -173,11 +173,11 @@ def test_a_model_that_cannot_be_cut_like_that_is_refused_with_a_size_that_works(
         with_config(on_gpus(tensor_parallel=8), **blocks).check()
     with_config(on_gpus(tensor_parallel=4), **blocks).check()
     with pytest.raises(UserError, match="--nodes 3 does not divide"):
-        on_gpus(tensor_parallel=4, nodes=Nodes(3, 0, "gpu-1")).check()
+        on_gpus(tensor_parallel=2, nodes=Nodes(3, 0, "gpu-1")).check()
     with pytest.raises(UserError, match="--node-rank 2 is none of 0 to 1"):
-        on_gpus(tensor_parallel=4, nodes=Nodes(2, 2, "gpu-1")).check()
+        on_gpus(tensor_parallel=2, nodes=Nodes(2, 2, "gpu-1")).check()
     with pytest.raises(UserError, match="needs GPUs"):
-        replace(on_gpus(tensor_parallel=4, nodes=Nodes(2, 1, "gpu-1")), on_gpu=False).check()
+        replace(on_gpus(tensor_parallel=2, nodes=Nodes(2, 1, "gpu-1")), on_gpu=False).check()
 
 
 def test_replicas_share_the_devices_and_never_one_device() -> None:
