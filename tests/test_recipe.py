@@ -63,8 +63,14 @@ def test_yaml_is_read_as_yaml_1_2() -> None:
     [
         ({"sede": 1}, r"unknown key sede \(did you mean seed\?"),
         ({"stages": {"x": {"kind": "on_policy", "stepps": 1}}}, r"unknown key stages.x.stepps \(did you mean steps\?"),
-        ({"stages": {"x": {"kind": "dpo"}}}, r"stages.x: kind must be one of 'grpo', 'off_policy', 'on_policy', 'opd_reward'"),
-        ({"stages": {"x": {"steps": 3}}}, r"stages.x: kind must be one of 'grpo', 'off_policy', 'on_policy', 'opd_reward'"),
+        (
+            {"stages": {"x": {"kind": "dpo"}}},
+            r"stages.x: kind must be one of 'grpo', 'off_policy', 'on_policy', 'opd_reward'",
+        ),
+        (
+            {"stages": {"x": {"steps": 3}}},
+            r"stages.x: kind must be one of 'grpo', 'off_policy', 'on_policy', 'opd_reward'",
+        ),
         ({"prompts": {"path": "x"}}, r"prompts: kind must be one of 'embedded', 'file', 'hub'"),
         ({"student": {"lora": {"rnk": 1}}}, r"unknown key student.lora.rnk \(did you mean rank\?"),
         ({"seed": -1}, r"seed: Input should be greater than or equal to 0 \(got -1\)"),
