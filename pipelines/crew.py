@@ -9,15 +9,15 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from distill.chat import switch_in
-from distill.config import Mixture, ModeSampling
+from distill.config import GrpoStage, Mixture, OnPolicyStage, OpdRewardStage
 from distill.encode import Encoder
 from distill.family import Shape
 from distill.prompts import PromptSource
-from distill.sampler import TransformersSampler
+from distill.sampler import OnFinished, TransformersSampler
 from distill.seeding import derive, uniform
-from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
+from distill.types import Example, Mode, Prompt, Rollout, Switch
 from pipelines.faculty import Faculty, TeacherPart
-from pipelines.meter import Meter
+from pipelines.meter import Meter, MeteredSampler
 from students.ranks import ALONE, Ranks
 from students.student import Felt, Rows, Student
 from teachers.store import ResponseStore
@@ -108,28 +108,32 @@ class Stage(Protocol):
         ...
 
 
-def group_requests(
+def student_responses(
     crew: Crew,
-    prompts: Sequence[Prompt],
-    *,
     stage: str,
+    settings: OnPolicyStage | GrpoStage | OpdRewardStage,
+    *,
     first: int,
-    mixture: Mixture,
-    sampling: ModeSampling,
-    samples: int,
-) -> list[Request]:
-    """``samples`` requests for each prompt, one mode a prompt; ``first`` is the position of the first prompt."""
-    return [
+    on_finished: OnFinished | None = None,
+) -> list[Rollout]:
+    """What the student says to one step's prompts, one mode a prompt; of several processes, this one's share.
+
+    ``first`` is the position of the step's first prompt.
+    """
+    prompts = crew.prompts.batch(first, settings.prompts_per_step)
+    requests = [
         crew.encoder.request(
             prompt,
             mode=mode,
             switch=switch,
-            sampling=sampling.of(mode),
+            sampling=settings.sampling.of(mode),
             seed=derive(crew.seed, stage, first + place, sample),
         )
-        for place, (prompt, mode, switch) in enumerate(with_modes(prompts, mixture, crew.seed, stage, first))
-        for sample in range(samples)
+        for place, (prompt, mode, switch) in enumerate(with_modes(prompts, settings.mixture, crew.seed, stage, first))
+        for sample in range(settings.samples_per_prompt)
     ]
+    sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", stage)
+    return sampler.generate(crew.ranks.share(requests, block=settings.samples_per_prompt), on_finished)
 
 
 def with_modes(

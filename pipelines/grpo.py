@@ -24,9 +24,8 @@ from distill.divergence import Divergence, linear_divergence
 from distill.errors import UserError
 from distill.policy_gradient import Clip, linear_policy_gradient
 from distill.types import MODES, ActionLogprobs, Advantage, Example, HiddenStates, Rollout
-from pipelines.crew import Crew, Judged, Mean, group_requests
+from pipelines.crew import Crew, Judged, Mean, student_responses
 from pipelines.faculty import TeacherPart
-from pipelines.meter import MeteredSampler
 from pipelines.rewards import group_advantages, overlong_penalty
 from pipelines.verifier import Verifier
 from students.batch import Advantages
@@ -118,19 +117,8 @@ class Grpo:
         return ()
 
     def sample(self, step: int) -> list[Rollout]:
-        settings, crew = self.settings, self.crew
-        first = self.first_prompt + step * settings.prompts_per_step
-        requests = group_requests(
-            crew,
-            crew.prompts.batch(first, settings.prompts_per_step),
-            stage=self.name,
-            first=first,
-            mixture=settings.mixture,
-            sampling=settings.sampling,
-            samples=settings.samples_per_prompt,
-        )
-        sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", self.name)
-        return sampler.generate(crew.ranks.share(requests, block=settings.samples_per_prompt))
+        first = self.first_prompt + step * self.settings.prompts_per_step
+        return student_responses(self.crew, self.name, self.settings, first=first)
 
     def signal(self, rollouts: Sequence[Rollout]) -> Judged:
         with self.crew.meter.measure("verify", self.name) as cost:

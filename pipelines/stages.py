@@ -25,7 +25,7 @@ from distill.progress import say
 from distill.sampler import Sampler
 from distill.seeding import derive
 from distill.types import Example, HiddenStates, Request, Rollout
-from pipelines.crew import Crew, Judged, group_requests, with_modes
+from pipelines.crew import Crew, Judged, student_responses, with_modes
 from pipelines.faculty import TeacherPart, Tutor
 from pipelines.grpo import Grpo, OpdReward
 from pipelines.losses import LOSSES
@@ -170,23 +170,11 @@ class OnPolicy:
         return ()
 
     def sample(self, step: int) -> list[Rollout]:
-        settings, crew = self.settings, self.crew
-        first = self.first_prompt + step * settings.prompts_per_step
-        requests = group_requests(
-            crew,
-            crew.prompts.batch(first, settings.prompts_per_step),
-            stage=self.name,
-            first=first,
-            mixture=settings.mixture,
-            sampling=settings.sampling,
-            samples=settings.samples_per_prompt,
-        )
-        sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", self.name)
-        shared = crew.ranks.share(requests, block=settings.samples_per_prompt)
+        first, teachers = self.first_prompt + step * self.settings.prompts_per_step, self.crew.teachers
         try:
-            return sampler.generate(shared, crew.teachers.hear)
+            return student_responses(self.crew, self.name, self.settings, first=first, on_finished=teachers.hear)
         except BaseException:
-            crew.teachers.forget()
+            teachers.forget()
             raise
 
     def signal(self, rollouts: Sequence[Rollout]) -> Judged:
