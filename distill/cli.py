@@ -9,9 +9,10 @@ packages above it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -438,18 +439,36 @@ def _one_of(value: str, option: str, known: tuple[Any, ...]) -> Any:
 
 def main() -> None:
     """The console script: sentences instead of tracebacks for what is no bug."""
+    _leave(_exit_code())
+
+
+def _exit_code() -> int:
+    """Have the command work; the code to leave with."""
     try:
         app()
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
     except PeerError as error:
-        sys.exit(error.exit_code)
+        return error.exit_code
     except DistillError as error:
         # What all processes of a run meet at once, the main one says; what one meets alone, that one.
         shared = isinstance(error, StoppedError | NonFiniteError | GuardError)
         (say if shared else complain)(f"distill: {error}")
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
         say("distill: interrupted")
-        sys.exit(130)
+        return 130
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    ranks = sys.modules.get("students.ranks")
+    if ranks is not None and ranks.has_joined:
+        # Threads of the process group may outlive it, and C++ aborts a process that ends with one of them alive.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

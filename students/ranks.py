@@ -131,6 +131,10 @@ def _described(error: DistillError) -> tuple[str, int | None]:
     return str(error), error.exit_code if isinstance(error, StoppedError) else None
 
 
+has_joined = False
+"""Whether this process has been one of several."""
+
+
 @contextmanager
 def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """The processes that this one belongs to, by its environment; alone where that names no others.
@@ -138,6 +142,7 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
     Understands what torchrun and Kubernetes' training operators set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
     MASTER_PORT), which is also what ``distill run --processes`` sets, and srun's own variables.
     """
+    global has_joined
     place = place_in(environment)
     if place is None:
         yield ALONE
@@ -153,6 +158,7 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
         world_size=count,
         timeout=PATIENCE,
     )
+    has_joined = True
     try:
         yield Ranks(number, count)
     except RuntimeError as error:
