@@ -89,7 +89,11 @@ class Journal:
         self.writes = writes
         self._lock = claim(path, marker="config.yaml") if writes else None
         if (path / "config.yaml").exists():
-            refuse_other(path / "config.yaml", config)
+            try:
+                refuse_other(path / "config.yaml", config)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def finished(self) -> bool:

@@ -1,0 +1,138 @@
+"""``distill run``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill.cli.options import Json
+from distill.errors import DistillError
+from distill.progress import say
+
+if TYPE_CHECKING:
+    from distill.config import RunConfig
+
+
+def run(
+    teacher: Annotated[str | None, typer.Option(help="235B, 32B, ..., tiny, a hub id or a folder.")] = None,
+    student: Annotated[str | None, typer.Option(help="4B (its base), ..., nano, a hub id or a folder.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="JSONL or parquet with a column 'prompt', or a hub set: OWNER/NAME@REVISION.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name>.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed is another run.")] = None,
+    store: Annotated[str | None, typer.Option(help="Folder of the teacher-response store.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name or a YAML file.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key: --set stages.on_policy.steps=100")
+    ] = None,
+    teacher_urls: Annotated[
+        list[str] | None,
+        typer.Option("--teacher-url", help="A vLLM server of the teacher that runs already; again for a further one."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the work; default one a GPU, else one.")
+    ] = None,
+    skip_preflight: Annotated[
+        list[str] | None, typer.Option("--skip-preflight", metavar="NAME", help="Leave out one check; recorded.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and what would run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Distil TEACHER into STUDENT: both stages, examined before, between and after.
+
+    The same command again resumes an interrupted run; on a finished one it prints the summary.
+
+    Examples:
+
+      distill run                                      the embedded pair, minutes on a CPU
+
+      distill run --teacher 4B --student 0.6B --prompts my.jsonl --out runs/mine
+
+      distill run --seed 1 --out runs/seed1 --set stages.on_policy.steps=100
+
+      distill run --teacher 32B --student 4B --teacher-url http://gpu-1:8000 --teacher-url http://gpu-2:8000
+    """
+    from pipelines.resolution import resolve_run
+
+    if teacher_urls:
+        from pipelines.hiring import found_servers
+
+        assignments = [*(assignments or []), *found_servers(teacher_urls)]
+    config = resolve_run(
+        recipe=recipe,
+        teacher=teacher,
+        student=student,
+        prompts=prompts,
+        seed=seed,
+        assignments=[
+            *(assignments or []),
+            *([f"store={json.dumps(store)}"] if store else []),
+            *([f"preflight.skip={json.dumps(skip_preflight)}"] if skip_preflight else []),
+        ],
+    )
+    folder = out or Path("runs") / str(config.name)
+    if dry_run:
+        _print_dry_run(config, folder, as_json, processes)
+        return
+    from pipelines.launch import own_command, processes_to_start, run_processes
+
+    count = processes_to_start(processes)
+    if count > 1:
+        sys.exit(run_processes(own_command(sys.argv[1:]), count))
+    from distill.interrupt import deferred_signals
+
+    with deferred_signals():
+        from pipelines.strong_to_weak import run as run_pipeline
+        from students.ranks import joined_ranks
+
+        with joined_ranks() as ranks:
+            try:
+                summary = run_pipeline(config, folder, command=["distill", *sys.argv[1:]], ranks=ranks)
+            except DistillError as error:
+                if error.exit_code in (75, 130):
+                    say(f"The run is safe in {folder}; the same command resumes it.")
+                raise
+        if not ranks.is_main:
+            return
+    if as_json:
+        print(json.dumps(summary, allow_nan=False))
+    else:
+        from eval.table import print_summary
+
+        print_summary(summary)
+
+
+def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, processes: int | None) -> None:
+    from distill.family import resolve, shape_of
+    from distill.memory import GPU_BYTES, Planned, plan
+    from distill.recipe import dump_yaml
+
+    teacher = resolve(config.teacher.model, role="teacher", revision=config.teacher.revision)
+    student = resolve(config.student.model, role="student", revision=config.student.revision)
+    shapes = shape_of(config.student.model), shape_of(config.teacher.model)
+    planned = None if None in shapes else plan(config, *shapes, processes=processes)  # type: ignore[arg-type]
+    steps = [
+        f"teacher {teacher.name}: {teacher.location}",
+        f"student {student.name}: {student.location}",
+        f"examine the teacher and the start in {' and '.join(config.evaluation.modes)}",
+        *(f"stage {name}: {settings.kind}, then examine" for name, settings in config.stages.items()),
+        f"write {folder}/student, summary.json and report.html",
+    ]
+    if as_json:
+        document = {"out": str(folder), "config": config.model_dump(mode="json"), "plan": steps}
+        print(json.dumps({**document, "memory": None if planned is None else planned.to_json()}))
+        return
+    print(dump_yaml(config), end="")
+    print(f"# into {folder}:")
+    for line in steps:
+        print(f"#   {line}")
+    if isinstance(planned, Planned):
+        for line in planned.lines(GPU_BYTES):
+            print(f"# {line}")
+    else:
+        print("# memory: the models' shapes are not known before they are opened")
