@@ -102,7 +102,9 @@ def test_a_micro_batch_holds_no_logits_of_another() -> None:
 
     peak(1)
     logits = 500 * WIDE.vocabulary * 4
-    assert peak(4) - peak(1) < logits / 2
+    # The allocator keeps pages now and then, up to a micro-batch's worth; what the step itself needs is the least.
+    one, four = (min(peak(num_groups) for _ in range(4)) for num_groups in (1, 4))
+    assert four - one < logits / 2, (one, four)
 
 
 def test_the_formula_counts_the_parameters_of_every_engine() -> None:
