@@ -499,6 +499,8 @@ class RunConfig(Settings):
     student is the same."""
     student: StudentSettings = StudentSettings()
     prompts: PromptSettings = EmbeddedPrompts()
+    first_prompt: Annotated[int, Field(ge=0)] = 0
+    """Position among the prompts at which the first stage begins: where the run stopped that trained this student."""
     stages: dict[str, StageSettings] = {"off_policy": OffPolicyStage(), "on_policy": OnPolicyStage()}
     """The stages by name, in the order in which they run; each one starts from the student the last one left."""
     stop: dict[str, StopSettings] = {}

@@ -122,7 +122,7 @@ class _Run:
             self.admission.record = self._record_admission
         self.crew = self._assemble(teachers, student)
         self.stages: list[Stage] = []
-        first_prompt = 0
+        first_prompt = config.first_prompt
         for name, settings in config.stages.items():
             self.stages.append(STAGES[type(settings)](name, settings, self.crew, first_prompt=first_prompt))
             first_prompt += self.stages[-1].num_prompts
