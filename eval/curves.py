@@ -102,9 +102,11 @@ def compute_at_equal_score_over_seeds(curves_a: Sequence[Curve], curves_b: Seque
 
 
 def score_at_compute(curve: Curve, flops: float) -> Point | None:
-    """The last checkpoint that cost no more than ``flops``; None where the first one already did."""
+    """The checkpoint that scored best among those that cost no more than ``flops``, the earliest of equals; None where
+    the first one already cost more."""
     _check(curve)
-    return next((point for point in reversed(curve) if point.flops <= flops), None)
+    within = [point for point in curve if point.flops <= flops]
+    return max(within, key=lambda point: point.score, default=None)
 
 
 def _check(curve: Curve) -> None:
