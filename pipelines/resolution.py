@@ -9,10 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from distill.comparison import ComparisonConfig
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, short_name
-from distill.recipe import assign, load_recipe, merge, parse_assignment, validate
+from distill.recipe import assign, load_recipe, merge, parse_assignment, validate, validate_as
 from pipelines.probes import refuse_unknown
 
 EMBEDDED_RECIPE = "embedded"
@@ -51,6 +52,16 @@ def _recipes() -> Any:
     return files("pipelines") / "recipes"
 
 
+def comparison_names() -> list[str]:
+    """The shipped comparisons of several runs; ``--recipe`` takes them like a run's recipe."""
+    names = [entry.name for entry in _comparisons().iterdir() if entry.name.endswith(".yaml")]
+    return sorted(name.removesuffix(".yaml") for name in names)
+
+
+def _comparisons() -> Any:
+    return files("pipelines") / "comparisons"
+
+
 def _shipped(name: str) -> dict[str, Any]:
     """A shipped recipe, or one's own file."""
     if name in _pairs():
@@ -62,22 +73,24 @@ def find_recipe(name: str) -> Path:
     """The file of a shipped recipe, or of one's own."""
     if name in recipe_names():
         return Path(str(_recipes() / f"{name}.yaml"))
+    if name in comparison_names():
+        return Path(str(_comparisons() / f"{name}.yaml"))
     if Path(name).is_file():
         return Path(name)
-    near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.0)
+    known = [*recipe_names(), *comparison_names()]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     raise UserError(
-        f"--recipe {name!r} is neither a file nor a shipped recipe; did you mean {near[0]}? "
-        f"shipped: {', '.join(recipe_names())}"
+        f"--recipe {name!r} is neither a file nor a shipped recipe; did you mean {near[0]}? shipped: {', '.join(known)}"
     )
 
 
-def _load(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The recipe, laid over the one that its key ``extends`` names."""
+def load_named(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A shipped recipe or one's own file, not yet validated, laid over the one that its key ``extends`` names."""
     if name in above:
         raise UserError(f"the recipe {name!r} extends itself ({' extends '.join([*above, name])}); name another base")
     tree = _shipped(name)
     base = tree.pop("extends", None)
-    return tree if base is None else merge(_load(str(base), (*above, name)), tree)
+    return tree if base is None else merge(load_named(str(base), (*above, name)), tree)
 
 
 def resolve_run(
@@ -97,7 +110,9 @@ def resolve_run(
     named = [name for name in (teacher, student) if name is not None]
     if recipe is None:
         recipe = EMBEDDED_RECIPE if all(name in EMBEDDED_NAMES for name in named) else REAL_RECIPE
-    tree = _load(recipe)
+    tree = load_named(recipe)
+    if tree.get("kind") == "comparison":
+        raise UserError(f"the recipe {recipe} is a comparison of several runs; `distill run --recipe {recipe}` runs it")
     flags: dict[str, Any] = {}
     if teacher is not None:
         assign(flags, "teacher.model", _absolute(teacher))
@@ -110,13 +125,7 @@ def resolve_run(
         # One's own questions are examined on themselves, unless an assignment says otherwise.
         assign(tree, "evaluation.tasks", None)
     # The flags lie below the assignments too: prompts.prompt_column is a key of the prompts that --prompts makes.
-    tree = merge(tree, flags)
-    for text in assignments:
-        key, value = parse_assignment(text)
-        over: dict[str, Any] = {}
-        assign(over, key, value)
-        tree = merge(tree, over)
-    tree = merge(tree, flags)
+    tree = merge(_assigned(merge(tree, flags), assignments), flags)
     if isinstance(tree.get("stages"), dict):
         # A stage that is null is one that this recipe leaves out of the one it extends.
         tree["stages"] = {name: stage for name, stage in tree["stages"].items() if stage is not None}
@@ -126,6 +135,41 @@ def resolve_run(
         parts = (Path(block.model).name for block in (config.teacher, config.student))
         config = config.model_copy(update={"name": "-to-".join(parts)})
     return config
+
+
+def _assigned(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """``tree`` with each ``a.b=c`` laid on top."""
+    for text in assignments:
+        key, value = parse_assignment(text)
+        over: dict[str, Any] = {}
+        assign(over, key, value)
+        tree = merge(tree, over)
+    return tree
+
+
+def is_comparison(recipe: str | None) -> bool:
+    """Whether a recipe is a comparison of several runs."""
+    return recipe is not None and load_named(recipe).get("kind") == "comparison"
+
+
+def resolve_comparison(
+    recipe: str, *, quick: bool = False, seed: int | None = None, assignments: Sequence[str] = ()
+) -> ComparisonConfig:
+    """The comparison that these choices mean: the recipe, with ``quick`` what it says of quick, then ``a.b=c``.
+
+    Raises UserError for anything that is wrong.
+    """
+    tree = load_named(recipe)
+    if quick:
+        if not tree.get("quick"):
+            raise UserError(f"the recipe {recipe} has no quick variant; add a block quick, or leave --quick out")
+        over = dict(tree["quick"])
+        # A smaller set of starts takes the place of the recipe's, where other blocks are laid over them.
+        starts = over.pop("starts", tree.get("starts"))
+        tree = merge(tree, over) | ({} if starts is None else {"starts": starts})
+    if seed is not None:
+        tree = tree | {"seeds": [seed]}
+    return validate_as(ComparisonConfig, _assigned(tree, assignments), where=f"the comparison (recipe {recipe})")
 
 
 _HUB_SET = re.compile(r"([\w.-]+/[\w.-]+)@([\w.-]+)(?::([\w.-]+))?")

@@ -1,6 +1,6 @@
-"""The door: ``distill run``, ``distill eval``, ``distill report``, ``distill teacher``, ``distill responses``.
+"""The door: the command ``distill``, one module per noun.
 
-One module per noun. Standard output carries results only (with ``--json``, one JSON document); progress and errors go
+Standard output carries results only (with ``--json``, one JSON document); progress and errors go
 to standard error. A user's error is one sentence and exit code 2, a failure 1, a clean stop 75, Ctrl-C 130. Heavy
 modules are imported by the command that needs them, so that ``--help`` answers at once. The one corner of this package
 that may import the packages above it.
@@ -15,6 +15,7 @@ from typing import NoReturn
 import typer
 
 from distill.cli import responses, teacher
+from distill.cli.compare import compare
 from distill.cli.evaluate import evaluate
 from distill.cli.report import report
 from distill.cli.run import run
@@ -37,6 +38,7 @@ def _root() -> None:
 app.command()(run)
 app.command("eval")(evaluate)
 app.command()(report)
+app.command()(compare)
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(responses.app, name="responses")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.options import Json
-from distill.errors import DistillError
+from distill.errors import DistillError, UserError
 from distill.progress import say
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ def run(
     skip_preflight: Annotated[
         list[str] | None, typer.Option("--skip-preflight", metavar="NAME", help="Leave out one check; recorded.")
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The short variant of a comparison.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and what would run.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Distil TEACHER into STUDENT: both stages, examined before, between and after.
+    """Distil TEACHER into STUDENT: both stages, examined before, between and after. Or run a comparison of methods.
 
     The same command again resumes an interrupted run; on a finished one it prints the summary.
 
@@ -56,9 +57,27 @@ def run(
       distill run --seed 1 --out runs/seed1 --set stages.on_policy.steps=100
 
       distill run --teacher 32B --student 4B --teacher-url http://gpu-1:8000 --teacher-url http://gpu-2:8000
-    """
-    from pipelines.resolution import resolve_run
 
+      distill run --recipe table21 --quick             distillation against reinforcement learning, the short variant
+    """
+    from pipelines.resolution import is_comparison, resolve_run
+
+    if is_comparison(recipe):
+        assert recipe is not None
+        given = {
+            "--teacher": teacher,
+            "--student": student,
+            "--prompts": prompts,
+            "--teacher-url": teacher_urls,
+            "--processes": processes,
+            "--store": store,
+            "--skip-preflight": skip_preflight,
+        }
+        _refuse([option for option, value in given.items() if value is not None], recipe)
+        _compare(recipe, out, seed, quick, assignments or [], dry_run, as_json)
+        return
+    if quick:
+        raise UserError("--quick is the short variant of a comparison; give --recipe table21 with it, or leave it out")
     if teacher_urls:
         from pipelines.hiring import found_servers
 
@@ -105,6 +124,53 @@ def run(
         from eval.table import print_summary
 
         print_summary(summary)
+
+
+def _refuse(options: list[str], recipe: str) -> None:
+    if options:
+        raise UserError(
+            f"{options[0]} is an option of a single run, and the recipe {recipe} compares several; say it for all of "
+            "them, for example --set common.teacher.model=NAME"
+        )
+
+
+def _compare(
+    recipe: str, out: Path | None, seed: int | None, quick: bool, assignments: list[str], dry_run: bool, as_json: bool
+) -> None:
+    """Run a comparison, or say what would run."""
+    from pipelines.resolution import resolve_comparison
+
+    config = resolve_comparison(recipe, quick=quick, seed=seed, assignments=assignments)
+    folder = out or Path("runs") / (f"{config.name}-quick" if quick else config.name)
+    if dry_run:
+        from distill.recipe import dump_yaml
+        from pipelines.comparison import check
+
+        runs = {str(member.folder(folder)): found for member, found in check(config, folder)}
+        if as_json:
+            shown = {path: found.model_dump(mode="json") for path, found in runs.items()}
+            print(json.dumps({"out": str(folder), "config": config.model_dump(mode="json"), "runs": shown}))
+        else:
+            print(dump_yaml(config), end="")
+            print("\n".join(["# runs:", *(f"#   {path}" for path in runs)]))
+        return
+    from distill.interrupt import deferred_signals
+
+    with deferred_signals():
+        from pipelines.comparison import run_comparison
+
+        try:
+            document = run_comparison(config, folder)
+        except DistillError as error:
+            if error.exit_code in (75, 130):
+                say(f"The comparison is safe in {folder}; the same command resumes it.")
+            raise
+    if as_json:
+        print(json.dumps(document, allow_nan=False))
+    else:
+        from eval.comparison_table import print_comparison
+
+        print_comparison(document)
 
 
 def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, processes: int | None) -> None:

@@ -1,0 +1,189 @@
+"""Comparisons: members that differ in what they should, arms that pay for their own, and the two headline numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distill.errors import UserError
+from distill.recipe import dump_yaml
+from eval.compare import Arm, _compute_at_equal_score, _goal, _up_to, compare, read_curve, stage_flops
+from eval.comparison_table import headlines, print_comparison
+from eval.curves import Point
+from pipelines.comparison import ARMS, check, compare_folders, members
+from pipelines.resolution import comparison_names, is_comparison, resolve_comparison, resolve_run
+
+TINY: dict[str, Any] = {
+    "kind": "comparison",
+    "recipe": "embedded",
+    "seeds": [0],
+    "starts": {"low": {"num_prompts": 48, "batch_size": 16}},
+    "common": {
+        "checkpoint_every": 2,
+        "evaluation": {"num_questions": 8, "samples": 2, "curve": {"every": 2, "num_questions": 8, "keep_best": True}},
+    },
+    "arms": {
+        "on_policy": {"stage": {"steps": 4, "prompts_per_step": 8}},
+        "rl": {"stage": {"kind": "grpo", "steps": 500, "prompts_per_step": 2, "samples_per_prompt": 4}},
+    },
+    "rl_flops": 2,
+}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", comparison_names())
+def test_every_shipped_comparison_has_valid_members(name: str, quick: bool, tmp_path: Path) -> None:
+    config = resolve_comparison(name, quick=quick)
+    configs = dict(check(config, tmp_path))
+    assert is_comparison(name) and set(configs) == set(members(config))
+    for member, found in configs.items():
+        assert found.seed == member.seed and list(found.stages) == [member.arm]
+        assert found.evaluation.curve is not None and found.evaluation.curve.keep_best
+        if member.arm != "off_policy":
+            # The same start, and questions that it has not seen.
+            assert found.student.model.endswith(f"{member.start}/off_policy-seed{member.seed}/student")
+            assert found.first_prompt == config.starts[member.start].get("num_prompts", 1024)
+            assert not found.evaluation.references
+    assert len({found.store for found in configs.values()}) == 1
+
+
+def test_arms_of_table21_see_the_same_prompts_in_the_same_modes(tmp_path: Path) -> None:
+    config = resolve_comparison("table21")
+    on_policy, rl = (
+        next(found for member, found in check(config, tmp_path) if member.arm == arm).stages[arm]
+        for arm in ("on_policy", "rl")
+    )
+    assert (on_policy.kind, rl.kind) == ("on_policy", "grpo")
+    assert on_policy.mixture == rl.mixture and on_policy.sampling == rl.sampling
+
+
+def test_what_is_wrong_with_a_comparison_is_said_before_anything_runs(tmp_path: Path) -> None:
+    for assignments, said in (
+        (["seeds=[0, 0]"], "seed twice"),
+        (["rl_flop=3"], "did you mean rl_flops"),
+        (["arms.on_policy.stage.stepz=3"], "did you mean steps"),
+        (["common.evaluation.curve=null"], "common.evaluation.curve is null"),
+        (["recipe=embeded"], "did you mean embedded"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check(resolve_comparison("table21", assignments=assignments), tmp_path)
+    with pytest.raises(UserError, match="a comparison of several runs"):
+        resolve_run(recipe="table21")
+    assert not list(tmp_path.iterdir())
+
+
+def distill(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "distill.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--recipe", "table21", "--teacher", "4B"], "--teacher is an option of a single run"),
+        (["run", "--quick"], "--quick is the short variant of a comparison"),
+        (["compare", "nowhere", "nowhere-else"], "nowhere is no run directory"),
+        (["compare", "nowhere"], "two run directories or more"),
+    ],
+)
+def test_usage(arguments: list[str], said: str) -> None:
+    result = distill(*arguments)
+    assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_whole_comparison_stopped_and_resumed(tmp_path: Path) -> None:
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(TINY))
+    command = [sys.executable, "-m", "distill.cli", "run", "--recipe", str(recipe), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = out / "low" / "on_policy-seed0" / "metrics.jsonl"
+    while process.poll() is None and not metrics.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75 and not (metrics.parent / "summary.json").exists()
+
+    result = distill("run", "--recipe", str(recipe), "--out", str(out), "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert list(document["arms"]) == list(ARMS) and document["seeds"] == 1
+    runs = {arm: Path(document["arms"][arm]["runs"][0]) for arm in ARMS}
+    assert all((folder / "summary.json").exists() for folder in runs.values())
+
+    flops = {arm: document["arms"][arm]["flops"] for arm in ARMS}
+    told = yaml.safe_load((runs["rl"] / "config.yaml").read_text())["stop"]["rl"]
+    assert told["flops"] == pytest.approx(2 * flops["on_policy"])
+    assert told["score"] == max(point.score for point in read_curve(runs["on_policy"], "on_policy"))
+    # It pays for fresh responses; a batch of 8 or 16 short ones is as exact as it gets here.
+    assert flops["off_policy_more"] == pytest.approx(flops["on_policy"], rel=0.35)
+    assert document["arms"]["off_policy_more"]["device_seconds"]["teacher_generate"] > 0
+
+    starts = {arm: read_curve(folder, arm)[0].score for arm, folder in runs.items()}
+    best = max(point.score for point in read_curve(runs["off_policy"], "off_policy"))
+    assert starts["on_policy"] == starts["rl"] == starts["off_policy_more"] == best
+    assert {(entry["a"], entry["b"]) for entry in document["paired"]} == {
+        (b, a) for place, a in enumerate(ARMS) for b in ARMS[place + 1 :]
+    }
+    assert document["compute_at_equal_score"]["by_seed"][0]["flops_b"] >= 0
+    assert set(document["score_at_equal_compute"]["arms"]) == set(ARMS)
+    assert json.loads((out / "comparison.json").read_text()) == document
+    # The door shows the same, from the folder and from its members.
+    assert json.loads(distill("compare", str(out), "--json").stdout) == document
+    pair = compare_folders([runs["on_policy"], runs["rl"]])
+    assert pair["compute_at_equal_score"] == {
+        **document["compute_at_equal_score"],
+        "a": "on_policy-seed0",
+        "b": "rl-seed0",
+    }
+    print_comparison(document)
+
+
+def finished_run(folder: Path, *, stage: str, curve: list[tuple[float, float]], goal: float | None = None) -> Path:
+    """The files of a run that a comparison reads, but for its examinations."""
+    folder.mkdir(parents=True)
+    config = resolve_run()
+    stop = {} if goal is None else {"stop": {stage: {"score": goal}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(dump_yaml(config)) | stop))
+    lines = [json.dumps({"stage": stage, "flops": flops, "scores": [{"mean": score}]}) for flops, score in curve]
+    (folder / "curve.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    cost = {"tokens": 10, "flops": curve[-1][0] / 2, "seconds": 1.0}
+    other = {"tokens": 1, "flops": 7.0, "seconds": 1.0}
+    (folder / "costs.json").write_text(
+        json.dumps({role: {"stages": {stage: cost, "before": other}} for role in ("student_train", "student_sample")})
+    )
+    return folder
+
+
+def test_flops_are_the_stage_s_own(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "a", stage="rl", curve=[(0.0, 0.4), (8.0, 0.6)])
+    assert stage_flops(folder, "rl") == 8.0
+
+
+def test_a_run_that_was_stopped_at_its_goal_is_compared_at_the_goal(tmp_path: Path) -> None:
+    """On-policy reached 0.8 at most, and the RL run was stopped at 0.8: its 0.84 is no score that on-policy missed."""
+    ours = finished_run(tmp_path / "a", stage="on_policy", curve=[(0.0, 0.4), (1.0, 0.7), (2.0, 0.8)])
+    theirs = finished_run(tmp_path / "b", stage="rl", curve=[(0.0, 0.4), (9.0, 0.7), (16.0, 0.84)], goal=0.8)
+    assert _up_to(read_curve(theirs, "rl"), _goal(theirs, "rl"))[-1] == Point(16.0, 0.8)
+    found = _compute_at_equal_score(Arm("a", "on_policy", (ours,)), Arm("b", "rl", (theirs,)))
+    assert found["ratio"] == 2.0 / 16.0 and found["by_seed"][0]["b_reached_its_goal"]
+    assert (
+        "0.125 of its FLOPs"
+        in headlines({"compute_at_equal_score": found, "score_at_equal_compute": {"flops": 2.0, "arms": {}}})[0]
+    )
+
+
+def test_unfinished_runs_are_not_compared(tmp_path: Path) -> None:
+    arms = [
+        Arm(name, "rl", (finished_run(tmp_path / name, stage="rl", curve=[(0.0, 0.4), (8.0, 0.6)]),)) for name in "ab"
+    ]
+    with pytest.raises(UserError, match="holds no finished run"):
+        compare(arms)
