@@ -52,7 +52,7 @@ from pipelines.stages import STAGES
 from students.ranks import ALONE, Ranks
 from students.shared_sampler import with_all_samplers
 from students.student import Student
-from teachers.store import ResponseStore, default_root
+from teachers.store import ResponseStore, root_of
 
 STEP_ROLES = ("student_sample", "teacher_score", "student_score", "verify", "student_train")
 """Roles whose costs belong to optimiser steps: on a resume they go back to the checkpoint, with the steps."""
@@ -148,9 +148,7 @@ class _Run:
             config.prompts,
             seed=config.seed,
             max_prompt_tokens=config.max_prompt_tokens,
-            count_tokens=lambda messages: len(
-                self.encoder.encode(Prompt(tuple(messages)), mode="no_think", switch="hard")
-            ),
+            count_tokens=self.encoder.count_tokens,
         )
         check_domains(candidates, self.prompts.domains)
         held_out = self.prompts.held_out()
@@ -451,7 +449,7 @@ class _Gone:
 
 def _store(config: RunConfig) -> ResponseStore:
     """The response store; that it can be had is known before the first response is paid for."""
-    root = Path(config.store).expanduser() if config.store else default_root()
+    root = root_of(config.store)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
