@@ -41,7 +41,7 @@ COMMANDS = dict(commands(TREE))
 def examples(command: Any) -> list[str]:
     lines = [line.strip() for line in (command.help or "").splitlines()]
     # What stands behind two spaces explains; what stands behind > is the shell's.
-    return [re.split("  | > ", line)[0] for line in lines if line.startswith("distill ")]
+    return [re.split("  | > ", line)[0] for line in lines if re.match(r"(?:[A-Z_]+=\S+ )?distill ", line)]
 
 
 def test_help_answers_at_once() -> None:
@@ -76,7 +76,7 @@ def test_every_command_has_examples_and_they_are_commands(path: tuple[str, ...])
     found = examples(COMMANDS[path])
     assert found, f"distill {' '.join(path)} shows no example"
     for line in found:
-        words = shlex.split(line)[1:]
+        words = shlex.split(line[line.index("distill") :])[1:]
         assert tuple(words[: len(path)]) == path, line
         COMMANDS[path].make_context("distill", words[len(path) :])  # raises for an option or argument that is not there
 

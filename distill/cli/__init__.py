@@ -15,6 +15,7 @@ from typing import NoReturn
 import typer
 
 from distill.cli import config, responses, teacher
+from distill.cli.doctor import doctor
 from distill.cli.evaluate import evaluate
 from distill.cli.init import init
 from distill.cli.preview import preview
@@ -41,6 +42,7 @@ app.command("eval")(evaluate)
 app.command()(report)
 app.command()(init)
 app.command()(preview)
+app.command()(doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(responses.app, name="responses")
