@@ -70,6 +70,19 @@ def write_json(path: Path, document: object) -> None:
     write_atomically(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a folder that appears as ``target``, in the place of an older one, when it is whole."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    with writing(target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_or_oserror(write, temporary)
+        _sync(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -191,18 +204,9 @@ class Journal:
         return target
 
     def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
-        """Have ``write`` fill a folder that appears as ``target`` when it is whole."""
-        if not self.writes:
-            return
-        temporary = target.with_name(f".{target.name}.tmp")
-        with writing(target):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write_or_oserror(write, temporary)
-            _sync(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
+        """``write_folder``."""
+        if self.writes:
+            write_folder(target, write)
 
     def last_checkpoint(self) -> tuple[dict[str, Any], Path] | None:
         """State and folder of the newest checkpoint, if there is one."""

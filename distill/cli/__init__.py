@@ -17,6 +17,7 @@ import typer
 from distill.cli import config, responses, teacher
 from distill.cli.doctor import doctor
 from distill.cli.evaluate import evaluate
+from distill.cli.export import export
 from distill.cli.init import init
 from distill.cli.preview import preview
 from distill.cli.report import report
@@ -43,6 +44,7 @@ app.command()(report)
 app.command()(init)
 app.command()(preview)
 app.command()(doctor)
+app.command()(export)
 app.add_typer(config.app, name="config")
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(responses.app, name="responses")
