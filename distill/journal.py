@@ -160,6 +160,13 @@ class Journal:
         self._keep("metrics.jsonl", lambda metrics: metrics["global_step"] <= num_steps)
         self._keep("curve.jsonl", lambda point: point["global_step"] < num_steps or point["stage"] == ended)
 
+    @property
+    def num_recorded(self) -> int:
+        """Steps in metrics.jsonl, those among them that a resumed run will do again."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return max((json.loads(line)["global_step"] for line in lines if _is_whole(line)), default=0)
+
     def metrics_of(self, stage: str) -> list[dict[str, Any]]:
         """What was recorded of a stage's steps so far."""
         path = self.path / "metrics.jsonl"
@@ -300,8 +307,9 @@ def claim(path: Path, *, marker: str) -> Any:
     return lock
 
 
-_WHEREABOUTS = ("teacher.urls.", "teacher.replicas ", "teacher.patience_seconds ")
-"""Where the teacher is says nothing about what it says: servers may move while a run rests."""
+_WHEREABOUTS = ("teacher.urls.", "teacher.replicas ", "teacher.patience_seconds ", "tracker ")
+"""Where the teacher is says nothing about what it says, and who watches nothing about what is done: these may change
+while a run rests."""
 
 
 def refuse_other(file: Path, config: Settings) -> None:
