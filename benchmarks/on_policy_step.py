@@ -38,6 +38,7 @@ from pipelines.guards import Guards
 from pipelines.loop import run_stage
 from pipelines.meter import Meter
 from pipelines.stages import OnPolicy
+from pipelines.tracker import UNTRACKED
 from students.batch import collate
 from students.ranks import ALONE
 from students.student import Student
@@ -128,6 +129,7 @@ def ours(steps: int, warmup: int) -> dict[str, Any]:
             checkpoint=lambda done, ended: None,
             checkpoint_every=10**9,
             guards=Guards(GuardSettings(), stage="on_policy", checkpoints=Path(folder), history=[]),
+            tracking=UNTRACKED,
             examine=lambda done: False,
         )
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()

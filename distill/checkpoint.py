@@ -50,13 +50,14 @@ class Checkpoint:
         return self.source.name
 
 
-def open_checkpoint(source: ModelSource) -> Checkpoint:
-    """The checked checkpoint that ``source`` names, downloaded first where it is on the hub.
+def open_checkpoint(source: ModelSource, *, download: bool = True) -> Checkpoint:
+    """The checked checkpoint that ``source`` names, downloaded first where it is on the hub and ``download`` is true.
 
     Raises UserError for a model that cannot be had, is not of the Qwen3 family or is incomplete; DistillError where
     a download breaks off.
     """
-    path = _download(source.location, source.revision) if source.kind == "hub" else Path(source.location)
+    is_hub = source.kind == "hub"
+    path = _download(source.location, source.revision, offline=not download) if is_hub else Path(source.location)
     config = read_object(path / "config.json", f"{path} is no model folder")
     shape = _shape(path, config)
     weight_files = validate_safetensors(path)
@@ -66,7 +67,7 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
         config=config,
         shape=shape,
         # The hub's cache names the folder of a snapshot after its commit.
-        revision=path.name if source.kind == "hub" else fingerprint(config, weight_files),
+        revision=path.name if is_hub else fingerprint(config, weight_files),
         stop_ids=_stop_ids(path, config),
         max_positions=_positive(path, config, "max_position_embeddings"),
         weight_files=weight_files,
@@ -218,12 +219,16 @@ def family_stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return vocabulary[END_OF_TEXT], vocabulary[IM_END]
 
 
-def _download(hub_id: str, revision: str | None, patterns: Sequence[str] = WANTED_FILES) -> Path:
+def _download(
+    hub_id: str, revision: str | None, patterns: Sequence[str] = WANTED_FILES, *, offline: bool = False
+) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     what = hub_id if revision is None else f"{hub_id} at revision {revision}"
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
+        )
     except errors.GatedRepoError:
         raise UserError(
             f"{what} is gated: accept its licence on https://huggingface.co/{hub_id}, then log in with "

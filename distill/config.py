@@ -517,6 +517,9 @@ class RunConfig(Settings):
     decoded together."""
     checkpoint_every: PositiveInt = 25
     """Optimiser steps between two checkpoints."""
+    tracker: Literal["tensorboard", "trackio", "wandb"] | None = None
+    """Where the metrics of every step and the scores are shown besides the run directory; the library of this name has
+    to be installed. Null shows them nowhere else."""
     store: str | None = None
     """Folder of the teacher-response store; null takes DISTILL_STORE or a folder under the user's cache."""
 

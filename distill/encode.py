@@ -56,6 +56,10 @@ class Encoder:
             text = self._render(prompt.messages, enable_thinking=mode == "think")
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of a conversation that waits for an answer, in the mode whose prompt is the longer one."""
+        return len(self.encode(Prompt(tuple(messages)), mode="no_think", switch="hard"))
+
     def _render(self, messages: Sequence[Message], **options: Any) -> str:
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options

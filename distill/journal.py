@@ -70,6 +70,19 @@ def write_json(path: Path, document: object) -> None:
     write_atomically(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a folder that appears as ``target``, in the place of an older one, when it is whole."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    with writing(target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_or_oserror(write, temporary)
+        _sync(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -147,6 +160,13 @@ class Journal:
         self._keep("metrics.jsonl", lambda metrics: metrics["global_step"] <= num_steps)
         self._keep("curve.jsonl", lambda point: point["global_step"] < num_steps or point["stage"] == ended)
 
+    @property
+    def num_recorded(self) -> int:
+        """Steps in metrics.jsonl, those among them that a resumed run will do again."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return max((json.loads(line)["global_step"] for line in lines if _is_whole(line)), default=0)
+
     def metrics_of(self, stage: str) -> list[dict[str, Any]]:
         """What was recorded of a stage's steps so far."""
         path = self.path / "metrics.jsonl"
@@ -191,18 +211,9 @@ class Journal:
         return target
 
     def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
-        """Have ``write`` fill a folder that appears as ``target`` when it is whole."""
-        if not self.writes:
-            return
-        temporary = target.with_name(f".{target.name}.tmp")
-        with writing(target):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write_or_oserror(write, temporary)
-            _sync(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
+        """``write_folder``."""
+        if self.writes:
+            write_folder(target, write)
 
     def last_checkpoint(self) -> tuple[dict[str, Any], Path] | None:
         """State and folder of the newest checkpoint, if there is one."""
@@ -296,8 +307,9 @@ def claim(path: Path, *, marker: str) -> Any:
     return lock
 
 
-_WHEREABOUTS = ("teacher.urls.", "teacher.replicas ", "teacher.patience_seconds ")
-"""Where the teacher is says nothing about what it says: servers may move while a run rests."""
+_WHEREABOUTS = ("teacher.urls.", "teacher.replicas ", "teacher.patience_seconds ", "tracker ")
+"""Where the teacher is says nothing about what it says, and who watches nothing about what is done: these may change
+while a run rests."""
 
 
 def refuse_other(file: Path, config: Settings) -> None:

@@ -10,6 +10,8 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -125,6 +127,24 @@ def validate_as(model: type[S], tree: Mapping[str, Any], *, where: str) -> S:
         raise UserError(f"{where} is not valid: " + "; ".join(problems)) from None
 
 
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file: that of ``RunConfig``, and what a recipe may say besides."""
+    schema = deepcopy(_schema_of(RunConfig))
+    extends = {"type": "string", "description": "The recipe that this one is laid over: a shipped one's name, a file."}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    stages, prompts = schema["properties"]["stages"], schema["properties"]["prompts"]
+    stage = stages["additionalProperties"]
+    # What extends another recipe may leave a stage out, or change a key of a block without naming its kind.
+    stages["additionalProperties"] = {"anyOf": [*stage["oneOf"], {"type": "null"}]}
+    prompts["anyOf"] = prompts.pop("oneOf")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+@cache
+def _schema_of(model: type[Settings]) -> dict[str, Any]:
+    return model.model_json_schema()
+
+
 def _sentence(details: Any, model: type[Settings]) -> str:
     location: Sequence[str | int] = details["loc"]
     keys, known, kinds = _walk(location, model)
@@ -141,7 +161,7 @@ def _sentence(details: Any, model: type[Settings]) -> str:
 def _walk(location: Sequence[str | int], model: type[Settings]) -> tuple[list[str], list[str], list[str]]:
     """The keys of ``location`` without pydantic's union tags, the keys that the block around its end knows, and the
     kinds to choose from at its end."""
-    schema = model.model_json_schema()
+    schema = _schema_of(model)
     definitions = schema.get("$defs", {})
     node: Any = schema
     keys: list[str] = []

@@ -30,6 +30,8 @@ EMBEDDED_LONGEST = 96
 _FORMULA = re.compile(r"[\\^_{}=$]|[\dxyz]\s*[-+*/(,]\s*[\dxyz]")
 """What is in a reference that a comparison of words would not do justice to."""
 
+_EMBEDDED = re.compile(rf"embedded(?:-[1-{MAX_OPERATIONS}])?")
+
 _OWN_FILE = re.compile(r"\.(?:jsonl|ndjson|parquet)(?:@\w+)?$")
 
 
@@ -73,6 +75,29 @@ def settings_of(name: str) -> TaskSettings:
     return TaskSettings(path=path, grader=grader or None)
 
 
+def check_task(wanted: str | TaskSettings) -> TaskSettings:
+    """The settings that ``wanted`` means; nothing is read. Raises UserError for a name or grader that nobody knows."""
+    settings = settings_of(wanted) if isinstance(wanted, str) else wanted
+    name, grader = settings.name, settings.grader
+    if grader is not None and grader not in GRADERS:
+        raise UserError(
+            f"{settings.label or name or settings.path}: no grader is called {grader!r}; the graders are "
+            f"{', '.join(GRADERS)}"
+        )
+    if name is None or name in PUBLISHED:
+        return settings
+    if settings.path is not None:
+        raise UserError(
+            f"the task {name!r} takes no path; local copies are for {', '.join(PUBLISHED)}; leave the name out for "
+            "questions of your own, and call them by a label"
+        )
+    if name == "mode_switching":
+        raise UserError("mode_switching asks no questions of its own and takes no settings in a recipe; name it alone")
+    if name != "prompts" and not _EMBEDDED.fullmatch(name):
+        raise _unknown(name)
+    return settings
+
+
 def load_task(
     wanted: str | TaskSettings,
     *,
@@ -91,13 +116,8 @@ def load_task(
 
     Raises UserError for an unknown name, a file that cannot be read, a set that cannot be had.
     """
-    settings = settings_of(wanted) if isinstance(wanted, str) else wanted
+    settings = check_task(wanted)
     grader = settings.grader
-    if grader is not None and grader not in GRADERS:
-        raise UserError(
-            f"{settings.label or settings.name or settings.path}: no grader is called {grader!r}; the graders are "
-            f"{', '.join(GRADERS)}"
-        )
     num_questions = settings.num_questions or num_questions
     task = _load(settings, num_questions, seed, held_out)
     if num_questions is not None and num_questions > len(task.prompts):
@@ -132,21 +152,12 @@ def _load(settings: TaskSettings, num_questions: int | None, seed: int, held_out
             samples=published.samples,
             max_new_tokens=published.max_new_tokens,
         )
-    if settings.path is not None:
-        raise UserError(
-            f"the task {name!r} takes no path; local copies are for {', '.join(PUBLISHED)}; leave the name out for "
-            "questions of your own, and call them by a label"
-        )
-    if name == "embedded" or re.fullmatch(rf"embedded-[1-{MAX_OPERATIONS}]", name):
-        return _embedded(name, num_questions or EMBEDDED_QUESTIONS, seed)
     if name == "prompts":
         answered = [prompt for prompt in held_out if prompt.answer is not None]
         if not answered:
             raise UserError("the task prompts needs prompts with answers: add an answer column, or name another task")
         return _own(name, answered)
-    if name == "mode_switching":
-        raise UserError("mode_switching asks no questions of its own and takes no settings in a recipe; name it alone")
-    raise _unknown(name)
+    return _embedded(name, num_questions or EMBEDDED_QUESTIONS, seed)
 
 
 def _unknown(name: str) -> UserError:

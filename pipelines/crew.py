@@ -9,18 +9,21 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from distill.chat import switch_in
-from distill.config import GrpoStage, Mixture, OnPolicyStage, OpdRewardStage
+from distill.config import GrpoStage, Mixture, OffPolicyStage, OnPolicyStage, OpdRewardStage, StageSettings
 from distill.encode import Encoder
 from distill.family import Shape
 from distill.prompts import PromptSource
 from distill.sampler import OnFinished, TransformersSampler
 from distill.seeding import derive, uniform
-from distill.types import Example, Mode, Prompt, Rollout, Switch
+from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
 from pipelines.faculty import Faculty, TeacherPart
 from pipelines.meter import Meter, MeteredSampler
 from students.ranks import ALONE, Ranks
 from students.student import Felt, Rows, Student
 from teachers.store import ResponseStore
+
+StudentSpeaks = OnPolicyStage | GrpoStage | OpdRewardStage
+"""Settings of the stages in which the student speaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ class Stage(Protocol):
 def student_responses(
     crew: Crew,
     stage: str,
-    settings: OnPolicyStage | GrpoStage | OpdRewardStage,
+    settings: StudentSpeaks,
     *,
     first: int,
     on_finished: OnFinished | None = None,
@@ -121,19 +124,52 @@ def student_responses(
     ``first`` is the position of the step's first prompt.
     """
     prompts = crew.prompts.batch(first, settings.prompts_per_step)
-    requests = [
-        crew.encoder.request(
+    requests = student_requests(prompts, settings, crew.encoder, seed=crew.seed, stage=stage, first=first)
+    sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", stage)
+    return sampler.generate(crew.ranks.share(requests, block=settings.samples_per_prompt), on_finished)
+
+
+def teacher_requests(
+    prompts: Sequence[Prompt], settings: OffPolicyStage, encoder: Encoder, *, seed: int, stage: str, first: int
+) -> list[Request]:
+    """What the teacher is asked with ``prompts``, which stand at position ``first`` and behind it."""
+    return [
+        # The response store is shared between runs, so a response's seed depends on its question, not on the run.
+        encoder.request(
             prompt,
             mode=mode,
             switch=switch,
             sampling=settings.sampling.of(mode),
-            seed=derive(crew.seed, stage, first + place, sample),
+            seed=derive(0, prompt.id, mode, sample),
         )
-        for place, (prompt, mode, switch) in enumerate(with_modes(prompts, settings.mixture, crew.seed, stage, first))
+        for prompt, mode, switch in with_modes(prompts, settings.mixture, seed, stage, first)
         for sample in range(settings.samples_per_prompt)
     ]
-    sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", stage)
-    return sampler.generate(crew.ranks.share(requests, block=settings.samples_per_prompt), on_finished)
+
+
+def student_requests(
+    prompts: Sequence[Prompt], settings: StudentSpeaks, encoder: Encoder, *, seed: int, stage: str, first: int
+) -> list[Request]:
+    """What the student is asked with ``prompts``, which stand at position ``first`` and behind it."""
+    return [
+        encoder.request(
+            prompt,
+            mode=mode,
+            switch=switch,
+            sampling=settings.sampling.of(mode),
+            seed=derive(seed, stage, first + place, sample),
+        )
+        for place, (prompt, mode, switch) in enumerate(with_modes(prompts, settings.mixture, seed, stage, first))
+        for sample in range(settings.samples_per_prompt)
+    ]
+
+
+def positions_of(settings: StageSettings, prompts: PromptSource) -> int:
+    """Positions of the prompt source that a stage uses; the next stage begins behind them."""
+    if isinstance(settings, OffPolicyStage):
+        # A question asked again would get its stored response again, or be asked in both modes.
+        return min(settings.num_prompts, prompts.num_train or settings.num_prompts)
+    return settings.steps * settings.prompts_per_step
 
 
 def with_modes(

@@ -45,6 +45,15 @@ class Candidate:
         quantization = self.settings.quantization
         return self.checkpoint.revision + (f"{QUANTISED}{quantization}" if quantization else "")
 
+    def identity(self, encoder: Encoder) -> TeacherIdentity:
+        """What decides its responses besides the request."""
+        return TeacherIdentity(
+            name=self.checkpoint.name,
+            revision=self.revision,
+            template_hash=encoder.template_hash,
+            tokenizer_hash=encoder.vocabulary_hash,
+        )
+
     @property
     def label(self) -> str:
         """What tells a specialist from the others in costs and folders."""
@@ -120,8 +129,10 @@ class Faculty:
         return [signals[place] for place in range(len(rollouts))]
 
 
-def find_teachers(config: RunConfig) -> list[Candidate]:
+def find_teachers(config: RunConfig, *, download: bool = True) -> list[Candidate]:
     """The teachers that ``config`` names, opened, the one for every prompt first; domains of equal settings share one.
+
+    Without ``download`` they have to be on this machine.
 
     Raises UserError for two different teachers of the same name: a name tells whose states a response was judged by.
     """
@@ -132,7 +143,7 @@ def find_teachers(config: RunConfig) -> list[Candidate]:
     found = []
     for settings, names in domains.items():
         source = resolve(settings.model, role="teacher", revision=settings.revision)
-        found.append(Candidate(settings, open_checkpoint(source), names))
+        found.append(Candidate(settings, open_checkpoint(source, download=download), names))
     names_seen: set[str] = set()
     for candidate in found:
         if candidate.checkpoint.name in names_seen:
@@ -177,11 +188,5 @@ def hired_faculty(
             hired = stack.enter_context(
                 hired_teacher(own, candidate.checkpoint, encoder, device=device, logs=folder, choose=choose)
             )
-            identity = TeacherIdentity(
-                name=candidate.checkpoint.name,
-                revision=candidate.revision,
-                template_hash=encoder.template_hash,
-                tokenizer_hash=encoder.vocabulary_hash,
-            )
-            tutors.append(Tutor(candidate, hired, identity))
+            tutors.append(Tutor(candidate, hired, candidate.identity(encoder)))
         yield Faculty(tutors)

@@ -24,7 +24,7 @@ from distill.divergence import Divergence, linear_divergence
 from distill.errors import UserError
 from distill.policy_gradient import Clip, linear_policy_gradient
 from distill.types import MODES, ActionLogprobs, Advantage, Example, HiddenStates, Rollout
-from pipelines.crew import Crew, Judged, Mean, student_responses
+from pipelines.crew import Crew, Judged, Mean, positions_of, student_responses
 from pipelines.faculty import TeacherPart
 from pipelines.rewards import group_advantages, overlong_penalty
 from pipelines.verifier import Verifier
@@ -87,7 +87,7 @@ class Grpo:
 
     @property
     def num_prompts(self) -> int:
-        return self.settings.steps * self.settings.prompts_per_step
+        return positions_of(self.settings, self.crew.prompts)
 
     @property
     def num_steps(self) -> int:

@@ -21,6 +21,7 @@ from distill.seeding import derive
 from distill.types import MODES, Example, Mode, Rollout
 from pipelines.crew import Crew, Mean, Stage
 from pipelines.guards import Guards
+from pipelines.tracker import Tracking
 from students.ranks import Ranks
 from students.student import Student
 
@@ -42,6 +43,7 @@ def run_stage(
     checkpoint: Checkpoint,
     checkpoint_every: int,
     guards: Guards,
+    tracking: Tracking,
     examine: Examine,
 ) -> int:
     """Steps ``first_step`` to the stage's last, or to where ``examine`` ends it; the number of finished steps.
@@ -61,6 +63,7 @@ def run_stage(
                 done = step + 1
                 entry = {"stage": stage.name, "step": step, "global_step": global_step + done - first_step, **metrics}
                 journal.record(entry)
+                tracking.step(entry)
                 bar.advance(note=_note(metrics))
                 guards.watch(entry)
                 if done % checkpoint_every == 0 and done < stage.num_steps:

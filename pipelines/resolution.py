@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from distill.comparison import ComparisonConfig
-from distill.config import RunConfig
+from distill.config import GrpoStage, OpdRewardStage, RunConfig
 from distill.errors import UserError
-from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, short_name
-from distill.recipe import assign, load_recipe, merge, parse_assignment, validate, validate_as
+from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, resolve, short_name
+from distill.prompts import prompt_files
+from distill.recipe import assign, load_recipe, merge, parse_assignment, parse_yaml, validate, validate_as
 from pipelines.probes import refuse_unknown
 
 EMBEDDED_RECIPE = "embedded"
@@ -37,15 +39,38 @@ def _pairs() -> dict[str, tuple[str, str]]:
 
 def pair_recipe(teacher: str, student: str) -> dict[str, Any]:
     """The recipe for real sizes, with what the family's table says of this pair."""
+    name = f"{REAL_RECIPE}, {teacher} to {student}"
+    return dict(parse_yaml(_pair_text(teacher, student), where=f"the recipe {name}"))
+
+
+_MODELS = "teacher:\n  model: 235B\nstudent:\n  model: 4B\n"
+"""Where the recipe for real sizes names its models."""
+
+
+def _pair_text(teacher: str, student: str) -> str:
     micro_batch_tokens, sampler_tokens = STUDENTS[student]
-    return merge(
-        load_recipe(Path(str(_recipes() / f"{REAL_RECIPE}.yaml"))),
-        {
-            "teacher": {"model": short_name(teacher), "backend": "vllm", "tensor_parallel": TEACHERS[teacher]},
-            "student": {"model": short_name(student), "micro_batch_tokens": micro_batch_tokens},
-            "sampler_tokens": sampler_tokens,
-        },
-    )
+    text = _text(REAL_RECIPE)
+    assert _MODELS in text, f"{REAL_RECIPE}.yaml does not name its models as {_MODELS!r}"
+    of_pair = f"""teacher:
+  model: {short_name(teacher)}
+  backend: vllm
+  tensor_parallel: {TEACHERS[teacher]} # 80 GB GPUs that the weights and the cache are cut over
+student:
+  model: {short_name(student)}
+  micro_batch_tokens: {micro_batch_tokens} # leaves room for the rest on such a GPU
+sampler_tokens: {sampler_tokens} # likewise
+"""
+    return text.replace(_MODELS, of_pair)
+
+
+def recipe_text(name: str) -> str:
+    """A shipped recipe as it is written, comments and all."""
+    return _pair_text(*_pairs()[name]) if name in _pairs() else _text(name)
+
+
+def _text(name: str) -> str:
+    folder = _comparisons() if name in comparison_names() else _recipes()
+    return str((folder / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def _recipes() -> Any:
@@ -82,6 +107,29 @@ def find_recipe(name: str) -> Path:
     raise UserError(
         f"--recipe {name!r} is neither a file nor a shipped recipe; did you mean {near[0]}? shipped: {', '.join(known)}"
     )
+
+
+def copy_recipe(name: str, to: Path) -> None:
+    """Write the shipped recipe ``name``, comments and all, to the new file ``to``.
+
+    Raises UserError for a name that no recipe has, and for a file that is there or cannot be written.
+    """
+    known = [*recipe_names(), *comparison_names()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise UserError(f"--recipe {name!r} is no shipped recipe; did you mean {near[0]}? shipped: {', '.join(known)}")
+    head = (
+        f"# A copy of the recipe {name}: distill run --recipe {shlex.quote(str(to))}\n"
+        f"# Every key there is, with its meaning: distill config show --recipe {shlex.quote(str(to))} --docs\n"
+    )
+    if to.exists():
+        raise UserError(f"{to} is there already, and is left as it is; name another file, or remove it")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with to.open("x", encoding="utf-8") as file:
+            file.write(head + recipe_text(name))
+    except OSError as error:
+        raise UserError(f"{to} cannot be written: {error.strerror}; name another file") from None
 
 
 def load_named(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -170,6 +218,33 @@ def resolve_comparison(
     if seed is not None:
         tree = tree | {"seeds": [seed]}
     return validate_as(ComparisonConfig, _assigned(tree, assignments), where=f"the comparison (recipe {recipe})")
+
+
+def check_names(config: RunConfig) -> None:
+    """Raises UserError for a model's, task's or grader's name that nobody knows, and for prompts that are not there.
+
+    Nothing is opened, and nothing is asked of the hub.
+    """
+    from eval.graders import GRADERS
+    from eval.switching import TASK as MODE_SWITCHING
+    from eval.tasks import check_task
+
+    resolve(config.student.model, role="student", revision=config.student.revision)
+    for teacher in (config.teacher, *config.specialists.values()):
+        resolve(teacher.model, role="teacher", revision=teacher.revision)
+    if config.prompts.kind == "file":
+        prompt_files(Path(config.prompts.path).expanduser())
+    curve = config.evaluation.curve
+    for task in (*(config.evaluation.tasks or ()), *([curve.task] if curve and curve.task else ())):
+        if task != MODE_SWITCHING:
+            check_task(task)
+    for name, stage in config.stages.items():
+        grader = stage.policy_gradient.grader if isinstance(stage, GrpoStage | OpdRewardStage) else None
+        if grader is not None and grader not in GRADERS:
+            raise UserError(
+                f"stages.{name}.policy_gradient.grader: no grader is called {grader!r}; the graders are "
+                f"{', '.join(GRADERS)}"
+            )
 
 
 _HUB_SET = re.compile(r"([\w.-]+/[\w.-]+)@([\w.-]+)(?::([\w.-]+))?")

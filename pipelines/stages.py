@@ -25,7 +25,7 @@ from distill.progress import say
 from distill.sampler import Sampler
 from distill.seeding import derive
 from distill.types import Example, HiddenStates, Request, Rollout
-from pipelines.crew import Crew, Judged, student_responses, with_modes
+from pipelines.crew import Crew, Judged, positions_of, student_responses, teacher_requests
 from pipelines.faculty import TeacherPart, Tutor
 from pipelines.grpo import Grpo, OpdReward
 from pipelines.losses import LOSSES
@@ -50,8 +50,7 @@ class OffPolicy:
 
     @property
     def num_prompts(self) -> int:
-        # A question asked again would get its stored response again, or be asked in both modes.
-        return min(self.settings.num_prompts, self.crew.prompts.num_train or self.settings.num_prompts)
+        return positions_of(self.settings, self.crew.prompts)
 
     @property
     def num_steps(self) -> int:
@@ -63,18 +62,9 @@ class OffPolicy:
             wanted = f"fewer than num_prompts {settings.num_prompts}"
             say(f"{self.name}: all {self.num_prompts} prompts are asked once, {wanted}")
         prompts = crew.prompts.batch(self.first_prompt, self.num_prompts)
-        requests = [
-            # The response store is shared between runs, so a response's seed depends on its question, not on the run.
-            crew.encoder.request(
-                prompt,
-                mode=mode,
-                switch=switch,
-                sampling=settings.sampling.of(mode),
-                seed=derive(0, prompt.id, mode, sample),
-            )
-            for prompt, mode, switch in with_modes(prompts, settings.mixture, crew.seed, self.name, self.first_prompt)
-            for sample in range(settings.samples_per_prompt)
-        ]
+        requests = teacher_requests(
+            prompts, settings, crew.encoder, seed=crew.seed, stage=self.name, first=self.first_prompt
+        )
         found: dict[int, tuple[str, Rollout]] = {}
         for tutor, places in crew.teachers.groups([request.prompt for request in requests]):
             answers = self._answer(tutor, [requests[place] for place in places])
@@ -157,7 +147,7 @@ class OnPolicy:
 
     @property
     def num_prompts(self) -> int:
-        return self.settings.steps * self.settings.prompts_per_step
+        return positions_of(self.settings, self.crew.prompts)
 
     @property
     def num_steps(self) -> int:

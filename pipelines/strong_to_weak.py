@@ -49,10 +49,11 @@ from pipelines.launch import choose_engine
 from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
 from pipelines.stages import STAGES
+from pipelines.tracker import TrackedRun, check_tracker, tracking
 from students.ranks import ALONE, Ranks
 from students.shared_sampler import with_all_samplers
 from students.student import Student
-from teachers.store import ResponseStore, default_root
+from teachers.store import ResponseStore, root_of
 
 STEP_ROLES = ("student_sample", "teacher_score", "student_score", "verify", "student_train")
 """Roles whose costs belong to optimiser steps: on a resume they go back to the checkpoint, with the steps."""
@@ -68,6 +69,8 @@ def run(config: RunConfig, out: Path, *, command: Sequence[str], ranks: Ranks = 
     if not ranks.is_main:
         be_silent()
     with ranks.together():
+        if ranks.is_main:
+            check_tracker(config.tracker)
         journal = Journal(out, config) if ranks.is_main else Journal(out, config, writes=False)
     try:
         if journal.finished:
@@ -119,6 +122,7 @@ class _Run:
         with self.student.whole(), ranks.together():
             self.admission.ask_at_once(teachers)
             self._write_manifest(candidates, student, command)
+            self.tracking = stack.enter_context(tracking(config.tracker if ranks.is_main else None, self._tracked))
             self.admission.record = self._record_admission
         self.crew = self._assemble(teachers, student)
         self.stages: list[Stage] = []
@@ -148,9 +152,7 @@ class _Run:
             config.prompts,
             seed=config.seed,
             max_prompt_tokens=config.max_prompt_tokens,
-            count_tokens=lambda messages: len(
-                self.encoder.encode(Prompt(tuple(messages)), mode="no_think", switch="hard")
-            ),
+            count_tokens=self.encoder.count_tokens,
         )
         check_domains(candidates, self.prompts.domains)
         held_out = self.prompts.held_out()
@@ -189,6 +191,16 @@ class _Run:
                     "processes": self.ranks.count,
                 },
             }
+        )
+
+    def _tracked(self) -> TrackedRun:
+        path = self.journal.path
+        return TrackedRun(
+            name=str(self.config.name),
+            id=read_json(path / "manifest.json")["id"],
+            folder=path,
+            config=self.config.model_dump(mode="json"),
+            num_shown=self.journal.num_recorded,
         )
 
     def _record_admission(self) -> None:
@@ -301,6 +313,7 @@ class _Run:
             checkpoint=checkpoint,
             checkpoint_every=self.config.checkpoint_every,
             guards=guards,
+            tracking=self.tracking,
             examine=examine,
         )
         return _Position(number + 1, 0, before + done)
@@ -411,6 +424,8 @@ class _Run:
             "costs": self.crew.meter.account.to_json(),
             "peak_memory_bytes": self.crew.meter.account.peak_bytes,
         }
+        # Before the summary, whose presence says that nothing is left to do.
+        self.tracking.scores(summary, self.journal.num_recorded)
         write_json(self.journal.path / "summary.json", summary)
         write_report(self.journal.path)
         return summary
@@ -451,7 +466,7 @@ class _Gone:
 
 def _store(config: RunConfig) -> ResponseStore:
     """The response store; that it can be had is known before the first response is paid for."""
-    root = Path(config.store).expanduser() if config.store else default_root()
+    root = root_of(config.store)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -44,6 +44,11 @@ def default_root() -> Path:
     return Path(chosen).expanduser() if chosen else cache_home() / "responses"
 
 
+def root_of(chosen: str | None) -> Path:
+    """The folder of the store that a run's setting ``store`` means."""
+    return Path(chosen).expanduser() if chosen else default_root()
+
+
 def response_key(teacher: TeacherIdentity, request: Request) -> str:
     """Hash of everything that decides the response; equal on every machine."""
     return content_hash(

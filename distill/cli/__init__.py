@@ -14,9 +14,13 @@ from typing import NoReturn
 
 import typer
 
-from distill.cli import responses, teacher
+from distill.cli import config, responses, teacher
 from distill.cli.compare import compare
+from distill.cli.doctor import doctor
 from distill.cli.evaluate import evaluate
+from distill.cli.export import export
+from distill.cli.init import init
+from distill.cli.preview import preview
 from distill.cli.report import report
 from distill.cli.run import run
 from distill.errors import DistillError, GuardError, NonFiniteError, PeerError, StoppedError
@@ -39,6 +43,11 @@ app.command()(run)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(compare)
+app.command()(init)
+app.command()(preview)
+app.command()(doctor)
+app.command()(export)
+app.add_typer(config.app, name="config")
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(responses.app, name="responses")
 

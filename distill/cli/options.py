@@ -10,6 +10,37 @@ import typer
 from distill.errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+
+def _models(begun: str) -> list[str]:
+    from distill.family import EMBEDDED_NAMES, SHORT_NAMES, SIZES
+
+    return [name for name in (*SIZES, *SHORT_NAMES, *EMBEDDED_NAMES) if name.startswith(begun)]
+
+
+def _recipe_names(begun: str) -> list[str]:
+    from pipelines.resolution import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(begun)]
+
+
+Teacher = Annotated[
+    str | None, typer.Option(help="235B, 32B, ..., tiny, a hub id or a folder.", autocompletion=_models)
+]
+Student = Annotated[
+    str | None, typer.Option(help="4B (its base), ..., nano, a hub id or a folder.", autocompletion=_models)
+]
+Prompts = Annotated[
+    str | None, typer.Option(help="JSONL or parquet with a column 'prompt', or a hub set: OWNER/NAME@REVISION.")
+]
+Seed = Annotated[int | None, typer.Option(help="Another seed is another run.")]
+Recipe = Annotated[
+    str | None, typer.Option(help="A shipped recipe's name or a YAML file.", autocompletion=_recipe_names)
+]
+Shipped = Annotated[str, typer.Option(help="The shipped recipe to copy.", autocompletion=_recipe_names)]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key: --set stages.on_policy.steps=100")
+]
 Store = Annotated[Path | None, typer.Option(help="Folder of the store; default DISTILL_STORE or the user's cache.")]
 
 

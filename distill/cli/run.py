@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli.options import Json
+from distill.cli.options import Assignments, Json, Prompts, Recipe, Seed, Student, Teacher
 from distill.errors import DistillError, UserError
 from distill.progress import say
 
@@ -18,18 +18,14 @@ if TYPE_CHECKING:
 
 
 def run(
-    teacher: Annotated[str | None, typer.Option(help="235B, 32B, ..., tiny, a hub id or a folder.")] = None,
-    student: Annotated[str | None, typer.Option(help="4B (its base), ..., nano, a hub id or a folder.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="JSONL or parquet with a column 'prompt', or a hub set: OWNER/NAME@REVISION.")
-    ] = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    prompts: Prompts = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name>.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Another seed is another run.")] = None,
+    seed: Seed = None,
     store: Annotated[str | None, typer.Option(help="Folder of the teacher-response store.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name or a YAML file.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one key: --set stages.on_policy.steps=100")
-    ] = None,
+    recipe: Recipe = None,
+    assignments: Assignments = None,
     teacher_urls: Annotated[
         list[str] | None,
         typer.Option("--teacher-url", help="A vLLM server of the teacher that runs already; again for a further one."),

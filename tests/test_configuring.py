@@ -1,0 +1,119 @@
+"""``distill init`` and ``distill config``: what they write is what a run takes, and what they say is stable."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from distill import cli
+from distill.config import RunConfig, TaskSettings
+from distill.documented import documented_yaml
+from distill.errors import UserError
+from distill.recipe import parse_yaml, recipe_schema, validate
+from pipelines.resolution import check_names, copy_recipe, recipe_names, recipe_text, resolve_run
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command; exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0), *capfd.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_copied_recipe_is_the_recipe_with_its_comments(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "own.yaml"
+    copy_recipe(name, file)
+    assert resolve_run(recipe=str(file)) == resolve_run(recipe=name)
+    text = file.read_text()
+    assert text.endswith(recipe_text(name)) and text.count("\n# ") >= 2
+    jsonschema.validate(parse_yaml(text, where=name), recipe_schema())
+
+
+def test_init_leaves_a_file_that_is_there_as_it_is(typed: Any, tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    code, out, _ = typed("init", str(file), "--json")
+    assert (code, json.loads(out)) == (0, {"recipe": "embedded", "file": str(file)})
+    file.write_text("years of work")
+    code, out, err = typed("init", str(file))
+    assert (code, out) == (2, "") and "is there already" in err
+    assert file.read_text() == "years of work"
+    for arguments, sentence in (
+        ([str(tmp_path / "b.yaml"), "--recipe", "embeded"], "did you mean embedded"),
+        ([str(file / "below.yaml")], "cannot be written"),
+    ):
+        code, out, err = typed("init", *arguments)
+        assert (code, out) == (2, "") and sentence in err and "Traceback" not in err
+
+
+def test_show_prints_a_recipe_for_the_same_configuration(typed: Any) -> None:
+    arguments = ("--recipe", "qwen3", "--set", "stages.on_policy.steps=7", "--seed", "3", "--student", "8B")
+    config = resolve_run(recipe="qwen3", assignments=["stages.on_policy.steps=7"], seed=3, student="8B")
+    for more in ((), ("--docs",), ("--json",)):
+        code, out, _ = typed("config", "show", *arguments, *more)
+        assert code == 0
+        assert validate(parse_yaml(out, where="what was shown")) == config, more
+    assert json.loads(out)["stages"]["on_policy"]["steps"] == 7
+
+
+def test_documentation_stands_above_its_key_at_every_depth() -> None:
+    tasks = ("gsm8k", TaskSettings(path="my.jsonl", label="yes"))
+    base = resolve_run(
+        recipe="opd-then-grpo", assignments=["evaluation.curve={every: 5}", "specialists.no={model: tiny}"]
+    )
+    config = base.model_copy(update={"evaluation": base.evaluation.model_copy(update={"tasks": tasks})})
+    text = documented_yaml(config)
+    assert validate(parse_yaml(text, where="the text")) == config
+    lines = [line.strip() for line in text.splitlines()]
+    for key in ("kl_coefficient: 0.0", "pass_at: []", "checkpoint_every: 25", "top_k: 20", "signal: hidden"):
+        assert lines[lines.index(key) - 1].startswith("# "), key
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_validate_names_what_is_wrong_and_opens_nothing(typed: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: embedded\nname: mine\n")
+    code, out, _ = typed("config", "validate", str(own), "--json")
+    assert (code, json.loads(out)) == (0, {"recipe": str(own), "valid": True, "problem": None})
+    for assignment, sentence in (
+        ("stages.on_policy.stepz=3", "did you mean steps?"),
+        ("seed=many", "seed: Input should be a valid integer"),
+        ("teacher.model=5B", "nearest: 235B"),
+        ("student.model=235B", "no base checkpoint"),
+        ("specialists.maths={model: 33B}", "nearest: "),
+        ("evaluation.tasks=[embeded]", "nearest: embedded"),
+        ("evaluation.tasks=[{name: embedded, grader: vibes}]", "no grader is called 'vibes'"),
+        ("evaluation.curve={task: gsm9k}", "nearest: gsm8k"),
+        (f"prompts={{kind: file, path: {tmp_path}/none.jsonl}}", "there is no file"),
+        ("stages.rl={kind: grpo, policy_gradient: {grader: vibes}}", "no grader is called 'vibes'"),
+    ):
+        code, out, err = typed("config", "validate", str(own), "--set", assignment, "--json")
+        document = json.loads(out)
+        assert code == 2 and sentence in err and "Traceback" not in err, (assignment, err)
+        assert set(document) == {"recipe", "valid", "problem"} and not document["valid"]
+        assert sentence in document["problem"]
+    with pytest.raises(UserError):
+        check_names(resolve_run(assignments=["teacher.model=5B"]))
+
+
+def test_the_schema_says_what_a_recipe_may_hold(typed: Any) -> None:
+    code, out, _ = typed("config", "schema", "--json")
+    schema = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert json.loads(typed("config", "schema")[1]) == schema
+    assert set(RunConfig.model_fields) | {"extends"} == set(schema["properties"])
+    assert "Optimiser steps between two checkpoints." in schema["properties"]["checkpoint_every"]["description"]
+    for wrong in ({"sed": 1}, {"seed": -1}, {"stages": {"a": {"kind": "on_polcy"}}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
