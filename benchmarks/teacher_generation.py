@@ -23,9 +23,9 @@ from distill.checkpoint import load_tokenizer, open_checkpoint
 from distill.encode import Encoder
 from distill.family import resolve
 from distill.types import MODES, Prompt, Request, Sampling
-from teachers.client import Client
-from teachers.remote_sampler import RemoteSampler
-from teachers.service import Launch, Service
+from distill.vllm.client import Client
+from distill.vllm.remote_sampler import RemoteSampler
+from distill.vllm.service import Launch, Service
 
 
 def main() -> None:

@@ -47,11 +47,11 @@ from distill.checkpoint import Checkpoint, load_model, open_checkpoint
 from distill.divergence import linear_logprobs
 from distill.family import ModelSource
 from distill.types import HiddenStates, Prompt, Request, Rollout, SampledLogprobs, Sampling, Signal, TopK
-from teachers.client import Client
+from distill.vllm.client import Client
+from distill.vllm.service import ROLES, Launch, Role, Service
 from teachers.local import LocalTeacher
 from teachers.logprobs import LogprobTeacher
 from teachers.remote import RemoteTeacher
-from teachers.service import ROLES, Launch, Role, Service
 from teachers.teacher import Teacher
 
 LARGEST_K = 128

@@ -7,7 +7,8 @@ through ``scaled_dot_product_attention``. Both are exact and neither makes a mas
 row, transformers' own way without FlashAttention, costs the square of the row's length: on a CPU 3 to 5 times the
 time of a step, and at 32k tokens a mask of a gigabyte.
 
-Without a ``Packing`` (sampling) it is transformers' ``sdpa``, masks included, but for the decoding of single tokens.
+In decoding (``Decoding``) a pass begins with one new token of each response under way; these look into the cache, and
+prompts that join are packed behind them. With neither it is transformers' ``sdpa``, masks included.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from distill.kv_cache import Decoding
 
 PACKED = "distill_packed"
 """The name under which transformers finds this attention: ``model.set_attn_implementation(PACKED)``."""
@@ -41,12 +44,16 @@ class Packing:
         return cls(tuple(lengths), torch.tensor(ends, dtype=torch.int32, device=device))
 
     def keywords(self) -> dict[str, Any]:
-        """What a transformers model is called with, beside the ids and their positions.
+        """What a transformers model is called with, beside the ids and their positions."""
+        return attention_keywords(self.ends_S.device, packing=self)
 
-        A four-dimensional mask is one that transformers leaves as it is instead of making its own; nobody reads it.
-        """
-        unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.ends_S.device)
-        return {"attention_mask": unread, "packing": self}
+
+def attention_keywords(device: torch.device, **own: Packing | Decoding | None) -> dict[str, Any]:
+    """Keywords that travel through a model's forward pass to ``packed_attention``.
+
+    A four-dimensional mask is one that transformers leaves as it is instead of making its own; nobody reads it.
+    """
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), **own}
 
 
 def packed_attention(
@@ -59,16 +66,22 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     packing: Packing | None = None,
+    decoding: Decoding | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Queries [1, heads, T, d], keys and values [1, KV heads, T, d] to [1, T, heads, d]."""
-    if packing is None and query.shape[2] == 1:
-        # One new token a row: the query heads that share a key head stand beside each other as its rows, so that keys
-        # and values are not repeated for them.
-        num_rows, _, _, width = query.shape
-        grouped = query.reshape(num_rows, key.shape[1], -1, width)
-        attended = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-        return attended.reshape(num_rows, 1, -1, width), None
+    """Queries [1, heads, T, d], keys and values [1, KV heads, T, d] to [1, T, heads, d].
+
+    With ``decoding`` each token is a row: [T, heads, 1, d] to [T, 1, heads, d].
+    """
+    if decoding is not None:
+        num_rows, layer = decoding.num_rows, module.layer_idx
+        assert isinstance(layer, int)
+        said = [decoding.attend(query[:num_rows], layer, scaling)] if num_rows else []
+        if packing is not None:
+            prompts = (states[num_rows:].transpose(0, 2) for states in (query, key, value))
+            read, _ = packed_attention(module, *prompts, None, scaling=scaling, packing=packing)
+            said.append(read.transpose(0, 1))
+        return said[0] if len(said) == 1 else torch.cat(said), None
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others

@@ -1,56 +1,180 @@
-"""Keys and values of the tokens so far, for decoding.
+"""Keys and values of the tokens so far, for decoding: a slot for each row, filled from its front.
 
-transformers' dynamic cache copies everything it holds for each new token, and its static one is attended to at full
-length from the first token on. This one keeps room behind what it holds: a new token is written into it, and attention
-sees the part that is filled.
+transformers' own caches hold all rows at one common width: shorter rows carry padding, a row cannot leave or come by
+itself, and the dynamic one copies everything for each new token. Here a row is a slot of one long tensor, in which its
+tokens stand from place 0 on. New tokens are written where they belong, a slot is given to another row by overwriting
+it, and attention reads each group of slots only as far as the group's longest row goes.
+
+Legend: S slots, B rows that decode (the first slots), T new tokens of one pass, W places that
+they are written to, H key-value heads, C places of a slot.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from torch.nn.functional import scaled_dot_product_attention
 
 ROOM = 64
-"""Tokens of room that are made at a time."""
+"""Places that are made beyond those that are needed now, at least."""
+NARROWER = 0.7
+"""Rows are read in a group of their own where they are no longer than this share of the group before."""
+WORTH_BYTES = {"cpu": 200_000}
+"""Reading of a layer that a further group has to save: about what its calls cost. Bytes, by type of device."""
+_WORTH_BYTES_ELSEWHERE = 20_000_000
 
 
-class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, [rows, KV heads, tokens, d]: views of the filled front of two longer tensors."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Slots ``first`` to ``last``, exclusive, none of which holds more than ``width`` tokens."""
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self._rooms = [states[..., :0, :] for states in (key_states, value_states)]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if end > self._rooms[0].shape[-2]:
-            self._rooms = [_longer(room[..., :start, :], end + ROOM) for room in self._rooms]
-        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[..., start:end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        end = self.get_seq_length()
-        self._rooms = [room[indices] for room in self._rooms]
-        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+    first: int
+    last: int
+    width: int
 
 
-def _longer(held: Tensor, length: int) -> Tensor:
-    shape = list(held.shape)
-    shape[-2] = length
-    room = torch.empty(shape, dtype=held.dtype, device=held.device)
-    room[..., : held.shape[-2], :] = held
-    return room
+def groups_of(lengths: Sequence[int], worth: float) -> list[Group]:
+    """Neighbouring slots that are read together; each further group saves the reading of ``worth`` tokens or more."""
+    # What the slots from here to the end have to be read for.
+    widths = list(accumulate(reversed(lengths), max))[::-1]
+    found, first = [], 0
+    for place, width in enumerate(widths):
+        saved = (len(lengths) - place) * (widths[first] - width)
+        if width <= NARROWER * widths[first] and saved >= worth:
+            found.append(Group(first, place, widths[first]))
+            first = place
+    return [*found, Group(first, len(lengths), widths[first])] if lengths else []
 
 
-def roomy_cache() -> Cache:
-    """An empty cache for a model all of whose layers attend to everything, as Qwen3's do."""
-    return Cache(layer_class_to_replicate=RoomyLayer)
+def arranged(lengths: Sequence[int], worth: float) -> list[int]:
+    """The slots in an order that makes narrow groups: entry n is whose row slot n should hold.
+
+    Rows are sorted by length, the longest first, but a row that stands within its group already stays where it is.
+    """
+    ranked = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
+    order: list[int] = []
+    for group in groups_of([lengths[slot] for slot in ranked], worth):
+        members = ranked[group.first : group.last]
+        staying = {slot for slot in members if group.first <= slot < group.last}
+        coming = iter([slot for slot in members if slot not in staying])
+        order += [slot if slot in staying else next(coming) for slot in range(group.first, group.last)]
+    return order
+
+
+class SlotCache:
+    """What a transformers model takes as ``past_key_values``, for a pass that was announced by ``expect``."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._num_slots = self._num_places = 0
+        self._slot_W = self._place_W = self._source_W = torch.empty(0, dtype=torch.long)
+        self._flat: Tensor | None = None
+        """The same places for rooms that are seen as one long list, once the first layer has said how many heads."""
+
+    def reserve(self, num_slots: int, num_places: int, *, most_places: int) -> None:
+        """Room for so many slots of so many tokens, of which there will never be more than ``most_places``."""
+        if num_slots <= self._num_slots and num_places <= self._num_places:
+            return
+        if num_places > self._num_places:
+            self._num_places = max(num_places, min(most_places, max(num_places + ROOM, 2 * self._num_places)))
+        self._num_slots = max(num_slots, self._num_slots)
+        for rooms in (self.keys, self.values):
+            for layer, room in enumerate(rooms):
+                rooms[layer] = self._room(room)
+                rooms[layer][: room.shape[0], :, : room.shape[2]] = room
+
+    def _room(self, like: Tensor) -> Tensor:
+        # Zeros: what is masked out still takes part in the arithmetic, and memory as it comes may hold NaN.
+        return like.new_zeros(self._num_slots, like.shape[1], self._num_places, like.shape[3])
+
+    def expect(self, slot_W: Tensor, place_W: Tensor, source_W: Tensor) -> None:
+        """What the next pass writes: token ``source_W[n]`` into place ``place_W[n]`` of slot ``slot_W[n]``.
+
+        A prompt that several rows share passes once, and is written to each of them.
+        """
+        self._slot_W, self._place_W, self._source_W, self._flat = slot_W, place_W, source_W, None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer: int, *others: Any) -> tuple[Tensor, Tensor]:
+        """Writes the pass's keys and values [T, H, 1, d] of a layer; gives them back as they are."""
+        num_tokens, num_heads, _, width = key_states.shape
+        if self._flat is None:
+            head_H = torch.arange(num_heads, device=key_states.device)
+            self._flat = (
+                (self._slot_W[:, None] * num_heads + head_H) * self._num_places + self._place_W[:, None]
+            ).view(-1)
+        for rooms, states in ((self.keys, key_states), (self.values, value_states)):
+            if layer == len(rooms):
+                rooms.append(self._room(states))
+            written_WHd = states[:, :, 0]
+            if len(self._source_W) > num_tokens:
+                written_WHd = written_WHd[self._source_W]
+            rooms[layer].view(-1, width).index_copy_(0, self._flat, written_WHd.reshape(-1, width))
+        return key_states, value_states
+
+    def move(self, sources: Sequence[int], lengths: Sequence[int]) -> None:
+        """Slot n takes over the ``lengths[n]`` tokens of slot ``sources[n]``."""
+        changed = [slot for slot, source in enumerate(sources) if slot != source]
+        if not changed:
+            return
+        device, width = self.keys[0].device, max(lengths[slot] for slot in changed)
+        to, of = torch.tensor([changed, [sources[slot] for slot in changed]], device=device)
+        for room in (*self.keys, *self.values):
+            filled = room[:, :, :width]
+            filled.index_copy_(0, to, filled.index_select(0, of))
+
+    def worth(self) -> float:
+        """Tokens of a layer whose reading takes as long as one call more."""
+        if not self.keys:
+            return 1.0
+        room = self.keys[0]
+        token_bytes = 2 * room.shape[1] * room.shape[3] * room.element_size()
+        return WORTH_BYTES.get(room.device.type, _WORTH_BYTES_ELSEWHERE) / token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """The first B tokens of a pass: one new token of each of the slots 0 to B, in this order.
+
+    Every token of the pass is a row of its own to the model. ``bias_BC`` is 0 at the places that a slot's token attends
+    to and minus infinity behind them.
+    """
+
+    cache: SlotCache
+    num_rows: int
+    groups: Sequence[Group]
+    bias_BC: Tensor
+
+    @classmethod
+    def of(cls, cache: SlotCache, lengths: Sequence[int], place_B: Tensor, dtype: torch.dtype) -> Decoding:
+        """``lengths`` are the places of each slot that count, the new token's, at ``place_B``, being the last."""
+        groups = groups_of(lengths, cache.worth())
+        place_C = torch.arange(max(lengths, default=0), device=place_B.device)
+        bias_BC = torch.zeros(len(lengths), len(place_C), dtype=dtype, device=place_B.device)
+        bias_BC.masked_fill_(place_C > place_B[:, None], -torch.inf)
+        return cls(cache, len(lengths), groups, bias_BC)
+
+    def attend(self, query: Tensor, layer: int, scaling: float | None) -> Tensor:
+        """Queries [B, heads, 1, d] of a layer to [B, 1, heads, d].
+
+        The query heads that share a key head stand beside each other as its rows: keys are not repeated for them.
+        """
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        query_BHGd = query.reshape(self.num_rows, keys.shape[1], -1, keys.shape[3])
+        said = [
+            scaled_dot_product_attention(
+                query_BHGd[group.first : group.last],
+                keys[group.first : group.last, :, : group.width],
+                values[group.first : group.last, :, : group.width],
+                attn_mask=self.bias_BC[group.first : group.last, None, None, : group.width],
+                scale=scaling,
+            )
+            for group in self.groups
+        ]
+        together = said[0] if len(said) == 1 else torch.cat(said)
+        return together.reshape(self.num_rows, 1, -1, keys.shape[3])

@@ -1,34 +1,43 @@
 """Drawing responses: a decoding loop over a transformers model that returns what a trainer needs.
 
 ``generate`` of transformers returns no log-probabilities of the untouched distribution, cannot force the early-stop
-string into a row, has no presence penalty, draws from one global random stream, and decodes finished rows to the end.
-This loop does each of these, with the model's own forward pass and cache. A response depends on its request and the
-weights alone (up to rounding): every request draws from a random stream of its own.
+string into a row, has no presence penalty, draws from one global random stream, pads every row to the longest prompt,
+and decodes finished rows to the end. This loop does each of these, with the model's own forward pass and a cache of
+our own. It batches continuously: a row that has ended makes room for a request that waits, whose prompt is read in the
+same pass that decodes the others. A response depends on its request and the weights alone (up to rounding): every
+request draws from a random stream of its own.
 
-Shapes: B rows decoded together, V vocabulary rows, P prompt tokens (left-padded).
+Shapes: B rows decoded together, V vocabulary rows, T tokens of one pass, d the model's width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from distill import interrupt
+from distill.attention import PACKED, Packing, attention_keywords
+from distill.draw import Draw
 from distill.errors import NonFiniteError
-from distill.types import FinishReason, Request, Rollout, Sampling
+from distill.kv_cache import Decoding, SlotCache, arranged
+from distill.response import Response
+from distill.types import Request, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.encode import Encoder
 
-COMPACT_BELOW = 0.75
-"""Finished rows leave the batch when less than this share of its rows is still decoding."""
+SETTLE_SHARE = 1 / 32
+"""Rows that have ended leave the batch, and others take their places, when they are this share of it."""
+PREFILL_TOKENS = 8192
+"""Most prompt tokens that are read in one pass, beyond the first prompt."""
 
 OnFinished = Callable[[Rollout], None]
 
@@ -58,6 +67,7 @@ class TransformersSampler:
         cache_tokens: int = 131072,
     ) -> None:
         self.model = model
+        self.model.set_attn_implementation(PACKED)
         self.encoder = encoder
         self.speaker = speaker
         self.batch = batch
@@ -70,230 +80,169 @@ class TransformersSampler:
         rollouts: dict[int, Rollout] = {}
         self.model.eval()
         try:
-            for places in self._batches(requests):
-                rows = [_Row(index, requests[index], self.encoder) for index in places]
-                for row in self._decode(rows):
-                    rollouts[row.index] = row.rollout(self.speaker, self.weight_version)
-                    if on_finished is not None:
-                        on_finished(rollouts[row.index])
+            for response in self._decode(requests):
+                rollout = response.rollout(self.speaker, self.weight_version)
+                rollouts[response.index] = rollout
+                if on_finished is not None:
+                    on_finished(rollout)
         finally:
             self.model.train(training)
         return [rollouts[index] for index in range(len(requests))]
 
-    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Places of ``requests`` that are decoded together: prompts of like length, for less padding."""
-        batches: list[list[int]] = []
-        widest = 0
-        for place in sorted(range(len(requests)), key=lambda place: len(requests[place].prompt_ids)):
-            limit = len(requests[place].prompt_ids) + requests[place].sampling.max_new_tokens
-            widest = max(widest, limit)
-            fits = batches and len(batches[-1]) < self.batch and (len(batches[-1]) + 1) * widest <= self.cache_tokens
-            if fits:
-                batches[-1].append(place)
-            else:
-                batches.append([place])
-                widest = limit
-        return batches
-
-    def _decode(self, rows: list[_Row]) -> Iterator[_Row]:
-        """Decode ``rows`` together; each is yielded when it ends."""
-        from distill.kv_cache import roomy_cache
-
-        device = self.model.device
-        width = max(len(row.request.prompt_ids) for row in rows)
-        padding = [width - len(row.request.prompt_ids) for row in rows]
-        input_BT = torch.tensor(
-            [[0] * pad + list(row.request.prompt_ids) for pad, row in zip(padding, rows, strict=True)], device=device
-        )
-        # Which of all positions that there will be are attended to: all but the padding at the front.
-        longest = width + max(row.request.sampling.max_new_tokens for row in rows)
-        mask_BT = torch.arange(longest, device=device) >= torch.tensor(padding, device=device)[:, None]
-        position_BT = (mask_BT[:, :width].cumsum(dim=1) - 1).clamp(min=0)
-        draw = _Draw.for_rows(rows, self.model.config.vocab_size, device)
-        cache = roomy_cache()
-        is_new = True
+    def _decode(self, requests: Sequence[Request]) -> Iterator[Response]:
+        """Every request's response, as soon as it has ended."""
+        # Who may speak longest begins: what is left for the end, when few rows are decoded together, is short.
+        order = sorted(range(len(requests)), key=lambda place: -requests[place].sampling.max_new_tokens)
+        waiting = deque(Response(place, requests[place], self.encoder) for place in order)
+        batch = _Batch(self.model, self.speaker)
         while True:
             interrupt.check()
-            output = self.model(
-                input_ids=input_BT,
-                # A new token sees all before it; with four dimensions the mask is taken as it is.
-                attention_mask=mask_BT[:, :width] if is_new else mask_BT[:, None, None, :width],
-                position_ids=position_BT,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            is_new = False
-            logits_BV = output.logits[:, -1].float()
-            if not logits_BV.amax().isfinite():
-                raise NonFiniteError(f"the {self.speaker}'s logits are not finite: its weights are broken or diverged")
-            uniform_B = torch.tensor([row.uniform() for row in rows], device=device)
-            token_B, logprob_BV = draw(logits_BV, uniform_B)
-            token_B = _force(rows, token_B)
-            logprob_B = logprob_BV.gather(1, token_B[:, None])[:, 0]
-            draw.remember(token_B)
-            for row, token, logprob in zip(rows, token_B.tolist(), logprob_B.tolist(), strict=True):
-                if not row.finished:
-                    row.append(token, logprob)
-                    if row.finished:
-                        yield row
-            num_active = sum(not row.finished for row in rows)
-            if num_active == 0:
+            batch.settle(lambda staying: self._joining(staying, waiting))
+            if not batch.responses:
                 return
-            next_position_B = position_BT[:, -1] + 1
-            if num_active < COMPACT_BELOW * len(rows):
-                keep = torch.tensor([place for place, row in enumerate(rows) if not row.finished], device=device)
-                rows = [row for row in rows if not row.finished]
-                cache.batch_select_indices(keep)
-                token_B, mask_BT, next_position_B = token_B[keep], mask_BT[keep], next_position_B[keep]
-                draw = draw.select(keep)
-            input_BT = token_B[:, None]
-            position_BT = next_position_B[:, None]
-            width += 1
+            yield from batch.step()
+
+    def _joining(self, staying: Sequence[Response], waiting: deque[Response]) -> list[Response]:
+        """Takes as many of those who wait as there is room for beside those who stay."""
+        joining: list[Response] = []
+        longest = max((response.limit for response in staying), default=0)
+        num_tokens = 0
+        while waiting and len(staying) + len(joining) < self.batch:
+            first = waiting[0]
+            longest = max(longest, first.limit)
+            num_rows = len(staying) + len(joining) + 1
+            if num_rows > 1 and num_rows * longest > self.cache_tokens:
+                break
+            if not (joining and first.request.prompt_ids == joining[-1].request.prompt_ids):
+                num_tokens += len(first.request.prompt_ids)
+            if joining and num_tokens > PREFILL_TOKENS:
+                break
+            joining.append(waiting.popleft())
+        # The longest first, as the cache likes them; samples of one prompt stay beside each other.
+        return sorted(joining, key=lambda response: -len(response.request.prompt_ids))
 
 
-@dataclass
-class _Row:
-    """One response while it grows."""
+class _Batch:
+    """The responses that are decoded together; each one's keys and values are in the slot of its place."""
 
-    index: int
-    request: Request
-    encoder: Encoder
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    forced: list[bool] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    thinking: bool = False
-    pending: list[int] = field(default_factory=list)
-    """Tokens of the early-stop string that are still to be forced."""
+    def __init__(self, model: PreTrainedModel, speaker: str) -> None:
+        self.speaker, self.responses = speaker, list[Response]()
+        # Asked for once: looking these up takes longer than many an operation on a row.
+        self._body, self._head = cast(nn.Module, model.get_decoder()), cast(nn.Linear, model.get_output_embeddings())
+        self._device, self._dtype = model.device, model.dtype
+        self._vocabulary = int(model.config.vocab_size)
+        self._cache = SlotCache()
+        self._draw = Draw.of([], self._vocabulary, self._device)
+        # Of the responses whose prompts have been read, the first ones: the newest token, and where it belongs.
+        self._token_B = self._place_B = torch.empty(0, dtype=torch.long, device=self._device)
+        self._lengths: list[int] = []
+        """Places of each slot that the next pass fills or looks at."""
+        self._longest = 0
+        """The most places that a response can come to need."""
 
-    def __post_init__(self) -> None:
-        self._random = np.random.Generator(np.random.Philox(key=self.request.seed))
-        self._uniforms: list[float] = []
+    def settle(self, joining: Callable[[Sequence[Response]], Sequence[Response]]) -> None:
+        """Lets those go that have ended and those join that ``joining`` finds room for, if it is worth it."""
+        staying = [slot for slot, response in enumerate(self.responses) if not response.finished]
+        num_ended = len(self.responses) - len(staying)
+        if self.responses and num_ended < max(1, SETTLE_SHARE * len(self.responses)):
+            return
+        order = arranged([self._lengths[slot] for slot in staying], self._cache.worth())
+        sources = [staying[place] for place in order]
+        self._lengths = [self._lengths[slot] for slot in sources]
+        self._cache.move(sources, self._lengths)
+        source_B = torch.tensor(sources, dtype=torch.long, device=self._device)
+        self._token_B, self._place_B = self._token_B[source_B], self._place_B[source_B]
+        self.responses = [self.responses[slot] for slot in sources]
+        new = joining(self.responses)
+        self.responses += new
+        self._lengths += [response.length for response in new]
+        samplings = [response.request.sampling for response in self.responses]
+        self._draw = self._draw.followed_by(samplings, source_B, self._vocabulary)
+        self._longest = max((response.limit for response in self.responses), default=0)
 
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
+    def step(self) -> Iterator[Response]:
+        """One token more for every response; those that it ends."""
+        logits_BV = self._logits()
+        if not logits_BV.amax().isfinite():
+            raise NonFiniteError(f"the {self.speaker}'s logits are not finite: its weights are broken or diverged")
+        uniform_B = torch.tensor([response.uniform() for response in self.responses], device=logits_BV.device)
+        token_B, logprob_BV = self._draw(logits_BV, uniform_B)
+        for place, response in enumerate(self.responses):
+            if response.pending:
+                token_B[place] = response.pending[0]
+        logprob_B = logprob_BV.gather(1, token_B[:, None])[:, 0]
+        self._draw.remember(token_B)
+        self._token_B = token_B
+        for response, token, logprob in zip(self.responses, token_B.tolist(), logprob_B.tolist(), strict=True):
+            # One that has ended is decoded on until the batch settles, and nobody looks.
+            if not response.finished:
+                response.append(token, logprob)
+                if response.finished:
+                    yield response
 
-    def uniform(self) -> float:
-        """The next number of the request's own random stream."""
-        if not self._uniforms:
-            self._uniforms = self._random.random(64)[::-1].tolist()
-        return self._uniforms.pop()
-
-    def append(self, token: int, logprob: float) -> None:
-        forced = bool(self.pending)
-        if forced:
-            self.pending.pop(0)
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        self.forced.append(forced)
-        self._follow_thinking(token)
-        if token in self.encoder.stop_ids and not forced:
-            self.finish_reason = "stop"
-        elif len(self.ids) >= self.request.sampling.max_new_tokens:
-            self.finish_reason = "length"
-
-    def _follow_thinking(self, token: int) -> None:
-        budget = self.request.sampling.thinking_budget
-        if token == self.encoder.think_open_id:
-            self.thinking = True
-        elif token == self.encoder.think_close_id:
-            self.thinking = False
-        if self.thinking and budget is not None and len(self.ids) >= budget and not self.pending:
-            self.pending = list(self.encoder.early_stop_ids)
-            self.thinking = False
-
-    def rollout(self, speaker: str, weight_version: int) -> Rollout:
-        assert self.finish_reason is not None
-        return Rollout(
-            request=self.request,
-            response_ids=tuple(self.ids),
-            forced=tuple(self.forced),
-            logprobs=tuple(self.logprobs),
-            finish_reason=self.finish_reason,
-            speaker=speaker,
-            weight_version=weight_version,
-        )
+    def _logits(self) -> Tensor:
+        """Logits [B, V] in fp32 of each response's next token, from one pass over what the model has not seen yet."""
+        num_decoding = len(self._token_B)
+        prompts = [response.request.prompt_ids for response in self.responses[num_decoding:]]
+        tokens = _Tokens.of(self._token_B, self._place_B, prompts)
+        self._cache.reserve(len(self._lengths), max(self._lengths), most_places=self._longest)
+        self._cache.expect(tokens.slot_W, tokens.place_W, tokens.source_W)
+        decoding = Decoding.of(self._cache, self._lengths[:num_decoding], self._place_B, self._dtype)
+        hidden_Td = self._body(
+            input_ids=tokens.id_T[:, None],
+            position_ids=tokens.position_T[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+            **attention_keywords(self._device, packing=tokens.packing, decoding=decoding),
+        ).last_hidden_state[:, 0]
+        self._place_B = tokens.position_T[tokens.last_B] + 1
+        self._lengths = [length + 1 for length in self._lengths]
+        return linear(hidden_Td[tokens.last_B], self._head.weight).float()
 
 
-def _force(rows: Sequence[_Row], token_B: Tensor) -> Tensor:
-    """``token_B`` with the next early-stop token in the rows that are being cut."""
-    for place, row in enumerate(rows):
-        if row.pending and not row.finished:
-            token_B[place] = row.pending[0]
-    return token_B
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What one pass reads, side by side: the newest token of each response under way, then the prompts that join.
 
+    ``last_B`` is the token of each response after which it goes on. Token ``source_W[n]`` belongs into place
+    ``place_W[n]`` of slot ``slot_W[n]``: a prompt that neighbours share is read once, and written to each one's slot.
+    """
 
-@dataclass
-class _Draw:
-    """Turns logits into tokens, each row by its own sampling."""
-
-    temperature_B: Tensor
-    top_p_B: Tensor
-    top_k_B: Tensor
-    presence_B: Tensor
-    seen_BV: Tensor | None
-    truncates: bool
-    untouched: bool
-    """Every row draws from the model's own distribution, or from a part of it."""
+    id_T: Tensor
+    position_T: Tensor
+    last_B: Tensor
+    slot_W: Tensor
+    place_W: Tensor
+    source_W: Tensor
+    packing: Packing | None
 
     @classmethod
-    def for_rows(cls, rows: Sequence[_Row], vocabulary: int, device: torch.device) -> _Draw:
-        samplings: list[Sampling] = [row.request.sampling for row in rows]
-        penalised = any(sampling.presence_penalty for sampling in samplings)
+    def of(cls, token_B: Tensor, place_B: Tensor, prompts: Sequence[tuple[int, ...]]) -> _Tokens:
+        device, num_decoding = token_B.device, len(token_B)
+        slot_B = torch.arange(num_decoding, device=device)
+        if not prompts:
+            return cls(token_B, place_B, slot_B, slot_B, place_B, slot_B, None)
+        ids: list[int] = []
+        last: list[int] = []
+        read: list[tuple[int, ...]] = []
+        for prompt in prompts:
+            if not (read and read[-1] == prompt):
+                read.append(prompt)
+                ids += prompt
+            last.append(num_decoding + len(ids) - 1)
+
+        def behind(of_decoding: Tensor, of_prompts: Iterable[int]) -> Tensor:
+            return torch.cat((of_decoding, torch.tensor(list(of_prompts), device=device)))
+
+        slots = [slot for slot, prompt in enumerate(prompts, start=num_decoding) for _ in prompt]
+        places = [place for prompt in prompts for place in range(len(prompt))]
+        sources = [end + 1 + back for end, prompt in zip(last, prompts, strict=True) for back in range(-len(prompt), 0)]
         return cls(
-            temperature_B=torch.tensor([sampling.temperature for sampling in samplings], device=device),
-            top_p_B=torch.tensor([sampling.top_p for sampling in samplings], device=device),
-            top_k_B=torch.tensor([sampling.top_k or vocabulary for sampling in samplings], device=device),
-            presence_B=torch.tensor([sampling.presence_penalty for sampling in samplings], device=device),
-            seen_BV=torch.zeros(len(rows), vocabulary, dtype=torch.bool, device=device) if penalised else None,
-            truncates=any(sampling.top_p < 1 or sampling.top_k for sampling in samplings),
-            untouched=not penalised and all(sampling.temperature == 1 for sampling in samplings),
+            id_T=behind(token_B, ids),
+            position_T=behind(place_B, (place for prompt in read for place in range(len(prompt)))),
+            last_B=behind(slot_B, last),
+            slot_W=behind(slot_B, slots),
+            place_W=behind(place_B, places),
+            source_W=behind(slot_B, sources),
+            packing=Packing.of([len(prompt) for prompt in read], device),
         )
-
-    def __call__(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B] by inverse transform of ``uniform_B``, and the untouched log-probabilities [B, V]."""
-        logprob_BV = logits_BV.log_softmax(dim=-1)
-        if self.seen_BV is not None:
-            logits_BV = logits_BV - self.presence_B[:, None] * self.seen_BV
-        if self.untouched:
-            probability_BV = logprob_BV.exp()
-        else:
-            probability_BV = (logits_BV / self.temperature_B[:, None]).softmax(dim=-1)
-        if not self.truncates:
-            return _inverse_transform(probability_BV, uniform_B), logprob_BV
-        # Only the k most probable can survive a top-k, so only they are sorted; top-p acts on what top-k left.
-        widest = int(self.top_k_B.max())
-        sorted_BK, ids_BK = probability_BV.topk(widest, dim=-1)
-        rank_K = torch.arange(widest, device=sorted_BK.device)
-        sorted_BK = sorted_BK.masked_fill(rank_K >= self.top_k_B[:, None], 0.0)
-        sorted_BK = sorted_BK / sorted_BK.sum(dim=-1, keepdim=True)
-        before_BK = sorted_BK.cumsum(dim=-1) - sorted_BK
-        sorted_BK = sorted_BK.masked_fill(before_BK >= self.top_p_B[:, None], 0.0)
-        place_B = _inverse_transform(sorted_BK, uniform_B)
-        return ids_BK.gather(1, place_B[:, None])[:, 0], logprob_BV
-
-    def remember(self, token_B: Tensor) -> None:
-        if self.seen_BV is not None:
-            self.seen_BV.scatter_(1, token_B[:, None], True)
-
-    def select(self, keep: Tensor) -> _Draw:
-        return _Draw(
-            self.temperature_B[keep],
-            self.top_p_B[keep],
-            self.top_k_B[keep],
-            self.presence_B[keep],
-            None if self.seen_BV is None else self.seen_BV[keep],
-            self.truncates,
-            self.untouched,
-        )
-
-
-def _inverse_transform(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The first column where the cumulated weight passes ``uniform_B`` times the row's sum; never one of weight 0."""
-    cumulated_BV = weight_BV.cumsum(dim=-1)
-    total_B = cumulated_BV[:, -1]
-    # Rounding may lift the product to the sum itself, which no column passes.
-    target_B = torch.minimum(uniform_B.to(total_B) * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-    return torch.searchsorted(cumulated_BV, target_B[:, None], right=True)[:, 0]

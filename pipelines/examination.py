@@ -22,6 +22,8 @@ from distill.prompts import file_prompts
 from distill.sampler import Sampler, TransformersSampler
 from distill.seeding import derive
 from distill.types import MODES, Mode, Sampling
+from distill.vllm.client import Client, served_model
+from distill.vllm.remote_sampler import RemoteSampler
 from eval.budget import budget_curves
 from eval.evaluation import Evaluation
 from eval.runner import evaluate
@@ -29,8 +31,6 @@ from eval.switching import NUM_DIALOGUES, NUM_TURNS, ModeSwitching, examine_swit
 from eval.switching import TASK as MODE_SWITCHING
 from eval.tasks import EMBEDDED_LONGEST, Task, load_task
 from pipelines.hiring import KEY_VARIABLE
-from teachers.client import Client, served_model
-from teachers.remote_sampler import RemoteSampler
 
 WIDTH = 256
 """Responses under way at once to a server."""

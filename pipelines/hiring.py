@@ -25,14 +25,14 @@ from distill.encode import Encoder
 from distill.interrupt import deferred_signals
 from distill.sampler import Sampler, TransformersSampler
 from distill.types import Request, Rollout, Signal
+from distill.vllm.client import Client, checked_url
+from distill.vllm.remote_sampler import RemoteSampler
+from distill.vllm.service import ROLES, Launch, Role, Service, free_port, replicas
 from pipelines.signals import SIGNALS, Wanted
-from teachers.client import Client, checked_url
 from teachers.local import LocalTeacher
 from teachers.reduced import Choose
 from teachers.remote import REPLY_BYTES, state_bytes
-from teachers.remote_sampler import RemoteSampler
 from teachers.roles import find_role
-from teachers.service import ROLES, Launch, Role, Service, free_port, replicas
 from teachers.teacher import Teacher
 
 KEY_VARIABLE = "DISTILL_TEACHER_API_KEY"

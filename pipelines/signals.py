@@ -17,12 +17,12 @@ import torch
 from distill.checkpoint import Checkpoint
 from distill.config import TeacherSettings
 from distill.errors import UserError
+from distill.vllm.client import Client
+from distill.vllm.service import Role
 from teachers.chosen import ChosenTeacher
-from teachers.client import Client
 from teachers.logprobs import LogprobTeacher
 from teachers.reduced import Choose, ReducedTeacher, to_chosen, to_sampled, to_topk
 from teachers.remote import RemoteTeacher
-from teachers.service import Role
 from teachers.teacher import ExactTeacher, Teacher
 
 

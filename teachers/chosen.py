@@ -21,7 +21,7 @@ from torch import Tensor
 from distill.errors import DistillError, UserError
 from distill.sparse import tail_of
 from distill.types import Rollout, TopK
-from teachers.client import Client, Job, RefusedError
+from distill.vllm.client import Client, Job, RefusedError
 from teachers.logprobs import check_logprobs
 from teachers.reduced import Choose
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from distill.types import Rollout
-from teachers.client import Client, Job
+from distill.vllm.client import Client, Job
 
 R = TypeVar("R")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.errors import DistillError, UserError
 from distill.sparse import tail_of
 from distill.types import Rollout, SampledLogprobs, Signal, TopK
-from teachers.client import Client, RefusedError
+from distill.vllm.client import Client, RefusedError
 from teachers.hearing import Hearing, ScoringRequest
 
 MASS_TOLERANCE = 0.01

@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.checkpoint import Checkpoint, final_norm, lm_head
 from distill.errors import DistillError
 from distill.types import HiddenStates, Rollout
-from teachers.client import Client
+from distill.vllm.client import Client
 from teachers.hearing import Hearing, ScoringRequest
 
 Wire = Literal["bf16", "fp32", "fp8"]

@@ -10,9 +10,9 @@ import httpx
 from distill import interrupt
 from distill.errors import StoppedError, UserError
 from distill.progress import say
-from teachers.client import PATIENCE_SECONDS, checked_url
-from teachers.replica import is_loopback
-from teachers.service import Role
+from distill.vllm.client import PATIENCE_SECONDS, checked_url
+from distill.vllm.replica import is_loopback
+from distill.vllm.service import Role
 
 _ROUTES: Mapping[Role, str] = {"score": "/pooling", "generate": "/v1/completions"}
 _PAUSE_SECONDS = 2.0

@@ -18,11 +18,11 @@ from distill.encode import Encoder
 from distill.errors import DistillError, StoppedError, UserError
 from distill.family import resolve
 from distill.types import Prompt, Request, Rollout, Sampling
-from teachers.client import Client, Job
+from distill.vllm.client import Client, Job
+from distill.vllm.remote_sampler import RemoteSampler
+from distill.vllm.service import free_port
 from teachers.remote import RemoteTeacher, Wire
-from teachers.remote_sampler import RemoteSampler
 from teachers.roles import find_role
-from teachers.service import free_port
 
 TEACHER = open_checkpoint(resolve("tiny", role="teacher"))
 ENCODER = Encoder(load_tokenizer(TEACHER))
@@ -34,7 +34,7 @@ STOP = ENCODER.stop_ids[0]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.client._FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("distill.vllm.client._FIRST_PAUSE", 0.02)
 
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -368,8 +368,8 @@ def engine_says(count: Callable[[], int]) -> Callable[[str], Answer]:
 
 @pytest.fixture
 def short_stall(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.pulse.PROBE_SECONDS", 0.1)
-    monkeypatch.setattr("teachers.pulse.STALL_SECONDS", 0.6)
+    monkeypatch.setattr("distill.vllm.pulse.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("distill.vllm.pulse.STALL_SECONDS", 0.6)
 
 
 @pytest.mark.usefixtures("short_stall")

@@ -16,11 +16,11 @@ from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import resolve
 from distill.journal import Journal
+from distill.vllm.client import is_healthy
+from distill.vllm.service import Launch, Service
 from pipelines import hiring
 from pipelines.hiring import Shifts, found_servers, hired_teacher
 from pipelines.resolution import resolve_run
-from teachers.client import is_healthy
-from teachers.service import Launch, Service
 
 
 def test_servers_that_run_already_are_sorted_by_what_they_are_for() -> None:
@@ -58,7 +58,7 @@ def test_a_server_may_move_while_a_run_rests_and_nothing_else_may_change(tmp_pat
 
 
 def test_replicas_of_a_role_are_up_together_and_leave_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.service.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("distill.vllm.service.GRACE_SECONDS", 0.5)
 
     program = tmp_path / "fake"
     program.write_text(FAKE.format(python=sys.executable, fails=False))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from teachers import pulse
-from teachers.pulse import Pulse
+from distill.vllm import pulse
+from distill.vllm.pulse import Pulse
 
 ENGINE = """# HELP vllm:generation_tokens_total Number of generation tokens processed.
 vllm:num_requests_running{{engine="0"}} {running}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distill.sampler import TransformersSampler, _Draw, _inverse_transform, _Row
+from distill.draw import Draw, inverse_transform
+from distill.sampler import TransformersSampler
 from distill.types import Prompt, Request, Sampling
 
 VOCABULARY, STOP, OPEN, CLOSE = 40, 37, 38, 39
@@ -55,6 +56,67 @@ def test_a_response_depends_on_its_request_alone(model: Qwen3ForCausalLM) -> Non
     assert [rollout.response_ids for rollout in together] == [rollout.response_ids for rollout in shuffled]
     assert [rollout.request for rollout in together] == requests
     assert {rollout.finish_reason for rollout in together} == {"stop", "length"}  # compaction was exercised
+
+
+def test_a_response_does_not_depend_on_how_others_are_drawn(model: Qwen3ForCausalLM) -> None:
+    plain = [request(seed) for seed in range(12)]
+    narrow = [request(seed, temperature=0.7, top_k=5, top_p=0.9, presence_penalty=0.5) for seed in range(100, 112)]
+    mixed = sampler(model, batch=8).generate([one for pair in zip(plain, narrow, strict=True) for one in pair])
+    assert [one.response_ids for one in mixed[::2]] == [one.response_ids for one in sampler(model).generate(plain)]
+    assert [one.response_ids for one in mixed[1::2]] == [one.response_ids for one in sampler(model).generate(narrow)]
+
+
+def test_a_request_that_waits_takes_the_place_of_one_that_ended(model: Qwen3ForCausalLM) -> None:
+    """Passes over the model: 8 places, 32 responses, of which every eighth is long. Batches one after the other would
+    take the long one's length each, 4 x 40."""
+    requests = [request(seed, max_new_tokens=40 if seed % 8 == 0 else 5) for seed in range(32)]
+    passes: list[int] = []
+
+    def count(module: object, arguments: object, keywords: dict[str, torch.Tensor]) -> None:
+        passes.append(len(keywords["input_ids"]))
+
+    class Endless(TinyEncoder):
+        stop_ids = ()
+
+    hook = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        ours = TransformersSampler(model, Endless(), speaker="student", batch=8)  # type: ignore[arg-type]
+        rollouts = ours.generate(requests)
+    finally:
+        hook.remove()
+    assert [len(rollout.response_ids) for rollout in rollouts] == [one.sampling.max_new_tokens for one in requests]
+    # Four long ones at once, and beside them 28 short ones on four places.
+    assert len(passes) == 40
+
+
+def test_no_more_rows_than_the_cache_has_tokens_for(model: Qwen3ForCausalLM) -> None:
+    requests = [request(seed, max_new_tokens=12) for seed in range(9)]  # 17 tokens each at their limit
+    most: list[int] = []
+    ours = TransformersSampler(model, TinyEncoder(), speaker="student", cache_tokens=60)  # type: ignore[arg-type]
+    hook = model.get_decoder().norm.register_forward_hook(lambda _, inputs, output: most.append(len(output)))
+    try:
+        together = ours.generate(requests)
+    finally:
+        hook.remove()
+    assert [one.response_ids for one in together] == [one.response_ids for one in sampler(model).generate(requests)]
+    assert max(most) <= 3 * 5  # the prompts of three rows
+
+
+def test_samples_of_one_prompt_read_it_once(model: Qwen3ForCausalLM) -> None:
+    def asked(seed: int) -> Request:
+        return Request(Prompt(()), "think", "hard", tuple(range(1, 15)), Sampling(max_new_tokens=6), seed)
+
+    tokens: list[int] = []
+    hook = model.get_decoder().norm.register_forward_hook(lambda _, inputs, output: tokens.append(len(output)))
+    try:
+        together = sampler(model).generate([asked(seed) for seed in range(8)])
+    finally:
+        hook.remove()
+    assert tokens[0] == 14
+    assert [one.response_ids for one in together] == [
+        sampler(model).generate([asked(seed)])[0].response_ids for seed in range(8)
+    ]
+    assert len({one.response_ids for one in together}) == 8
 
 
 def test_log_probabilities_are_the_models_own_at_temperature_one(model: Qwen3ForCausalLM) -> None:
@@ -106,16 +168,14 @@ def test_drawn_frequencies_follow_temperature_top_k_and_top_p() -> None:
         ({"top_k": 4, "top_p": 0.9}, [8 / 19, 6 / 19, 3 / 19, 2 / 19, 0]),  # top-p acts on what top-k left
     ]
     for sampling, expected in cases:
-        row = _Row(0, request(0, **sampling), TinyEncoder())  # type: ignore[arg-type]
-        draw = _Draw.for_rows([row], 5, torch.device("cpu"))
+        draw = Draw.of([request(0, **sampling).sampling], 5, torch.device("cpu"))
         tokens = torch.cat([draw(logits[None], value[None])[0] for value in uniform[:: 20 if not sampling else 10]])
         observed = torch.bincount(tokens, minlength=5).double() / len(tokens)
         assert observed.tolist() == pytest.approx(expected, abs=2e-3), sampling
 
 
 def test_presence_penalty_is_subtracted_once_from_what_was_said() -> None:
-    row = _Row(0, request(0, presence_penalty=1.5), TinyEncoder())  # type: ignore[arg-type]
-    draw = _Draw.for_rows([row], 3, torch.device("cpu"))
+    draw = Draw.of([request(0, presence_penalty=1.5).sampling], 3, torch.device("cpu"))
     draw.remember(torch.tensor([1]))
     draw.remember(torch.tensor([1]))
     logits = torch.tensor([[0.0, 1.5, -40.0]])
@@ -127,4 +187,4 @@ def test_presence_penalty_is_subtracted_once_from_what_was_said() -> None:
 def test_inverse_transform_never_lands_on_weight_zero() -> None:
     weights = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     for value, expected in ((0.0, 1), (0.499, 1), (0.501, 3), (1.0, 3), (0.99999999, 3)):
-        assert int(_inverse_transform(weights, torch.tensor([value]))) == expected
+        assert int(inverse_transform(weights, torch.tensor([value]))) == expected

@@ -21,11 +21,11 @@ from distill.errors import DistillError, UserError
 from distill.family import resolve
 from distill.sampler import TransformersSampler
 from distill.types import MODES, HiddenStates, Prompt, Request, Rollout, Sampling
-from teachers.client import Client, is_healthy
+from distill.vllm.client import Client, is_healthy
+from distill.vllm.remote_sampler import RemoteSampler
+from distill.vllm.service import Launch, Role, Service
 from teachers.local import LocalTeacher
 from teachers.remote import RemoteTeacher, Wire
-from teachers.remote_sampler import RemoteSampler
-from teachers.service import Launch, Role, Service
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 

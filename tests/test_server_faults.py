@@ -19,8 +19,8 @@ from test_service import alive, wait_until_gone
 
 from distill.checkpoint import open_checkpoint
 from distill.family import resolve
-from teachers.client import is_healthy
-from teachers.service import Launch, Role, Service
+from distill.vllm.client import is_healthy
+from distill.vllm.service import Launch, Role, Service
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -176,8 +176,8 @@ def test_a_foreign_server_that_is_gone_stops_the_run_which_resumes_when_it_is_ba
 
 
 def test_an_engine_that_is_stopped_is_noticed_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.service.PROBE_SECONDS", 1.0)
-    monkeypatch.setattr("teachers.service.STALL_SECONDS", 20.0)
+    monkeypatch.setattr("distill.vllm.service.PROBE_SECONDS", 1.0)
+    monkeypatch.setattr("distill.vllm.service.STALL_SECONDS", 20.0)
     scorer = foreign("score", tmp_path / "log")
     try:
         first = scorer.group

@@ -21,11 +21,11 @@ from distill.errors import UserError
 from distill.family import resolve
 from distill.prompts import EmbeddedSource
 from distill.types import Rollout
+from distill.vllm.service import Launch, Role, Service
 from pipelines.admission import Admission
 from pipelines.faculty import find_teachers, hired_faculty
 from pipelines.probes import PROBES
 from pipelines.resolution import resolve_run
-from teachers.service import Launch, Role, Service
 from teachers.store import ResponseStore
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]

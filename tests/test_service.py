@@ -18,8 +18,8 @@ import pytest
 from distill.checkpoint import open_checkpoint
 from distill.errors import DistillError, UserError
 from distill.family import resolve
-from teachers.client import is_healthy
-from teachers.service import Launch, Nodes, Service, needs_expert_parallel, replicas
+from distill.vllm.client import is_healthy
+from distill.vllm.service import Launch, Nodes, Service, needs_expert_parallel, replicas
 
 FAKE = """#!{python}
 import http.server, os, signal, subprocess, sys
@@ -37,7 +37,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.service.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("distill.vllm.service.GRACE_SECONDS", 0.5)
 
 
 def launch(folder: Path, *, fails: bool = False) -> Launch:
@@ -111,10 +111,10 @@ def test_sigkill_of_the_parent_ends_the_server(tmp_path: Path) -> None:
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-import teachers.service
+import distill.vllm.service
 from test_service import launch
-teachers.service.GRACE_SECONDS = 0.5
-service = teachers.service.Service(launch(Path({str(tmp_path)!r})), log=Path({str(tmp_path / "log")!r}))
+distill.vllm.service.GRACE_SECONDS = 0.5
+service = distill.vllm.service.Service(launch(Path({str(tmp_path)!r})), log=Path({str(tmp_path / "log")!r}))
 service.start()
 service.wait()
 print(service.group, flush=True)

@@ -19,9 +19,9 @@ from distill.checkpoint import load_model, open_checkpoint
 from distill.errors import DistillError, UserError
 from distill.family import resolve
 from distill.types import HiddenStates, Rollout, SampledLogprobs, Signal, TopK
+from distill.vllm.client import Client
 from pipelines.resolution import resolve_run
 from teachers.chosen import ChosenTeacher
-from teachers.client import Client
 from teachers.local import LocalTeacher
 from teachers.logprobs import LogprobTeacher
 from teachers.reduced import ReducedTeacher, to_chosen, to_sampled, to_topk

@@ -14,13 +14,13 @@ from distill.checkpoint import load_model
 from distill.errors import UserError
 from distill.sampler import TransformersSampler
 from distill.types import MODES, Rollout, SampledLogprobs, TopK
+from distill.vllm.client import Client
+from distill.vllm.service import Service
 from teachers.chosen import ChosenTeacher
-from teachers.client import Client
 from teachers.local import LocalTeacher
 from teachers.logprobs import LogprobTeacher
 from teachers.reduced import ReducedTeacher, to_sampled
 from teachers.remote import RemoteTeacher
-from teachers.service import Service
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 

@@ -12,7 +12,7 @@ from distill.cli.options import Json, one_of
 from distill.errors import UserError
 
 if TYPE_CHECKING:
-    from teachers.service import Nodes
+    from distill.vllm.service import Nodes
 
 app = typer.Typer(help="A teacher's vLLM server.", no_args_is_help=True)
 
@@ -82,7 +82,7 @@ def teacher_serve(
 
 
 def _nodes(num: int, rank: int, address: str | None) -> Nodes | None:
-    from teachers.service import Nodes
+    from distill.vllm.service import Nodes
 
     if num == 1:
         if rank or address:

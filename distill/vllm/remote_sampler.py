@@ -20,7 +20,7 @@ from distill.errors import DistillError, UserError
 from distill.sampler import OnFinished
 from distill.seeding import derive
 from distill.types import FinishReason, Request, Rollout
-from teachers.client import Client, Job
+from distill.vllm.client import Client, Job
 
 
 class RemoteSampler:
@@ -153,8 +153,9 @@ class _Response:
 def _refuse_unsupported(request: Request) -> None:
     if request.sampling.presence_penalty and request.sampling.thinking_budget is not None:
         raise UserError(
-            "a vLLM teacher cannot keep a presence penalty across a thinking budget (the penalty would forget what was "
-            "said before the cut); set presence_penalty to 0 or thinking_budget to null, or use teacher.backend=local"
+            "vLLM cannot keep a presence penalty across a thinking budget (the penalty would forget what was said "
+            "before the cut); set presence_penalty to 0 or thinking_budget to null, or sample in this process "
+            "(teacher.backend=local, sampler.backend=transformers)"
         )
 
 
@@ -185,8 +186,7 @@ def _read_segment(document: Any, body: dict[str, Any], *, url: str, vocabulary: 
         )
     if not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
         raise DistillError(
-            f"{url} returned token ids beyond the teacher's {vocabulary} rows (up to {max(ids)}); it "
-            f"holds another model"
+            f"{url} returned token ids beyond the model's {vocabulary} rows (up to {max(ids)}); it holds another model"
         )
     if last not in body["stop_token_ids"] and (reason == "stop" or len(ids) < body["max_tokens"]):
         raise DistillError(
@@ -195,7 +195,7 @@ def _read_segment(document: Any, body: dict[str, Any], *, url: str, vocabulary: 
             f"prompt and response?"
         )
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in [*said, *prompt_logprobs]):
-        raise DistillError(f"{url} returned log-probabilities that are not finite: the teacher's numbers overflow")
+        raise DistillError(f"{url} returned log-probabilities that are not finite: the model's numbers overflow")
     return _Segment(ids, [float(value) for value in said], prompt_logprobs)
 
 

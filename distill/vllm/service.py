@@ -27,9 +27,9 @@ from distill import interrupt
 from distill.checkpoint import Checkpoint
 from distill.errors import DistillError, UserError
 from distill.progress import PLAIN_SECONDS, say
-from teachers import watch
-from teachers.client import is_healthy
-from teachers.pulse import PROBE_SECONDS, STALL_SECONDS, Pulse
+from distill.vllm import watch
+from distill.vllm.client import is_healthy
+from distill.vllm.pulse import PROBE_SECONDS, STALL_SECONDS, Pulse
 
 Role = Literal["generate", "score"]
 
@@ -66,7 +66,7 @@ class Launch:
     ``max_model_len`` is the longest sequence, prompt and response together. ``devices`` are the GPUs, or the CPU cores,
     that it may use; without any vLLM chooses. ``quantization`` is vLLM's name for a way to quantise the weights as they
     are loaded. ``python`` is the interpreter of the environment that has vLLM. ``extra`` goes to vLLM as it stands,
-    after all other flags.
+    after all other flags. ``whose`` is the model's role in the run, for messages.
     """
 
     checkpoint: Checkpoint
@@ -84,6 +84,7 @@ class Launch:
     api_key: str | None = None
     python: str = sys.executable
     extra: tuple[str, ...] = ()
+    whose: str = "teacher"
 
     @property
     def answers(self) -> bool:
@@ -291,7 +292,7 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: DistillError | None = None
         self._healthy_since: float | None = None
-        self._thread = threading.Thread(target=self._supervise, name=f"teacher {launch.role}", daemon=True)
+        self._thread = threading.Thread(target=self._supervise, name=f"{launch.whose} {launch.role}", daemon=True)
 
     @property
     def url(self) -> str:
@@ -311,18 +312,18 @@ class Service:
 
     def wait(self) -> None:
         """Until the server answers. Raises DistillError with the log's last lines where it ends instead."""
-        name, role = self.launch.checkpoint.name, self.launch.role
-        say(f"teacher {name}: starting vLLM to {role}, log in {self.log}")
+        name, role = f"{self.launch.whose} {self.launch.checkpoint.name}", self.launch.role
+        say(f"{name}: starting vLLM to {role}, log in {self.log}")
         started = last = time.monotonic()
         while not self._healthy.wait(_POLL_SECONDS):
             self.check()
             interrupt.check()
             if time.monotonic() - last >= PLAIN_SECONDS:
                 last = time.monotonic()
-                say(f"teacher {name}: loading, {last - started:.0f} s")
+                say(f"{name}: loading, {last - started:.0f} s")
         nodes = self.launch.nodes
         where = f"at {self.url}" if nodes is None or nodes.rank == 0 else f"as node {nodes.rank}"
-        say(f"teacher {name}: ready to {role} {where} after {time.monotonic() - started:.0f} s")
+        say(f"{name}: ready to {role} {where} after {time.monotonic() - started:.0f} s")
 
     def check(self) -> None:
         """Raise DistillError if the server is gone for good."""
@@ -377,14 +378,14 @@ class Service:
             num_restarts = 0 if steady else num_restarts
             if not was_healthy or num_restarts == MAX_RESTARTS:
                 self._failure = DistillError(
-                    f"the teacher's vLLM server ({self.launch.role}) "
+                    f"the {self.launch.whose}'s vLLM server ({self.launch.role}) "
                     + ("ended again and again" if was_healthy else "ended before it was ready")
                     + f"; the last lines of {self.log}:\n{_last_lines(self.log)}"
                 )
                 return
             num_restarts += 1
             say(
-                f"the teacher's vLLM server ({self.launch.role}) {end}; starting it again "
+                f"the {self.launch.whose}'s vLLM server ({self.launch.role}) {end}; starting it again "
                 f"({num_restarts} of {MAX_RESTARTS}), log in {self.log}"
             )
             self._process = self._spawn()

@@ -1,11 +1,11 @@
-"""The one door to the network: requests to a teacher's servers, retried, bounded and spread over replicas.
+"""The one door to the network: requests to a model's servers, retried, bounded and spread over replicas.
 
 Asynchronous inside (an event loop in a thread of its own), plain functions outside. A request is idempotent: whatever
 it asks for is decided by its content, so one whose answer was lost is simply sent again. What an answer says is checked
 by whoever asked; an answer that is wrong is never asked for again.
 
 A request goes to the replica that is expected to answer it first. A replica that shows no sign of life while it has
-work (see ``teachers.pulse``) is taken to have hung: what it had is asked for elsewhere, or from it when it is back.
+work (see ``distill.vllm.pulse``) is taken to have hung: what it had is asked for elsewhere, or from it when it is back.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import httpx
 from distill import interrupt
 from distill.errors import DistillError, StoppedError, UserError
 from distill.progress import say
-from teachers import pulse
-from teachers.replica import Replica, is_loopback
+from distill.vllm import pulse
+from distill.vllm.replica import Replica, is_loopback
 
 PATIENCE_SECONDS = 600.0
 """How long a server that does not answer is waited for."""
@@ -57,7 +57,8 @@ class Job(Generic[J]):
 class Client:
     """Asks one or several replicas of a server.
 
-    ``width`` bounds the summed cost of the jobs under way, over all replicas. ``before`` is called before any work and
+    ``whose`` is the model's role in the run, for messages. ``width`` bounds the summed cost of the jobs under way, over
+    all replicas. ``before`` is called before any work and
     returns when there is a server to ask. ``check`` is called all the time while answers are waited for and may raise:
     a supervisor's way to say that the server will not come back.
     """
@@ -68,18 +69,19 @@ class Client:
         *,
         width: int,
         api_key: str | None = None,
+        whose: str = "teacher",
         patience: float = PATIENCE_SECONDS,
         before: Callable[[], None] = lambda: None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         if not urls:
-            raise UserError("a teacher client needs at least one URL")
+            raise UserError("a client of servers needs at least one URL")
         self.replicas = [Replica(checked_url(url), api_key=api_key) for url in urls]
-        self.patience, self.before, self.check = patience, before, check
+        self.whose, self.patience, self.before, self.check = whose, patience, before, check
         self._width = width
         self._free = width
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher client", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm client", daemon=True)
         self._thread.start()
         self._changed = asyncio.Condition()
         self._chosen: str | None = None
@@ -210,8 +212,8 @@ class Client:
             num_errors += not is_gone
             if num_errors >= MAX_SERVER_ERRORS:
                 raise DistillError(
-                    f"the teacher's server {replica.url} failed {num_errors} times on the same request ({trouble}); "
-                    f"its log says why"
+                    f"the {self.whose}'s server {replica.url} failed {num_errors} times on the same request "
+                    f"({trouble}); its log says why"
                 )
             trouble_since = trouble_since or time.monotonic()
             self._complain(replica, trouble, waited=time.monotonic() - trouble_since)
@@ -231,14 +233,14 @@ class Client:
         """Say that a server does not answer, now and then; raise StoppedError where it took too long."""
         if waited > self.patience:
             raise StoppedError(
-                f"the teacher's server {replica.url} has not answered for {waited:.0f} s ({trouble}); "
+                f"the {self.whose}'s server {replica.url} has not answered for {waited:.0f} s ({trouble}); "
                 f"start it again, then give the same command",
                 exit_code=75,
             )
         now = time.monotonic()
         if waited > _TELL_AFTER_SECONDS and now - replica.told_at > _TELL_EVERY_SECONDS:
             replica.told_at = now
-            say(f"the teacher's server {replica.url} does not answer ({trouble}); waiting for it")
+            say(f"the {self.whose}'s server {replica.url} does not answer ({trouble}); waiting for it")
 
     async def _send(self, replica: Replica, path: str, body: Mapping[str, Any], *, load: int) -> httpx.Response:
         """One try. Raises httpx.TransportError also where the replica has hung or takes far too long."""

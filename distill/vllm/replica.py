@@ -12,8 +12,8 @@ from functools import cache
 
 import httpx
 
-from teachers import pulse
-from teachers.pulse import Pulse
+from distill.vllm import pulse
+from distill.vllm.pulse import Pulse
 
 LANE_WIDTH = 16
 """Most requests of one connection pool: httpx's pools look at every connection for every request."""

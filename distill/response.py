@@ -1,0 +1,88 @@
+"""One response while it grows, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distill.types import FinishReason, Request, Rollout
+
+if TYPE_CHECKING:
+    from distill.encode import Encoder
+
+
+@dataclass
+class Response:
+    """One response while it grows."""
+
+    index: int
+    request: Request
+    encoder: Encoder
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    forced: list[bool] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    thinking: bool = False
+    pending: list[int] = field(default_factory=list)
+    """Tokens of the early-stop string that are still to be forced."""
+
+    def __post_init__(self) -> None:
+        self._random = np.random.Generator(np.random.Philox(key=self.request.seed))
+        self._uniforms: list[float] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response so far."""
+        return len(self.request.prompt_ids) + len(self.ids)
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that prompt and response can have."""
+        return len(self.request.prompt_ids) + self.request.sampling.max_new_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def uniform(self) -> float:
+        """The next number of the request's own random stream."""
+        if not self._uniforms:
+            self._uniforms = self._random.random(64)[::-1].tolist()
+        return self._uniforms.pop()
+
+    def append(self, token: int, logprob: float) -> None:
+        forced = bool(self.pending)
+        if forced:
+            self.pending.pop(0)
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.forced.append(forced)
+        self._follow_thinking(token)
+        if token in self.encoder.stop_ids and not forced:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.request.sampling.max_new_tokens:
+            self.finish_reason = "length"
+
+    def _follow_thinking(self, token: int) -> None:
+        budget = self.request.sampling.thinking_budget
+        if token == self.encoder.think_open_id:
+            self.thinking = True
+        elif token == self.encoder.think_close_id:
+            self.thinking = False
+        if self.thinking and budget is not None and len(self.ids) >= budget and not self.pending:
+            self.pending = list(self.encoder.early_stop_ids)
+            self.thinking = False
+
+    def rollout(self, speaker: str, weight_version: int) -> Rollout:
+        assert self.finish_reason is not None
+        return Rollout(
+            request=self.request,
+            response_ids=tuple(self.ids),
+            forced=tuple(self.forced),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            speaker=speaker,
+            weight_version=weight_version,
+        )

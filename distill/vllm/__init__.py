@@ -1,0 +1,1 @@
+"""vLLM servers, whosever model they hold: started, supervised and asked. This process never imports vLLM itself."""
