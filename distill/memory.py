@@ -9,7 +9,7 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
     gradients      b N_t, and for 16-bit students the sum of the micro-batches in fp32, 4 N_t; sharded: 4 N_t / W
     buckets        replicated: b N_t, DDP's copy of the gradients
     gathered       sharded: b times embedding, head and two layers; b + 4 bytes for a gradient of each of these groups
-    activations    with checkpointing L T d b, every layer's input, and all that one layer keeps (``_layer_bytes``);
+    activations    with checkpointing L T d b, every layer's input, and all that one layer keeps (``layer_bytes``);
                    without, what every layer keeps
     head gradient  4 V d while tiles are summed, b V d to hand it on, b V d for the embedding's where they are tied
     tiles          the divergence's logits: the budget of ``distill.tiles``; on a GPU also their fp32 forms
@@ -117,7 +117,7 @@ def student_memory(
     groups = head * (1 if student.tied else 2)
     has_masters = item == 2 and engine != "sharded"
     tokens = held.micro_batch_tokens
-    per_layer = tokens * _layer_bytes(student, item)
+    per_layer = tokens * layer_bytes(student, item)
     kept_layers = 1 if settings.gradient_checkpointing else student.num_layers
     inputs = student.num_layers * tokens * student.width * item if settings.gradient_checkpointing else 0
     trains_head = settings.lora is None
@@ -145,7 +145,7 @@ def student_memory(
     return Memory({name: int(value) for name, value in parts.items()})
 
 
-def _layer_bytes(shape: Shape, item: int) -> int:
+def layer_bytes(shape: Shape, item: int) -> int:
     """What autograd keeps of one Qwen3 layer for one token.
 
     A norm keeps its input and its normalised input in fp32, and its output; queries and keys are normalised so, then
