@@ -110,12 +110,8 @@ class Pool:
     per_node: int
 
     def __str__(self) -> str:
-        nodes = -(-self.count // self.per_node)
-        if nodes == 1:
-            return f"{self.count}x{self.name}"
-        if self.count % self.per_node:
-            return f"{self.count}x{self.name}"
-        return f"{nodes}x{self.per_node}x{self.name}"
+        nodes, rest = divmod(self.count, self.per_node)
+        return f"{self.count}x{self.name}" if rest or nodes == 1 else f"{nodes}x{self.per_node}x{self.name}"
 
     @property
     def bytes(self) -> int:
@@ -184,7 +180,7 @@ def parse_pool(text: str, devices: Mapping[str, Device], *, option: str = "--gpu
     count = each_count * num_nodes
     if not 1 <= count <= MOST:
         raise UserError(f"{option} {text!r} is {count} devices; a plan is made for 1 to {MOST}")
-    return Pool(name, devices[name], count, each_count if nodes else min(count, PER_NODE))
+    return Pool(name, devices[name], count, each_count if nodes else PER_NODE)
 
 
 def _find(written: str, devices: Mapping[str, Device], *, option: str, text: str) -> str:

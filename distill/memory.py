@@ -57,9 +57,17 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak: what stays, and the larger of a training step and of sampling."""
-        stays = sum(self.parts[name] for name in STAYS)
-        training = sum(value for name, value in self.parts.items() if name not in (*STAYS, "sampling"))
-        return stays + max(training, self.parts["sampling"])
+        return self.stays + max(self.training, self.parts["sampling"])
+
+    @property
+    def stays(self) -> int:
+        """What is held all the time."""
+        return sum(self.parts[name] for name in STAYS)
+
+    @property
+    def training(self) -> int:
+        """What a training step needs beside that."""
+        return sum(value for name, value in self.parts.items() if name not in (*STAYS, "sampling"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +118,7 @@ def student_memory(
     held = load or Load.of(config, processes)
     item = 2 if settings.dtype == "bfloat16" else 4
     total = student.total_parameters
-    trained = total if settings.lora is None else _adapter_parameters(student, settings.lora.rank)
+    trained = total if settings.lora is None else adapter_parameters(student, settings.lora.rank)
     cut = processes if engine == "sharded" else 1
     head = student.vocabulary * student.width
     layer = (total - head * (1 if student.tied else 2)) // student.num_layers
@@ -158,7 +166,7 @@ def layer_bytes(shape: Shape, item: int) -> int:
     return norms + rotated + item * (2 * queries + keys) + 4 * item * widest
 
 
-def _adapter_parameters(shape: Shape, rank: int) -> int:
+def adapter_parameters(shape: Shape, rank: int) -> int:
     """Rank times inputs and outputs of every linear layer but the head."""
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     attention = 2 * (shape.width + queries) + 2 * (shape.width + keys)

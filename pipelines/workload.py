@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from distill.config import (
@@ -128,6 +128,10 @@ class Job:
     judged: bool = False
     """Whether a teacher's distribution is part of the loss."""
 
+    def over(self, num: int) -> tuple[Sequences, ...]:
+        """One of ``num`` equal shares of one time's sequences."""
+        return tuple(replace(part, num=part.num / num) for part in self.sequences)
+
     @property
     def response_tokens(self) -> float:
         """Of one time."""
@@ -162,13 +166,11 @@ class Workload:
 
 
 def workload(config: RunConfig, lengths: Lengths | None = None) -> Workload:
-    """What ``config`` asks for. ``lengths`` None takes the embedded task's where it is the subject, else the usual."""
-    is_embedded = isinstance(config.prompts, EmbeddedPrompts)
+    """What ``config`` asks for; ``lengths`` None takes the usual ones."""
     notes = []
     if lengths is None:
-        operations = config.prompts.max_operations if isinstance(config.prompts, EmbeddedPrompts) else 0
-        lengths = Lengths.embedded(operations) if is_embedded else Lengths()
-        if not is_embedded:
+        lengths = usual_lengths(config)
+        if lengths.longest is None:
             notes.append(
                 f"responses are taken to have {lengths.think:,.0f} tokens on the mean when thinking and "
                 f"{lengths.no_think:,.0f} when not, prompts {lengths.prompt:,.0f}; an assumption: yours are in "
@@ -185,6 +187,12 @@ def workload(config: RunConfig, lengths: Lengths | None = None) -> Workload:
         who: Literal["teacher", "student"] = "teacher" if checkpoint == "teacher" else "student"
         jobs.append(Job(checkpoint, "evaluate", "decode", who, 1, tuple(asked)))
     return Workload(tuple(jobs), lengths, tuple(notes))
+
+
+def usual_lengths(config: RunConfig) -> Lengths:
+    """The embedded task's where that is the subject, else a real model's."""
+    prompts = config.prompts
+    return Lengths.embedded(prompts.max_operations) if isinstance(prompts, EmbeddedPrompts) else Lengths()
 
 
 def _by_mode(mixture: Mixture, sampling: ModeSampling, lengths: Lengths, num: float) -> tuple[Sequences, ...]:

@@ -21,6 +21,7 @@ from distill.cli.evaluate import evaluate
 from distill.cli.export import export
 from distill.cli.init import init
 from distill.cli.preview import preview
+from distill.cli.plan import plan
 from distill.cli.report import report
 from distill.cli.run import run
 from distill.errors import DistillError, GuardError, NonFiniteError, PeerError, StoppedError
@@ -40,6 +41,7 @@ def _root() -> None:
 
 
 app.command()(run)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(compare)
