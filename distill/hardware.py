@@ -199,7 +199,7 @@ def _find(written: str, devices: Mapping[str, Device], *, option: str, text: str
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name).lower().removeprefix("nvidia")
+    return re.sub(r"[\s_-]+", "", name).lower().removeprefix("nvidia").replace("geforce", "")
 
 
 def with_price(pool: Pool, price: float | None) -> Pool:
@@ -207,3 +207,13 @@ def with_price(pool: Pool, price: float | None) -> Pool:
     if price is None:
         return pool
     return Pool(pool.name, pool.device.model_copy(update={"usd_per_hour": price}), pool.count, pool.per_node)
+
+
+def named_like(name: str, memory: float, devices: Mapping[str, Device]) -> str:
+    """The device of the table that a driver calls ``name``: of those whose letters begin it, the nearest in memory.
+
+    >>> named_like("Tesla T4", 16, {})
+    'Tesla T4'
+    """
+    like = [known for known in devices if _plain(name).startswith(_plain(known.partition("-")[0]))]
+    return min(like, key=lambda known: abs(devices[known].memory - memory)) if like else name

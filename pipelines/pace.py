@@ -119,7 +119,7 @@ def _train(job: Job, pair: Pair, layout: Layout) -> Times:
     once = _forward(own, shape) - 2 * tokens * head
     rounds = student_passes(config)
     flops = (rounds + settings.gradient_checkpointing) * once + rounds * 2 * responses * head
-    memory = passes * rounds * item * shape.total_parameters
+    memory: float = passes * rounds * item * shape.total_parameters
     memory += 2 * tokens * shape.num_layers * layer_bytes(shape, item)
     memory += STEP_BYTES * trained_parameters(shape, config) / (num_processes if _is_sharded(layout) else 1)
     memory += responses * TILE_PASSES * 4 * shape.vocabulary

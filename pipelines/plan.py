@@ -183,8 +183,11 @@ def make_plan(
 
 
 def _usual(config: RunConfig, known: Mapping[str, Device], price: float | None) -> list[Devices]:
-    is_embedded = {config.teacher.model, config.student.model} <= set(EMBEDDED_NAMES)
-    name, counts = ("CPU", [1]) if is_embedded else (DEFAULT_DEVICE, [2**power for power in range(8)])
+    if {config.teacher.model, config.student.model} <= set(EMBEDDED_NAMES):
+        # They run on what is here, which may have been measured.
+        name, counts = next((name for name, device in known.items() if device.measured), "CPU"), [1]
+    else:
+        name, counts = DEFAULT_DEVICE, [2**power for power in range(8)]
     pools = [with_price(Pool(name, known[name], count, 8), price) for count in counts]
     return [Devices(pool, pool, is_one=True) for pool in pools]
 

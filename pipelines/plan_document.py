@@ -128,10 +128,13 @@ def commands(plan: Plan) -> list[str]:
     if layout.is_shared:
         return [shlex.join([*run, *_sets(rest)])]
     held, is_one_machine = layout.teacher, plan.devices.is_one and layout.gpus <= layout.student_pool.per_node
+    num_nodes = -(-held.tensor_parallel * held.pipeline_parallel // layout.teacher_pool.per_node)
     serve = ["distill", "teacher", "serve", "--teacher", teacher, "--tp", str(held.tensor_parallel)]
     if held.pipeline_parallel > 1:
         serve += ["--pp", str(held.pipeline_parallel)]
-    if held.replicas > 1:
+    if num_nodes > 1:
+        serve += ["--nodes", str(num_nodes), "--node-address", "TEACHER_HOST", "--node-rank", "RANK"]
+    elif held.replicas > 1:
         serve += ["--replicas", str(held.replicas)]
     if plan.config.teacher.quantization or "teacher.quantization=fp8" in rest:
         serve += ["--quantization", plan.config.teacher.quantization or "fp8"]

@@ -216,6 +216,6 @@ def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, *, processes:
             print(f"# {line}")
     else:
         print("# memory: the models' shapes are not known before they are opened")
-    print("#\n# plan (`distill plan --gpus ...` for other devices):")
+    print("#\n# the cheapest layout (`distill plan --gpus ...` for other devices):")
     for line in [f"none: {obstacle}"] if estimate is None else lines(estimate):
         print(f"#   {line}".rstrip())
