@@ -75,9 +75,7 @@ def _decode(job: Job, shape: Shape, layout: Layout) -> Times:
     config, pool, num_processes = layout.config, layout.student_pool, layout.student.processes
     item, number = _number(config, job.who)
     own = job.over(num_processes)
-    num = sum(part.num for part in own)
-    widest = max(part.prompt + part.limit for part in own)
-    batches = math.ceil(num / max(1.0, min(config.sampler_batch, config.sampler_tokens // widest)))
+    batches = math.ceil(sum(part.num for part in own) / rows_together(job, config))
     steps = batches * max(part.longest_of(part.num / batches) for part in own)
     written = sum(part.num * part.response for part in own)
     demand = Demand(
@@ -90,6 +88,12 @@ def _decode(job: Job, shape: Shape, layout: Layout) -> Times:
     )
     wire_rate = _collective(pool, num_processes)
     return times(demand, pool.device, "sample", number, experts=bool(shape.num_experts), wire_rate=wire_rate)
+
+
+def rows_together(job: Job, config: RunConfig) -> int:
+    """Most responses of ``job`` that a student's process decodes together: each counts at its limit."""
+    widest = max(part.prompt + part.limit for part in job.sequences)
+    return max(1, min(config.sampler_batch, int(config.sampler_tokens // widest)))
 
 
 def _score(job: Job, shape: Shape, layout: Layout) -> Times:

@@ -9,11 +9,15 @@ from typing import Any
 
 from distill.hardware import Pool
 from distill.memory import RESERVED_BYTES, STAYS
-from pipelines.layouts import Layout
+from pipelines.layouts import Layout, changed
+from pipelines.pace import rows_together
 from pipelines.plan import Estimate, Phase, Plan
 
 LONG_HOURS = 0.1
 """From here on durations are shown in hours."""
+
+FEW_ROWS = 16
+"""Fewer responses than this, decoded together, leave a GPU idle."""
 
 PORTS = {"generate": 8001, "score": 8101}
 """Of the first server of each role, in the commands that a plan proposes."""
@@ -181,16 +185,33 @@ def notes(plan: Plan) -> list[str]:
             "servers of the two roles take turns on the teacher's GPUs: where the run misses one it stops with exit "
             "code 75; end the other, start it, and give the run's command again"
         )
-    if layout.changes:
-        found.append(f"another result than the configuration asks for: {', '.join(layout.assignments)}")
+    found += _few_rows(plan)
     found.append("left out: loading models, starting servers, writing checkpoints, waiting of uneven processes")
     return found
+
+
+def _few_rows(plan: Plan) -> Iterator[str]:
+    """Where a student's process decodes so few responses together that it mostly waits."""
+    config = plan.best.layout.config
+    few: dict[int, list[str]] = {}
+    for phase in plan.best.phases:
+        job, rows = phase.job, rows_together(phase.job, config)
+        if job.kind == "decode" and job.who == "student" and rows < min(FEW_ROWS, sum(p.num for p in job.sequences)):
+            few.setdefault(rows, []).append(f"{job.stage} {job.role}")
+    for rows, places in few.items():
+        yield (
+            f"{', '.join(places)}: {rows} responses are decoded together, since sampler_tokens "
+            f"{config.sampler_tokens:,} counts each at its limit; a lower max_new_tokens is faster"
+        )
 
 
 def lines(plan: Plan) -> Iterator[str]:
     """The plan for people."""
     best, layout = plan.best, plan.best.layout
     on = "" if layout.is_shared else f" on {layout.teacher_pool.of(layout.teacher.gpus)}"
+    if layout.changes:
+        sets = " ".join(f"--set {text}" for text in changed(plan.config, layout.changes)[1])
+        yield f"nothing fits {plan.devices} as configured; with {sets}:"
     yield (
         f"{plan.config.teacher.model} -> {plan.config.student.model} on {plan.devices}: {layout.gpus} of "
         f"{plan.devices.count}, {_duration(best.seconds)}, {best.gpu_hours:,.2f} GPU-hours{_money(best)}"
