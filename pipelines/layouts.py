@@ -138,9 +138,10 @@ class Devices:
             str(self.student) if self.is_one else f"{self.teacher} for the teacher and {self.student} for the student"
         )
 
-    def of(self, count: int) -> Devices:
-        """So many devices on each side, or in all."""
-        return Devices(self.teacher.of(count), self.student.of(count), self.is_one)
+    def times(self, factor: int) -> Devices:
+        """So many times as many."""
+        teacher, student = (pool.of(factor * pool.count) for pool in (self.teacher, self.student))
+        return Devices(teacher, student, self.is_one)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,14 @@ class Search:
 
     layouts: list[Layout] = field(default_factory=list)
     shortages: dict[str, Shortage] = field(default_factory=dict)
+    fitted: set[str] = field(default_factory=set)
+    """Kinds of which something fits by itself."""
+
+    @property
+    def lacks(self) -> str:
+        """Why nothing fits, in words."""
+        reasons = [str(shortage) for kind, shortage in self.shortages.items() if kind not in self.fitted]
+        return "; ".join(reasons) or "there is no room for both"
 
     def miss(self, kind: str, shortage: Shortage) -> None:
         known = self.shortages.get(kind)
@@ -289,6 +298,7 @@ def _servers(config: RunConfig, pair: Pair, devices: Devices, found: Search) -> 
                     Shortage(f"a server of the teacher {config.teacher.model}", least, pool.bytes, size * groups),
                 )
                 continue
+            found.fitted.add("server")
             experts = needs_expert_parallel(teacher_config(shape, config), size, config.teacher.quantization)
             for replicas in _counts(most // (size * groups)):
                 yield TeacherLayout("vllm", item, size, groups, replicas, experts, servers)
@@ -350,6 +360,7 @@ def _held(
             sized, memory = _sized(offloaded, pair, count, engine, room, on_gpu=on_gpu)
             if memory.total <= room:
                 fits = True
+                found.fitted.add(config.teacher.backend)
                 yield sized, StudentLayout(count, engine, memory)
             else:
                 found.miss(config.teacher.backend, Shortage(what, memory.total, room, count))

@@ -187,7 +187,7 @@ def _serve_scoring(job: Job, pair: Pair, layout: Layout) -> Times:
         memory=(passes * weight_bytes(shape, held.item) + tokens * shape.num_layers * layer_bytes(shape, computed))
         / cut,
         wire=_all_reduced(tokens, shape, layout),
-        passes=passes * shape.num_layers,
+        passes=passes * shape.num_layers / held.pipeline_parallel,
     )
     wire_rate = _collective(pool, held.tensor_parallel)
     found = times(demand, pool.device, "score", number, experts=bool(shape.num_experts), wire_rate=wire_rate)
@@ -245,8 +245,8 @@ def _gathered(shape: Shape, item: int, layout: Layout) -> float:
 
 def _all_reduced(tokens: float, shape: Shape, layout: Layout) -> float:
     """Bytes of the states that a GPU of a server exchanges with its peers."""
-    size = layout.teacher.tensor_parallel
-    return 2 * shape.num_layers * tokens * shape.width * 2 * 2 * (size - 1) / size
+    size, groups = layout.teacher.tensor_parallel, layout.teacher.pipeline_parallel
+    return 2 * shape.num_layers / groups * tokens * shape.width * 2 * 2 * (size - 1) / size
 
 
 def _collective(pool: Pool, num: int) -> float:

@@ -25,8 +25,8 @@ from pipelines.workload import Job, Lengths, Workload, workload
 DEFAULT_DEVICE = "H100"
 """What is planned for where nobody says."""
 
-MOST_TRIED = 1024
-"""Devices that are tried to find what would fit."""
+MOST_FACTOR = 256
+"""Times as many devices that are tried to find what would fit."""
 
 STORED_TOKEN_BYTES = 16
 """Of a response in the store or among the samples of an examination (measured on the embedded pair's)."""
@@ -167,6 +167,8 @@ def make_plan(
     """
     check_pair(pair, config)
     work = workload(config, lengths)
+    if config.specialists:
+        work = replace(work, notes=(*work.notes, "specialists are left out: the plan is that of the teacher alone"))
     tried = [devices] if devices is not None else _usual(config, known, price)
     found: list[tuple[Devices, _Estimates]] = []
     for candidate in tried:
@@ -268,20 +270,19 @@ def _what_would(config: RunConfig, pair: Pair, known: Mapping[str, Device], devi
     if ways:
         would = f"what would: {', or '.join(ways)}"
     else:
-        most = devices.of(MOST_TRIED)
-        found, would = search(config, pair, most), f"neither would {most}, nor any other known device"
-    lacks = "; ".join(str(shortage) for shortage in found.shortages.values())
-    return f"nothing fits {devices}: {lacks or 'there is no room for both'}; {would}"
+        most = devices.times(MOST_FACTOR)
+        found, would = search(config, pair, most), f"neither would {most}"
+    return f"nothing fits {devices}: {found.lacks}; {would}"
 
 
 def _more(config: RunConfig, pair: Pair, devices: Devices) -> str | None:
     """The fewest more of the same that do."""
     for changes in CHANGES:
-        count = devices.student.count
-        while count < MOST_TRIED:
-            count *= 2
-            if (way := _fitting(config, pair, devices.of(count), changes)) is not None:
+        factor = 2
+        while factor <= MOST_FACTOR:
+            if (way := _fitting(config, pair, devices.times(factor), changes)) is not None:
                 return way
+            factor *= 2
     return None
 
 

@@ -26,7 +26,7 @@ from distill.roofline import Times
 from distill.server_memory import GRAPH_BYTES, USABLE, server_memory, weight_bytes
 from pipelines.calibration import solve
 from pipelines.layouts import Devices, Layout, Pair, StudentLayout, TeacherLayout, changed, search
-from pipelines.pace import STEP_BYTES, TILE_PASSES, job_times, trained_parameters, wire_bytes
+from pipelines.pace import ALL_REDUCE_SECONDS, STEP_BYTES, TILE_PASSES, job_times, trained_parameters, wire_bytes
 from pipelines.plan import Plan
 from pipelines.plan_document import commands, document, lines, notes
 from pipelines.planning import planned
@@ -195,6 +195,22 @@ def test_every_layout_fits_and_no_smaller_micro_batch_was_taken_than_needed() ->
             assert more.stays + more.training > room
 
 
+def test_what_is_left_to_the_driver_is_left(home: Path) -> None:
+    config, pair = resolve_run(teacher="4B", student="0.6B"), pair_of("4B", "0.6B")
+    needed = student_memory(config, pair.student, pair.teacher).total + RESERVED_BYTES
+
+    def tokens(num_bytes: int) -> list[int | None]:
+        table = home / "exact.yaml"
+        figures = load_devices()["H100"].model_dump(mode="json", exclude_none=True)
+        table.write_text(json.dumps({"EXACT": {**figures, "memory": num_bytes / 1e9}}))
+        pool = parse_pool("EXACT", load_devices(table))
+        layouts = search(config, pair, Devices(pool, pool, is_one=True)).layouts
+        return [layout.config.student.micro_batch_tokens for layout in layouts]
+
+    assert tokens(needed + 1000) == [32768]
+    assert tokens(needed - 1000) == [16384]
+
+
 # Rules.
 
 
@@ -303,8 +319,10 @@ def test_a_mixture_reads_the_experts_that_were_chosen() -> None:
 
 
 def test_the_wire_of_each_engine_by_hand() -> None:
-    pair, num = pair_of("32B", "8B"), SIZES["8B"].total_parameters
-    layouts = search(resolve_run(teacher="32B", student="8B"), pair, devices("2x8xH200")).layouts
+    pair, num = pair_of("32B", "4B"), SIZES["4B"].total_parameters
+    config = resolve_run(teacher="32B", student="4B", assignments=["student.micro_batch_tokens=2048"])
+    layouts = search(config, pair, devices("2x8xH200")).layouts
+    assert {layout.student.engine for layout in layouts} == {"alone", "replicated", "sharded"}
     for layout in layouts:
         count = layout.student.processes
         if count == 1 or layout.config.student.cpu_offload:
@@ -313,6 +331,52 @@ def test_the_wire_of_each_engine_by_hand() -> None:
         passes = math.ceil(32 * 1000 / count / (layout.config.student.micro_batch_tokens or 0))
         bytes_moved = {"replicated": 8 * num, "sharded": passes * 8 * num}[layout.student.engine] * (count - 1) / count
         assert job_times(job("train", "student"), pair, layout).wire == pytest.approx(bytes_moved / rate)
+
+
+def served(tensor_parallel: int, replicas: int = 1, processes: int = 4) -> tuple[Pair, Layout]:
+    """The 235B on H200 behind servers, beside a 4B student."""
+    pair, config = pair_of("235B", "4B"), resolve_run(teacher="235B", student="4B")
+    (layout,) = [
+        layout
+        for layout in search(config, pair, devices("2x8xH200")).layouts
+        if (layout.teacher.tensor_parallel, layout.teacher.replicas) == (tensor_parallel, replicas)
+        and (layout.student.processes, layout.student.engine) == (processes, "replicated")
+    ]
+    return pair, layout
+
+
+def test_scoring_in_servers_by_hand() -> None:
+    pair, layout = served(4)
+    shape, device = pair.teacher, load_devices()["H200"]
+    tokens, passes = 32 * 1000, 4  # of 8,192 tokens
+    found = job_times(job("score", "teacher"), pair, layout)
+    attention = 4 * 94 * 64 * 128 * (100 * 50 + 900 * 550) * 32
+    flops = 2 * (shape.active_parameters - 151_936 * 4096) * tokens + attention
+    assert found.compute == pytest.approx(flops / 4 / (989e12 * device.shares.score * 0.5))
+    all_reduced = 2 * 94 * tokens * 4096 * 2 * 2 * 3 / 4 / (450e9 * 0.7)
+    # 8,192 bytes a token to four processes that each take a gigabyte a second.
+    assert found.wire == pytest.approx(all_reduced + tokens * 8192 / 4e9)
+    assert found.latency == pytest.approx(passes * 94 * device.latency.score * 1e-6)
+    pair, twice = served(4, replicas=2)
+    assert job_times(job("score", "teacher"), pair, twice).compute == pytest.approx(found.compute / 2)
+
+
+def test_speaking_in_servers_by_hand() -> None:
+    pair, layout = served(4)
+    shape, device = pair.teacher, load_devices()["H200"]
+    found = job_times(job("decode", "teacher"), pair, layout)
+    # All 32 at once: 1,000 steps to the longest's end, 28.8 rows a step on the mean.
+    experts = 94 * 128 * 3 * 4096 * 1536
+    read = shape.total_parameters - 151_936 * 4096 - experts * (1 - 8 / 128) ** 28.8
+    cache = 192_512 * 32 * 900 * (100 + 450) / 4
+    logits = 32 * 900 * 8 * 4 * 151_936 / 4
+    assert found.memory == pytest.approx((1000 * 2 * read / 4 + cache + logits) / (4800e9 * 0.7))
+    assert found.latency == pytest.approx(1000 * 94 * (device.latency.serve * 1e-6 + 2 * ALL_REDUCE_SECONDS))
+    # More responses than the cache holds wait for their turn.
+    crowd = Job("a test", "evaluate", "decode", "teacher", 1, (Sequences(2000, 100, 900, 900, 1000, 1000),))
+    slots = min(256, layout.teacher.servers["generate"].cache_tokens // 1000)
+    steps = 2000 * 900 / slots
+    assert job_times(crowd, pair, layout).latency == pytest.approx(found.latency * steps / 1000)
 
 
 def test_bytes_of_a_judgement() -> None:
