@@ -16,7 +16,7 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
     states         b R d_t of the teacher's, and b T (d_s + d_t) where a micro-batch's are joined
     teacher        its head, b V d_t; in this process, all of it
     sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, and, sharded, the
-                   student gathered whole, b N
+                   student gathered whole, b N; a teacher in this process speaks too, with keys and values of its own
 
 Training and sampling take turns, so the total is what stays (weights, masters, moments, teacher) and the larger of the
 two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard), mixed-precision training (arXiv
@@ -131,8 +131,10 @@ def student_memory(
     trains_head = settings.lora is None
     tile = min(TILE_BYTES[device], 2 * tokens * student.vocabulary * item)
     in_process = config.teacher.backend == "local"
-    cache_item = 2 * item * student.num_layers * student.num_kv_heads * student.head_dim
     teacher_item = 2 if config.teacher.dtype == "bfloat16" else 4
+    sampling = cache_bytes(student, item) * config.sampler_tokens + (item * total if engine == "sharded" else 0)
+    if in_process:
+        sampling = max(sampling, cache_bytes(teacher, teacher_item) * config.sampler_tokens)
     parts = {
         "weights": (4 if engine == "sharded" else item) * total // cut,
         "masters": 4 * trained if has_masters else 0,
@@ -145,12 +147,17 @@ def student_memory(
         "tiles": tile if device == "cpu" else tile * (1 + 8 // item),
         "states": teacher_item * held.step_tokens * teacher.width + item * tokens * (student.width + teacher.width),
         "teacher": teacher_item * (teacher.total_parameters if in_process else teacher.vocabulary * teacher.width),
-        "sampling": cache_item * config.sampler_tokens + (item * total if engine == "sharded" else 0),
+        "sampling": sampling,
     }
     if settings.cpu_offload:
         # Slices of weights, gradients and moments live in the machine's memory.
         parts |= {"weights": 0, "moments": 0, "gradients": 0}
     return Memory({name: int(value) for name, value in parts.items()})
+
+
+def cache_bytes(shape: Shape, item: int) -> int:
+    """Of one token's keys and values."""
+    return 2 * item * shape.num_layers * shape.num_kv_heads * shape.head_dim
 
 
 def layer_bytes(shape: Shape, item: int) -> int:

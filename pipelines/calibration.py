@@ -32,7 +32,8 @@ from distill.progress import say
 from distill.roofline import Times
 from distill.sampler import TransformersSampler
 from distill.types import MODES, Example, HiddenStates, Prompt, Rollout
-from pipelines.layouts import Devices, Layout, Pair, search
+from pipelines.fitting import search
+from pipelines.layouts import Devices, Layout, Pair
 from pipelines.losses import LOSSES
 from pipelines.pace import job_times
 from pipelines.resolution import resolve_run

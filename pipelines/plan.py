@@ -1,6 +1,6 @@
 """Before anything is spent: what fits, the cheapest layout that does, how long it takes, and what it costs.
 
-``make_plan`` tries the layouts of ``pipelines.layouts``, times their jobs (``pipelines.workload``, ``pipelines.pace``)
+``make_plan`` tries the layouts of ``pipelines.fitting``, times their jobs (``pipelines.workload``, ``pipelines.pace``)
 and takes the cheapest. Where a teacher behind servers judges while the student still speaks, the shorter of the two is
 hidden behind the longer. GPUs are paid for from the run's begin to its end, idle or not.
 This module imports no torch.
@@ -18,7 +18,8 @@ from distill.hardware import Device, Pool, with_price
 from distill.journal import KEPT_CHECKPOINTS
 from distill.roofline import Bottleneck, Times
 from distill.server_memory import weight_bytes
-from pipelines.layouts import CHANGES, Change, Devices, Layout, Pair, Search, changed, check_pair, search
+from pipelines.fitting import CHANGES, Search, changed, check_pair, search
+from pipelines.layouts import Change, Devices, Layout, Pair
 from pipelines.pace import job_times, student_passes, trained_parameters, wire_bytes
 from pipelines.workload import Job, Lengths, Workload, workload
 
@@ -109,7 +110,7 @@ class Plan:
 
     def disk(self) -> dict[str, int]:
         """Bytes that the run leaves, by what they are."""
-        config, student = self.config, self.pair.student
+        config, student = self.best.layout.config, self.pair.student
         item = 2 if config.student.dtype == "bfloat16" else 4
         trained = trained_parameters(student, config)
         checkpoint = item * student.total_parameters + 8 * trained + 4 * trained + (item * trained if item == 2 else 0)

@@ -1,4 +1,4 @@
-"""A plan for programs (one JSON document) and for people (lines)."""
+"""A plan as one document, and what goes with it: memory by phase, the commands, what was assumed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.hardware import Pool
-from distill.memory import RESERVED_BYTES, STAYS
-from pipelines.layouts import Layout, changed
+from distill.memory import STAYS, Memory, layer_bytes, student_memory
+from distill.server_memory import ServerMemory
+from pipelines.layouts import Layout, Role
 from pipelines.pace import rows_together
 from pipelines.plan import Estimate, Phase, Plan
-
-LONG_HOURS = 0.1
-"""From here on durations are shown in hours."""
 
 FEW_ROWS = 16
 """Fewer responses than this, decoded together, leave a GPU idle."""
 
-PORTS = {"generate": 8001, "score": 8101}
+PORTS: dict[Role, int] = {"generate": 8001, "score": 8101}
 """Of the first server of each role, in the commands that a plan proposes."""
 
 
@@ -33,7 +31,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "hardware": {pool.name: pool.device.model_dump(mode="json") for pool in _pools(plan)},
         "layout": _layout(best),
         "memory": memory_by_phase(best.layout),
-        "phases": [_phase(phase) for phase in best.phases],
+        "phases": [_phase(phase, plan) for phase in best.phases],
         "roles": {role: {"tokens": tokens, "flops": flops} for role, (tokens, flops) in plan.flops_by_role().items()},
         "wire_bytes_per_token": plan.wire_bytes(),
         "disk_bytes": plan.disk(),
@@ -86,7 +84,7 @@ def _layout(one: Estimate) -> dict[str, Any]:
     }
 
 
-def _phase(phase: Phase) -> dict[str, Any]:
+def _phase(phase: Phase, plan: Plan) -> dict[str, Any]:
     return {
         "stage": phase.job.stage,
         "role": phase.job.role,
@@ -97,27 +95,65 @@ def _phase(phase: Phase) -> dict[str, Any]:
         "hidden": phase.is_hidden,
         "bottleneck": phase.bottleneck,
         "seconds_by": asdict(phase.each),
+        "memory": phase_memory(phase, plan),
         "tokens": phase.job.tokens,
         "flops": phase.flops,
     }
 
 
 def memory_by_phase(layout: Layout) -> dict[str, dict[str, int]]:
-    """Bytes of one GPU while somebody works on it: by whose GPU and what is done, by part.
+    """Bytes of one device at the most, by whose device it is and what is done, by part.
 
-    Parts are upper bounds: every response at its limit. A server's cache is what vLLM takes, all that is left.
+    Every response is taken at its limit. A server's cache is what vLLM takes, all that is left.
     """
-    parts = layout.student.memory.parts
-    stays = {name: parts[name] for name in STAYS if parts[name]}
-    training = {name: size for name, size in parts.items() if name not in (*STAYS, "sampling") and size}
     found = {
-        "student, training": {**stays, **training},
-        "student, sampling": {**stays, "KV cache and gathered weights": parts["sampling"]},
+        "student, training": _training_parts(layout.student.memory),
+        "student, sampling": _sampling_parts(layout.student.memory),
     }
-    for role, server in layout.teacher.servers.items():
-        held = {name: size for name, size in server.parts.items() if size}
-        found[f"teacher, {'generating' if role == 'generate' else 'scoring'}"] = {**held, "KV cache": server.room}
+    for role, doing in (("generate", "generating"), ("score", "scoring")):
+        if role in layout.teacher.servers:
+            found[f"teacher, {doing}"] = _server_parts(layout.teacher.servers[role])
     return found
+
+
+def phase_memory(phase: Phase, plan: Plan) -> dict[str, int]:
+    """Bytes of one of the devices that work, by part, in this phase."""
+    layout, job = plan.best.layout, phase.job
+    if job.who == "teacher" and not layout.is_shared:
+        return _server_parts(layout.teacher.servers["score" if job.kind == "score" else "generate"])
+    if job.kind == "decode":
+        return _sampling_parts(layout.student.memory)
+    stage = {job.stage: layout.config.stages[job.stage]}
+    memory = student_memory(
+        layout.config.model_copy(update={"stages": stage}),
+        plan.pair.student,
+        plan.pair.teacher,
+        processes=layout.student.processes,
+        engine=layout.student.engine,
+        device="cuda" if layout.student_pool.device.kind == "gpu" else "cpu",
+    )
+    parts = _training_parts(memory)
+    if not job.judged and job.kind == "train":
+        parts.pop("states")
+    if job.kind == "score":
+        kept = {name: size for name, size in parts.items() if name in (*STAYS, "states")}
+        item = 2 if plan.config.teacher.dtype == "bfloat16" else 4
+        held = layer_bytes(getattr(plan.pair, job.who), item)
+        return {**kept, "activations": plan.config.teacher.batch_tokens * held}
+    return parts
+
+
+def _training_parts(memory: Memory) -> dict[str, int]:
+    return {name: size for name, size in memory.parts.items() if size and name != "sampling"}
+
+
+def _sampling_parts(memory: Memory) -> dict[str, int]:
+    stays = {name: memory.parts[name] for name in STAYS if memory.parts[name]}
+    return {**stays, "KV cache and gathered weights": memory.parts["sampling"]}
+
+
+def _server_parts(server: ServerMemory) -> dict[str, int]:
+    return {**{name: size for name, size in server.parts.items() if size}, "KV cache": server.room}
 
 
 def commands(plan: Plan) -> list[str]:
@@ -146,12 +182,14 @@ def commands(plan: Plan) -> list[str]:
         (_visible(range(held.gpus)), _visible(range(held.gpus, layout.gpus))) if is_one_machine else ("", "")
     )
     host = "127.0.0.1" if is_one_machine else "TEACHER_HOST"
-    urls = [
-        f"teacher.urls.{role}=[{', '.join(f'http://{host}:{PORTS[role] + place}' for place in range(held.replicas))}]"
-        for role in ("generate", "score")
-    ]
+    # Log-probabilities are read by the servers that generate.
+    judge: Role = "score" if plan.config.teacher.signal == "hidden" else "generate"
+    served: dict[str, Role] = {"generate": "generate", "score": judge}
+    places = {role: [f"http://{host}:{port + place}" for place in range(held.replicas)] for role, port in PORTS.items()}
+    urls = [f"teacher.urls.{key}=[{', '.join(places[role])}]" for key, role in served.items()]
+    roles = {role: port for role, port in PORTS.items() if role in served.values()}
     return [
-        *(f"{on_teacher}{shlex.join([*serve, '--role', role, '--port', str(port)])}" for role, port in PORTS.items()),
+        *(f"{on_teacher}{shlex.join([*serve, '--role', role, '--port', str(port)])}" for role, port in roles.items()),
         on_student + shlex.join([*run, *_sets([text for text in rest if "quantization" not in text]), *_sets(urls)]),
     ]
 
@@ -180,7 +218,15 @@ def notes(plan: Plan) -> list[str]:
         found.append(
             "embedding and head are one tensor: with the final norm they are one FSDP group, gathered together"
         )
-    if not layout.is_shared:
+    if layout.config.student.cpu_offload:
+        held = 12 * plan.pair.student.total_parameters / 1e9
+        found.append(f"offload: the student's machines have to hold {held:,.0f} GB of it in their own memory together")
+    if not layout.is_shared and plan.config.teacher.signal != "hidden":
+        found.append(
+            f"teacher.signal={plan.config.teacher.signal} is timed as if it were read as fast as hidden states; "
+            "servers read log-probabilities slower"
+        )
+    elif not layout.is_shared:
         found.append(
             "servers of the two roles take turns on the teacher's GPUs: where the run misses one it stops with exit "
             "code 75; end the other, start it, and give the run's command again"
@@ -191,90 +237,16 @@ def notes(plan: Plan) -> list[str]:
 
 
 def _few_rows(plan: Plan) -> Iterator[str]:
-    """Where a student's process decodes so few responses together that it mostly waits."""
+    """Where a process decodes so few responses together that it mostly waits."""
     config = plan.best.layout.config
     few: dict[int, list[str]] = {}
     for phase in plan.best.phases:
         job, rows = phase.job, rows_together(phase.job, config)
-        if job.kind == "decode" and job.who == "student" and rows < min(FEW_ROWS, sum(p.num for p in job.sequences)):
+        is_here = job.who == "student" or plan.best.layout.is_shared
+        if job.kind == "decode" and is_here and rows < min(FEW_ROWS, sum(p.num for p in job.sequences)):
             few.setdefault(rows, []).append(f"{job.stage} {job.role}")
     for rows, places in few.items():
         yield (
             f"{', '.join(places)}: {rows} responses are decoded together, since sampler_tokens "
             f"{config.sampler_tokens:,} counts each at its limit; a lower max_new_tokens is faster"
         )
-
-
-def lines(plan: Plan) -> Iterator[str]:
-    """The plan for people."""
-    best, layout = plan.best, plan.best.layout
-    on = "" if layout.is_shared else f" on {layout.teacher_pool.of(layout.teacher.gpus)}"
-    if layout.changes:
-        sets = " ".join(f"--set {text}" for text in changed(plan.config, layout.changes)[1])
-        yield f"nothing fits {plan.devices} as configured; with {sets}:"
-    yield (
-        f"{plan.config.teacher.model} -> {plan.config.student.model} on {plan.devices}: {layout.gpus} of "
-        f"{plan.devices.count}, {_duration(best.seconds)}, {best.gpu_hours:,.2f} GPU-hours{_money(best)}"
-    )
-    yield f"  teacher: {layout.teacher}{on}"
-    yield f"  student: {layout.student} on {layout.student_pool.of(layout.student.processes)}"
-    yield ""
-    yield from _memory_lines(plan)
-    yield ""
-    yield from _phase_lines(best)
-    yield ""
-    yield "tokens and FLOPs by role:"
-    for role, (tokens, flops) in plan.flops_by_role().items():
-        yield f"  {role:18} {tokens:>15,.0f} {flops:>10.2e}"
-    yield f"on the wire: {plan.wire_bytes():,.0f} bytes a token that the teacher judges"
-    disk = plan.disk()
-    shown = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in disk.items() if size)
-    yield f"disk: {sum(disk.values()) / 1e9:,.2f} GB ({shown})"
-    if plan.others:
-        yield "other layouts:"
-        for name, one in plan.others:
-            yield (
-                f"  {name}: {one.layout.gpus} GPUs, {_duration(one.seconds)}, {one.gpu_hours:,.2f} GPU-hours"
-                f"{_money(one)}; teacher {one.layout.teacher}; student {one.layout.student}"
-                f"{'; --set ' + ' --set '.join(one.layout.assignments) if one.layout.changes else ''}"
-            )
-    for shortage in plan.shortages:
-        yield f"does not fit: {shortage}"
-    yield "commands:"
-    for command in commands(plan):
-        yield f"  {command}"
-    for note in notes(plan):
-        yield f"note: {note}"
-
-
-def _memory_lines(plan: Plan) -> Iterator[str]:
-    layout = plan.best.layout
-    yield "memory of one device, GB:"
-    for name, parts in memory_by_phase(layout).items():
-        pool = layout.teacher_pool if name.startswith("teacher") else layout.student_pool
-        shown = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
-        whole = sum(parts.values()) / 1e9
-        yield f"  {name}: {whole:.2f} of {pool.device.memory:g} ({shown})"
-    if layout.student_pool.device.kind == "gpu":
-        left = RESERVED_BYTES / 1e9
-        yield f"  {left:g} GB of the student's GPUs are left to the CUDA context, NCCL and fragmentation"
-
-
-def _phase_lines(best: Estimate) -> Iterator[str]:
-    yield f"  {'stage':12} {'role':18} {'times':>6} {'each':>10} {'together':>10}  limited by"
-    for phase in best.phases:
-        beside = " (beside a longer one)" if phase.is_hidden else ""
-        yield (
-            f"  {phase.job.stage:12} {phase.job.role:18} {phase.job.times:>6} {_duration(phase.each.seconds):>10} "
-            f"{_duration(phase.seconds):>10}  {phase.bottleneck}{beside}"
-        )
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= LONG_HOURS * 3600:
-        return f"{seconds / 3600:,.2f} h"
-    return f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def _money(one: Estimate) -> str:
-    return "" if one.usd is None else f", ${one.usd:,.2f}"

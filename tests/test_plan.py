@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -20,15 +21,17 @@ from distill import cli
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import SIZES, Shape, shape_of
-from distill.hardware import calibration_file, load_devices, parse_pool
+from distill.hardware import Pool, calibration_file, load_devices, parse_pool
 from distill.memory import RESERVED_BYTES, student_memory
 from distill.roofline import Times
 from distill.server_memory import GRAPH_BYTES, USABLE, server_memory, weight_bytes
 from pipelines.calibration import solve
-from pipelines.layouts import Devices, Layout, Pair, StudentLayout, TeacherLayout, changed, search
+from pipelines.fitting import changed, search
+from pipelines.layouts import Devices, Layout, Pair, StudentLayout, TeacherLayout
 from pipelines.pace import ALL_REDUCE_SECONDS, STEP_BYTES, TILE_PASSES, job_times, trained_parameters, wire_bytes
-from pipelines.plan import Plan
-from pipelines.plan_document import commands, document, lines, notes
+from pipelines.plan import Plan, estimate, make_plan
+from pipelines.plan_document import commands, document, notes
+from pipelines.plan_lines import lines
 from pipelines.planning import planned
 from pipelines.resolution import resolve_run
 from pipelines.workload import Job, Lengths, Sequences, workload
@@ -433,6 +436,30 @@ def test_the_best_is_the_cheapest_of_what_fits() -> None:
         assert bool(one.layout.changes) == (name not in ("fastest", "shared GPUs", "separate GPUs"))
 
 
+@pytest.mark.parametrize("price", [None, 2.0])
+def test_nothing_that_fits_is_cheaper(price: float | None) -> None:
+    config, pair = resolve_run(teacher="32B", student="4B"), pair_of("32B", "4B")
+    found = plan_for("32B", "4B", "8xH100", price=price)
+    work = workload(config)
+    every = [estimate(layout, pair, work) for layout in search(config, pair, found.devices).layouts]
+    assert found.best.gpu_hours == min(one.gpu_hours for one in every)
+    assert dict(found.others)["fastest"].seconds == min(one.seconds for one in every) < found.best.seconds
+
+
+def test_money_decides_where_prices_differ() -> None:
+    """A dear teacher's pool is kept small, whatever that costs in GPU-hours."""
+    known = load_devices()
+    dear = known["H200"].model_copy(update={"usd_per_hour": 1000.0})
+    cheap = known["H200"].model_copy(update={"usd_per_hour": 0.01})
+    config, pair = resolve_run(teacher="32B", student="4B"), pair_of("32B", "4B")
+    pools = Devices(Pool("H200", dear, 8, 8), Pool("H200", cheap, 8, 8), is_one=False)
+    work = workload(config)
+    every = [estimate(layout, pair, work) for layout in search(config, pair, pools).layouts]
+    best = make_plan(config, pair, known, pools).best
+    assert best.usd == min(one.usd or 0 for one in every)
+    assert best.gpu_hours > min(one.gpu_hours for one in every)
+
+
 def test_both_arrangements_of_gpus_are_weighed() -> None:
     found = plan_for("4B", "0.6B", "4xH100")
     shared = [found.best, *(one for _, one in found.others)]
@@ -545,6 +572,11 @@ def test_standard_output_is_one_document() -> None:
     found = json.loads(out)
     assert code == 0 and found["layout"]["usd"] == pytest.approx(3.5 * found["layout"]["gpu_hours"])
     assert {phase["bottleneck"] for phase in found["phases"]} <= {"compute", "memory bandwidth", "wire", "latency"}
+    by_phase = {(phase["stage"], phase["role"]): phase["memory"] for phase in found["phases"]}
+    assert "states" not in by_phase["off_policy", "student_train"]
+    assert by_phase["on_policy", "student_train"]["states"] > 256 / 4 * 4096 * 8192
+    assert by_phase["on_policy", "teacher_score"]["weights"] == 2 * 235_093_634_560 // 4
+    assert all(0 < sum(parts.values()) < 141e9 for parts in by_phase.values())
     memory = found["memory"]
     assert set(memory) == {"student, training", "student, sampling", "teacher, generating", "teacher, scoring"}
     assert {"weights", "moments", "gradients", "activations", "tiles", "states"} <= set(memory["student, training"])
@@ -642,6 +674,30 @@ def test_a_dry_run_shows_the_plan() -> None:
     assert "teacher:" in config
     code, out, _ = typed("run", "--dry-run", "--teacher", "me/model", "--student", "4B", "--json")
     assert code == 0 and json.loads(out)["estimate"] is None and "not known" in json.loads(out)["no_estimate"]
+
+
+# The documentation.
+
+
+def test_the_documented_sentence_is_what_is_said() -> None:
+    with pytest.raises(UserError) as error:
+        plan_for("235B", "4B", "4xL40S")
+    assert str(error.value) in " ".join((ROOT / "docs/plan.md").read_text().split())
+
+
+def test_the_documented_gpu_hours_of_an_8b_student_are_what_the_plan_gives() -> None:
+    text = (ROOT / "docs/plan.md").read_text()
+    rows = re.findall(r"^\| (\d+)[^|]*\| ([\d,]+) \| ([\d,]+) \| (\d+) \| ([\d,]+) \|$", text, re.M)
+    assert len(rows) == 4
+    for row in rows:
+        steps, limit, sample, train, together = (int(cell.replace(",", "")) for cell in row)
+        limits = f"stages.on_policy.sampling.think.max_new_tokens={limit}"
+        best = plan_for("235B", "8B", "2x8xH100", f"stages.on_policy.steps={steps}", limits).best
+        phases = {phase.job.role: phase for phase in best.phases if phase.job.stage == "on_policy"}
+        hours = {role: best.layout.gpus * phase.seconds / 3600 for role, phase in phases.items()}
+        assert phases["teacher_score"].is_hidden
+        assert [hours["student_sample"], hours["student_train"]] == pytest.approx([sample, train], abs=0.5)
+        assert hours["student_sample"] + hours["student_train"] == pytest.approx(together, abs=0.5)
 
 
 # This machine.

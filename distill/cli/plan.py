@@ -70,7 +70,8 @@ def plan(
         lengths={"prompt": prompt_tokens, "think": think_tokens, "no_think": no_think_tokens},
         asked=words(prompts=prompts, recipe=recipe, assignments=assignments),
     )
-    from pipelines.plan_document import document, lines
+    from pipelines.plan_document import document
+    from pipelines.plan_lines import lines
 
     print(json.dumps(document(found), allow_nan=False) if as_json else "\n".join(lines(found)))
 

@@ -175,7 +175,8 @@ def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, *, processes:
     from distill.family import resolve, shape_of
     from distill.memory import GPU_BYTES, Planned, plan
     from distill.recipe import dump_yaml
-    from pipelines.plan_document import document, lines
+    from pipelines.plan_document import document
+    from pipelines.plan_lines import lines
     from pipelines.planning import planned as estimated
 
     teacher = resolve(config.teacher.model, role="teacher", revision=config.teacher.revision)
