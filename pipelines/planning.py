@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,10 @@ def planned(
 
     Raises UserError for devices that nobody knows, models whose shape cannot be looked up, and where nothing fits.
     """
+    numbers = {"--price": price, **{f"--{name}-tokens": value for name, value in (lengths or {}).items()}}
+    for option, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            raise UserError(f"{option.replace('_', '-')} is {number}; it takes a finite number")
     known = load_devices(hardware)
 
     def pool(text: str | None, option: str) -> Pool | None:

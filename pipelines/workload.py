@@ -78,7 +78,7 @@ class Lengths:
         """``num`` sequences in ``mode`` whose responses may have ``limit`` tokens."""
         typical = self.think if mode == "think" else self.no_think
         if self.longest is None:
-            return Sequences(num, self.prompt, typical * (1 - math.exp(-limit / typical)), typical, limit)
+            return Sequences(num, self.prompt, -typical * math.expm1(-limit / typical), typical, limit)
         ceiling = self.longest if mode == "think" else SHORT_LONGEST
         return Sequences(num, self.prompt, min(typical, limit), typical, limit, min(ceiling, limit))
 

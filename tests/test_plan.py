@@ -114,6 +114,8 @@ def test_lengths_are_cut_at_their_limits() -> None:
     short = lengths.of("no_think", 128, 4096)
     assert short.longest_of(64) == pytest.approx(700 * (math.log(64) + 0.5772))
     assert short.longest_of(1) == short.response  # the mean of one is its length
+    endless = Lengths(think=1e300).of("think", 8, 4096)
+    assert endless.response == pytest.approx(4096) and endless.longest_of(8) == 4096
 
 
 def test_examinations_and_curves_are_counted() -> None:
@@ -612,6 +614,8 @@ def test_nothing_that_fits_is_exit_code_2() -> None:
         (["--teacher", "me/some-model"], "its shape is not known before it is downloaded"),
         (["--teacher", "5B"], "nearest"),
         (["--hardware", "/nowhere.yaml"], "cannot be read"),
+        (["--price", "nan"], "--price is nan; it takes a finite number"),
+        (["--no-think-tokens", "inf"], "--no-think-tokens is inf; it takes a finite number"),
     ],
 )
 def test_wrong_words_are_exit_code_2(arguments: list[str], said: str) -> None:
