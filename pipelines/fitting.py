@@ -285,17 +285,20 @@ def _sized(
         device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
         return student_memory(sized, pair.student, pair.teacher, processes=count, engine=engine, device=device)
 
+    tokens, cached = config.student.micro_batch_tokens, config.sampler_tokens
+    smallest = _with_student(config, micro_batch_tokens=min(tokens or LEAST_TOKENS, LEAST_TOKENS))
+    smallest = smallest.model_copy(update={"sampler_tokens": min(cached, LEAST_TOKENS)})
+    memory = memory_of(smallest)
+    if memory.total > room:
+        return smallest, memory
     memory = memory_of(config)
-    tokens = config.student.micro_batch_tokens
-    while memory.stays + memory.training > room and (tokens is None or tokens > LEAST_TOKENS):
+    while memory.stays + memory.training > room:
         tokens = 65536 if tokens is None else tokens // 2
         config = _with_student(config, micro_batch_tokens=tokens)
         memory = memory_of(config)
-    while memory.total > room and config.sampler_tokens > LEAST_TOKENS:
+    while memory.total > room:
         config = config.model_copy(update={"sampler_tokens": config.sampler_tokens // 2})
         memory = memory_of(config)
-        if memory.stays + memory.training > room:
-            break
     return config, memory
 
 

@@ -614,7 +614,7 @@ def test_nothing_that_fits_is_exit_code_2() -> None:
         (["--teacher", "me/some-model"], "its shape is not known before it is downloaded"),
         (["--teacher", "5B"], "nearest"),
         (["--hardware", "/nowhere.yaml"], "cannot be read"),
-        (["--price", "nan"], "--price is nan; it takes a finite number"),
+        (["--price", "inf"], "--price is inf; it takes a finite number"),
         (["--no-think-tokens", "inf"], "--no-think-tokens is inf; it takes a finite number"),
     ],
 )
