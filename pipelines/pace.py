@@ -191,6 +191,8 @@ def _serve_scoring(job: Job, pair: Pair, layout: Layout) -> Times:
     )
     wire_rate = _collective(pool, held.tensor_parallel)
     found = times(demand, pool.device, "score", number, experts=bool(shape.num_experts), wire_rate=wire_rate)
+    # A server's passes cost what its decoding steps do, not what eager ones in a trainer's process do.
+    found = replace(found, latency=demand.passes * pool.device.latency.serve * 1e-6)
     num_processes = layout.student.processes
     rate = num_processes * min(HTTP_BYTES, layout.student_pool.device.network * 1e9)
     travels = job.sequence_tokens * wire_bytes(shape, layout.config.teacher, local=False)

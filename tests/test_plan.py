@@ -361,7 +361,7 @@ def test_scoring_in_servers_by_hand() -> None:
     all_reduced = 2 * 94 * tokens * 4096 * 2 * 2 * 3 / 4 / (450e9 * 0.7)
     # 8,192 bytes a token to four processes that each take a gigabyte a second.
     assert found.wire == pytest.approx(all_reduced + tokens * 8192 / 4e9)
-    assert found.latency == pytest.approx(passes * 94 * device.latency.score * 1e-6)
+    assert found.latency == pytest.approx(passes * 94 * device.latency.serve * 1e-6)
     pair, twice = served(4, replicas=2)
     assert job_times(job("score", "teacher"), pair, twice).compute == pytest.approx(found.compute / 2)
 
@@ -681,6 +681,13 @@ def test_a_dry_run_shows_the_plan() -> None:
 
 
 # The documentation.
+
+
+def test_the_documented_output_is_what_is_printed() -> None:
+    shown = (ROOT / "docs/plan.md").read_text().partition("235B -> 4B on 8xH200")
+    block = (shown[1] + shown[2]).partition("\n```")[0].splitlines()
+    printed = list(lines(plan_for("235B", "4B", "8xH200", price=3.5)))
+    assert len(block) == 14 and [line for line in block if line not in printed] == ["..."]
 
 
 def test_the_documented_sentence_is_what_is_said() -> None:
