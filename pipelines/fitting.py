@@ -81,8 +81,15 @@ def check_pair(pair: Pair, config: RunConfig) -> None:
         )
 
 
-def search(config: RunConfig, pair: Pair, devices: Devices, changes: Sequence[Change] = ()) -> Search:
-    """Every layout of ``devices`` that fits, and what the others lacked."""
+def search(
+    config: RunConfig,
+    pair: Pair,
+    devices: Devices,
+    changes: Sequence[Change] = (),
+    *,
+    processes: int | None = None,
+) -> Search:
+    """Every layout of ``devices`` that fits, and what the others lacked. ``processes`` fixes the student's number."""
     found = Search()
     base, assignments = changed(config, changes)
     if base is None:
@@ -98,12 +105,12 @@ def search(config: RunConfig, pair: Pair, devices: Devices, changes: Sequence[Ch
 
     item = teacher_bytes(base)
     if devices.is_one and item > 1:
-        for count in _counts(devices.student.count):
+        for count in _counts(devices.student.count, processes):
             for student in seen.local(count):
                 add(TeacherLayout("local", item), student)
     for teacher in _servers(base, pair, devices, found):
         left = devices.count - teacher.gpus if devices.is_one else devices.student.count
-        for count in _counts(left):
+        for count in _counts(left, processes):
             for student in seen.remote(count):
                 add(teacher, student)
     return found
@@ -158,8 +165,10 @@ def _powers(most: int) -> list[int]:
     return [2**power for power in range(most.bit_length())] if most > 0 else []
 
 
-def _counts(most: int) -> list[int]:
-    """The same, and ``most`` itself."""
+def _counts(most: int, fixed: int | None = None) -> list[int]:
+    """The same, and ``most`` itself; ``fixed`` alone where that is given and no more."""
+    if fixed is not None:
+        return [fixed] if fixed <= most else []
     return sorted({*_powers(most), *([most] if most > 0 else [])})
 
 

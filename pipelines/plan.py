@@ -18,16 +18,14 @@ from distill.hardware import Device, Pool, with_price
 from distill.journal import KEPT_CHECKPOINTS
 from distill.roofline import Bottleneck, Times
 from distill.server_memory import weight_bytes
-from pipelines.fitting import CHANGES, Search, changed, check_pair, search
+from pipelines.advice import Ways
+from pipelines.fitting import CHANGES, Search, check_pair, search
 from pipelines.layouts import Change, Devices, Layout, Pair
 from pipelines.pace import job_times, student_passes, trained_parameters, wire_bytes
 from pipelines.workload import Job, Lengths, Workload, workload
 
 DEFAULT_DEVICE = "H100"
 """What is planned for where nobody says."""
-
-MOST_FACTOR = 256
-"""Times as many devices that are tried to find what would fit."""
 
 STORED_TOKEN_BYTES = 16
 """Of a response in the store or among the samples of an examination (measured on the embedded pair's)."""
@@ -170,7 +168,7 @@ def make_plan(
     work = workload(config, lengths)
     if config.specialists:
         work = replace(work, notes=(*work.notes, "specialists are left out: the plan is that of the teacher alone"))
-    tried = [devices] if devices is not None else _usual(config, known, price)
+    tried = [devices] if devices is not None else _usual(config, known, price, processes or 1)
     found: list[tuple[Devices, _Estimates]] = []
     for candidate in tried:
         estimates, shortages = _estimates(config, pair, candidate, work, processes)
@@ -179,16 +177,16 @@ def make_plan(
         if () in estimates:
             break
     if not found:
-        raise UserError(_what_would(config, pair, known, tried[-1], shortages))
+        raise UserError(Ways(config, pair, tried[-1], processes).sentence(known, shortages))
     # Rather more devices than another result.
     chosen, estimates = found[-1] if () in found[-1][1] else found[0]
     return replace(_ranked(config, pair, chosen, work, estimates, shortages=shortages), asked=tuple(asked))
 
 
-def _usual(config: RunConfig, known: Mapping[str, Device], price: float | None) -> list[Devices]:
+def _usual(config: RunConfig, known: Mapping[str, Device], price: float | None, processes: int) -> list[Devices]:
     if {config.teacher.model, config.student.model} <= set(EMBEDDED_NAMES):
         # They run on what is here, which may have been measured.
-        name, counts = next((name for name, device in known.items() if device.measured), "CPU"), [1]
+        name, counts = next((name for name, device in known.items() if device.measured), "CPU"), [processes]
     else:
         name, counts = DEFAULT_DEVICE, [2**power for power in range(8)]
     pools = [with_price(Pool(name, known[name], count, 8), price) for count in counts]
@@ -203,11 +201,10 @@ def _estimates(
 ) -> tuple[_Estimates, Search]:
     """By what was changed: what fits. And what did not, without changes."""
     found: _Estimates = {}
-    unchanged = search(config, pair, devices)
+    unchanged = search(config, pair, devices, processes=processes)
     for changes in CHANGES:
-        layouts = (unchanged if not changes else search(config, pair, devices, changes)).layouts
-        layouts = [layout for layout in layouts if processes in (None, layout.student.processes)]
-        if layouts:
+        tried = unchanged if not changes else search(config, pair, devices, changes, processes=processes)
+        if layouts := tried.layouts:
             found[changes] = [estimate(layout, pair, work) for layout in layouts]
     return found, unchanged
 
@@ -263,47 +260,3 @@ def _ranked(
         others=tuple((name, one) for name, one in others if one is not best),
         shortages=tuple(str(shortage) for shortage in shortages.shortages.values()),
     )
-
-
-def _what_would(config: RunConfig, pair: Pair, known: Mapping[str, Device], devices: Devices, found: Search) -> str:
-    """A sentence: what nothing fits, what it lacks, and what would do."""
-    ways = [way for way in (_more(config, pair, devices), _larger(config, pair, known, devices)) if way is not None]
-    if ways:
-        would = f"what would: {', or '.join(ways)}"
-    else:
-        most = devices.times(MOST_FACTOR)
-        found, would = search(config, pair, most), f"neither would {most}"
-    return f"nothing fits {devices}: {found.lacks}; {would}"
-
-
-def _more(config: RunConfig, pair: Pair, devices: Devices) -> str | None:
-    """The fewest more of the same that do."""
-    for changes in CHANGES:
-        factor = 2
-        while factor <= MOST_FACTOR:
-            if (way := _fitting(config, pair, devices.times(factor), changes)) is not None:
-                return way
-            factor *= 2
-    return None
-
-
-def _larger(config: RunConfig, pair: Pair, known: Mapping[str, Device], devices: Devices) -> str | None:
-    """As many of the smallest larger kind that does."""
-    mine = devices.student
-    larger = [
-        Pool(name, device, mine.count, mine.per_node)
-        for name, device in sorted(known.items(), key=lambda entry: entry[1].memory)
-        if device.kind == mine.device.kind and device.memory > mine.device.memory
-    ]
-    for changes in CHANGES:
-        for pool in larger if devices.is_one else ():
-            if (way := _fitting(config, pair, Devices(pool, pool, is_one=True), changes)) is not None:
-                return way
-    return None
-
-
-def _fitting(config: RunConfig, pair: Pair, devices: Devices, changes: tuple[Change, ...]) -> str | None:
-    """``devices`` in words, with what has to be set, if something fits them."""
-    if not search(config, pair, devices, changes).layouts:
-        return None
-    return " ".join([str(devices), *(f"with --set {text}" for text in changed(config, changes)[1])])

@@ -484,6 +484,10 @@ def test_without_devices_the_fewest_usual_ones_that_change_nothing_are_taken() -
 
 def test_the_number_of_processes_can_be_fixed() -> None:
     assert plan_for("4B", "0.6B", "8xH100", processes=2).best.layout.student.processes == 2
+    assert plan_for("4B", "0.6B", "8xH100", processes=3).best.layout.student.processes == 3
+    assert str(plan_for("tiny", "nano", processes=2).devices) == "2xCPU"
+    with pytest.raises(UserError, match=r"nothing fits 1xH100 with 2 processes of the student: .*; what would: 2xH100"):
+        plan_for("4B", "0.6B", "1xH100", processes=2)
 
 
 @pytest.mark.parametrize(
