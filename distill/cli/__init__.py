@@ -20,8 +20,8 @@ from distill.cli.doctor import doctor
 from distill.cli.evaluate import evaluate
 from distill.cli.export import export
 from distill.cli.init import init
-from distill.cli.preview import preview
 from distill.cli.plan import plan
+from distill.cli.preview import preview
 from distill.cli.report import report
 from distill.cli.run import run
 from distill.errors import DistillError, GuardError, NonFiniteError, PeerError, StoppedError

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import Json
+from distill.cli.options import Assignments, Json, Prompts, Recipe, Student, Teacher
 
 
 def plan(
-    teacher: Annotated[str | None, typer.Option(help="235B, 32B, ..., tiny, a hub id or a folder.")] = None,
-    student: Annotated[str | None, typer.Option(help="4B (its base), ..., nano, a hub id or a folder.")] = None,
+    teacher: Teacher = None,
+    student: Student = None,
     gpus: Annotated[
         str | None,
         typer.Option(help="What both share: 8xH200, or 2x8xH100 for two machines. Default: the fewest H100."),
@@ -25,11 +25,9 @@ def plan(
     prompt_tokens: Annotated[float | None, typer.Option(min=1.0, help="Tokens of a prompt on the mean.")] = None,
     think_tokens: Annotated[float | None, typer.Option(min=1.0, help="Of a response with thinking.")] = None,
     no_think_tokens: Annotated[float | None, typer.Option(min=1.0, help="Of a response without.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="As in `distill run`.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name or a YAML file.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one key: --set stages.on_policy.steps=100")
-    ] = None,
+    prompts: Prompts = None,
+    recipe: Recipe = None,
+    assignments: Assignments = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure this machine first, and keep what was measured.")
     ] = False,
