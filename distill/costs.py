@@ -22,7 +22,7 @@ earlier self, over responses that exist already), verify, student_train or evalu
 its domain behind a point (teacher_score.mathematics)."""
 
 
-def sequence_flops(shape: Shape, num_prompt: int, num_response: int) -> float:
+def sequence_flops(shape: Shape, num_prompt: float, num_response: float) -> float:
     """FLOPs of one forward pass over P prompt and R response tokens (sampling with a cache costs the same)."""
     prompt = num_prompt * shape.forward_flops(num_prompt / 2)
     return prompt + num_response * shape.forward_flops(num_prompt + num_response / 2)

@@ -134,8 +134,9 @@ def shape_of(name: str) -> Shape | None:
 
         return Shape.from_config(json.loads((checkpoint_dir(name) / "config.json").read_text()))
     size = SHORT_NAMES.get(name, name)
-    known = name.rpartition("Qwen3-")[2].removesuffix("-Base") if name.startswith("Qwen/") else size
-    return SIZES.get(known)
+    if name.startswith("Qwen/"):
+        size = name.rpartition("Qwen3-")[2].removesuffix("-Base").removesuffix("-FP8")
+    return SIZES.get(size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,14 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
     gradients      b N_t, and for 16-bit students the sum of the micro-batches in fp32, 4 N_t; sharded: 4 N_t / W
     buckets        replicated: b N_t, DDP's copy of the gradients
     gathered       sharded: b times embedding, head and two layers; b + 4 bytes for a gradient of each of these groups
-    activations    with checkpointing L T d b, every layer's input, and all that one layer keeps (``_layer_bytes``);
+    activations    with checkpointing L T d b, every layer's input, and all that one layer keeps (``layer_bytes``);
                    without, what every layer keeps
     head gradient  4 V d while tiles are summed, b V d to hand it on, b V d for the embedding's where they are tied
     tiles          the divergence's logits: the budget of ``distill.tiles``; on a GPU also their fp32 forms
     states         b R d_t of the teacher's, and b T (d_s + d_t) where a micro-batch's are joined
     teacher        its head, b V d_t; in this process, all of it
     sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, and, sharded, the
-                   student gathered whole, b N
+                   student gathered whole, b N; a teacher in this process speaks too, with keys and values of its own
 
 Training and sampling take turns, so the total is what stays (weights, masters, moments, teacher) and the larger of the
 two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard), mixed-precision training (arXiv
@@ -57,9 +57,17 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak: what stays, and the larger of a training step and of sampling."""
-        stays = sum(self.parts[name] for name in STAYS)
-        training = sum(value for name, value in self.parts.items() if name not in (*STAYS, "sampling"))
-        return stays + max(training, self.parts["sampling"])
+        return self.stays + max(self.training, self.parts["sampling"])
+
+    @property
+    def stays(self) -> int:
+        """What is held all the time."""
+        return sum(self.parts[name] for name in STAYS)
+
+    @property
+    def training(self) -> int:
+        """What a training step needs beside that."""
+        return sum(value for name, value in self.parts.items() if name not in (*STAYS, "sampling"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +118,23 @@ def student_memory(
     held = load or Load.of(config, processes)
     item = 2 if settings.dtype == "bfloat16" else 4
     total = student.total_parameters
-    trained = total if settings.lora is None else _adapter_parameters(student, settings.lora.rank)
+    trained = total if settings.lora is None else adapter_parameters(student, settings.lora.rank)
     cut = processes if engine == "sharded" else 1
     head = student.vocabulary * student.width
     layer = (total - head * (1 if student.tied else 2)) // student.num_layers
     groups = head * (1 if student.tied else 2)
     has_masters = item == 2 and engine != "sharded"
     tokens = held.micro_batch_tokens
-    per_layer = tokens * _layer_bytes(student, item)
+    per_layer = tokens * layer_bytes(student, item)
     kept_layers = 1 if settings.gradient_checkpointing else student.num_layers
     inputs = student.num_layers * tokens * student.width * item if settings.gradient_checkpointing else 0
     trains_head = settings.lora is None
     tile = min(TILE_BYTES[device], 2 * tokens * student.vocabulary * item)
     in_process = config.teacher.backend == "local"
-    cache_item = 2 * item * student.num_layers * student.num_kv_heads * student.head_dim
     teacher_item = 2 if config.teacher.dtype == "bfloat16" else 4
+    sampling = cache_bytes(student, item) * config.sampler_tokens + (item * total if engine == "sharded" else 0)
+    if in_process:
+        sampling = max(sampling, cache_bytes(teacher, teacher_item) * config.sampler_tokens)
     parts = {
         "weights": (4 if engine == "sharded" else item) * total // cut,
         "masters": 4 * trained if has_masters else 0,
@@ -137,7 +147,7 @@ def student_memory(
         "tiles": tile if device == "cpu" else tile * (1 + 8 // item),
         "states": teacher_item * held.step_tokens * teacher.width + item * tokens * (student.width + teacher.width),
         "teacher": teacher_item * (teacher.total_parameters if in_process else teacher.vocabulary * teacher.width),
-        "sampling": cache_item * config.sampler_tokens + (item * total if engine == "sharded" else 0),
+        "sampling": sampling,
     }
     if settings.cpu_offload:
         # Slices of weights, gradients and moments live in the machine's memory.
@@ -145,7 +155,12 @@ def student_memory(
     return Memory({name: int(value) for name, value in parts.items()})
 
 
-def _layer_bytes(shape: Shape, item: int) -> int:
+def cache_bytes(shape: Shape, item: int) -> int:
+    """Of one token's keys and values."""
+    return 2 * item * shape.num_layers * shape.num_kv_heads * shape.head_dim
+
+
+def layer_bytes(shape: Shape, item: int) -> int:
     """What autograd keeps of one Qwen3 layer for one token.
 
     A norm keeps its input and its normalised input in fp32, and its output; queries and keys are normalised so, then
@@ -158,7 +173,7 @@ def _layer_bytes(shape: Shape, item: int) -> int:
     return norms + rotated + item * (2 * queries + keys) + 4 * item * widest
 
 
-def _adapter_parameters(shape: Shape, rank: int) -> int:
+def adapter_parameters(shape: Shape, rank: int) -> int:
     """Rank times inputs and outputs of every linear layer but the head."""
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     attention = 2 * (shape.width + queries) + 2 * (shape.width + keys)

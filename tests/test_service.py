@@ -19,7 +19,8 @@ from distill.checkpoint import open_checkpoint
 from distill.errors import DistillError, UserError
 from distill.family import resolve
 from distill.vllm.client import is_healthy
-from distill.vllm.service import Launch, Nodes, Service, needs_expert_parallel, replicas
+from distill.vllm.cuts import needs_expert_parallel
+from distill.vllm.service import Launch, Nodes, Service, replicas
 
 FAKE = """#!{python}
 import http.server, os, signal, subprocess, sys

@@ -20,6 +20,7 @@ from distill.cli.doctor import doctor
 from distill.cli.evaluate import evaluate
 from distill.cli.export import export
 from distill.cli.init import init
+from distill.cli.plan import plan
 from distill.cli.preview import preview
 from distill.cli.report import report
 from distill.cli.run import run
@@ -40,6 +41,7 @@ def _root() -> None:
 
 
 app.command()(run)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(compare)

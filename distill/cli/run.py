@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.options import Assignments, Json, Prompts, Recipe, Seed, Student, Teacher
+from distill.cli.plan import words
 from distill.errors import DistillError, UserError
 from distill.progress import say
 
@@ -92,7 +93,8 @@ def run(
     )
     folder = out or Path("runs") / str(config.name)
     if dry_run:
-        _print_dry_run(config, folder, as_json, processes)
+        asked = words(prompts=prompts, recipe=recipe, assignments=assignments)
+        _print_dry_run(config, folder, as_json, processes=processes, asked=asked)
         return
     from pipelines.launch import own_command, processes_to_start, run_processes
 
@@ -169,15 +171,25 @@ def _compare(
         print_comparison(document)
 
 
-def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, processes: int | None) -> None:
+def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, *, processes: int | None, asked: list[str]) -> None:
     from distill.family import resolve, shape_of
     from distill.memory import GPU_BYTES, Planned, plan
     from distill.recipe import dump_yaml
+    from pipelines.plan_document import document
+    from pipelines.plan_lines import lines
+    from pipelines.planning import planned as estimated
 
     teacher = resolve(config.teacher.model, role="teacher", revision=config.teacher.revision)
     student = resolve(config.student.model, role="student", revision=config.student.revision)
     shapes = shape_of(config.student.model), shape_of(config.teacher.model)
     planned = None if None in shapes else plan(config, *shapes, processes=processes)  # type: ignore[arg-type]
+    estimate, obstacle = None, "the models' shapes are not known before they are opened"
+    if planned is not None:
+        try:
+            estimate = estimated(config, processes=processes, asked=asked)
+        except UserError as error:
+            # What does not fit the usual devices may have others: a plan is asked for with `distill plan --gpus`.
+            obstacle = str(error)
     steps = [
         f"teacher {teacher.name}: {teacher.location}",
         f"student {student.name}: {student.location}",
@@ -186,8 +198,15 @@ def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, processes: in
         f"write {folder}/student, summary.json and report.html",
     ]
     if as_json:
-        document = {"out": str(folder), "config": config.model_dump(mode="json"), "plan": steps}
-        print(json.dumps({**document, "memory": None if planned is None else planned.to_json()}))
+        shown = {
+            "out": str(folder),
+            "config": config.model_dump(mode="json"),
+            "plan": steps,
+            "memory": None if planned is None else planned.to_json(),
+            "estimate": None if estimate is None else document(estimate),
+            "no_estimate": obstacle if estimate is None else None,
+        }
+        print(json.dumps(shown, allow_nan=False))
         return
     print(dump_yaml(config), end="")
     print(f"# into {folder}:")
@@ -198,3 +217,6 @@ def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, processes: in
             print(f"# {line}")
     else:
         print("# memory: the models' shapes are not known before they are opened")
+    print("#\n# the cheapest layout (`distill plan --gpus ...` for other devices):")
+    for line in [f"none: {obstacle}"] if estimate is None else lines(estimate):
+        print(f"#   {line}".rstrip())

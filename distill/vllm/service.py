@@ -29,6 +29,7 @@ from distill.errors import DistillError, UserError
 from distill.progress import PLAIN_SECONDS, say
 from distill.vllm import watch
 from distill.vllm.client import is_healthy
+from distill.vllm.cuts import check_cut, needs_expert_parallel
 from distill.vllm.pulse import PROBE_SECONDS, STALL_SECONDS, Pulse
 
 Role = Literal["generate", "score"]
@@ -98,33 +99,21 @@ class Launch:
 
     def check(self) -> None:
         """Raise UserError where the model cannot be cut over that many GPUs or machines."""
-        config, size = self.checkpoint.config, self.tensor_parallel
-        name = self.checkpoint.name
-        heads = self.checkpoint.shape.num_heads
-        if heads % size:
-            raise UserError(
-                f"{name} has {heads} attention heads, which {size} GPUs cannot share evenly; take "
-                f"{_below(size, heads)} (--tp, or teacher.tensor_parallel of a run)"
-            )
-        if self.pipeline_parallel > self.checkpoint.shape.num_layers:
-            raise UserError(
-                f"{name} has {self.checkpoint.shape.num_layers} layers, which make no {self.pipeline_parallel} groups "
-                f"(--pp, or teacher.pipeline_parallel of a run)"
-            )
-        block, width = quantised_block(config, self.quantization), config.get("intermediate_size", 0)
-        if block and not self.checkpoint.shape.num_experts and width % (size * block):
-            raise UserError(
-                f"{size} GPUs would cut the {width} rows of {name}'s feed-forward layers inside a block of {block} "
-                f"that shares one scale; take {_below(size, width // block)} (--tp, or teacher.tensor_parallel of a "
-                f"run)"
-            )
+        check_cut(
+            self.checkpoint.name,
+            self.checkpoint.shape,
+            self.checkpoint.config,
+            tensor_parallel=self.tensor_parallel,
+            pipeline_parallel=self.pipeline_parallel,
+            quantization=self.quantization,
+        )
         if self.nodes is None:
             return
-        world = size * self.pipeline_parallel
+        world = self.tensor_parallel * self.pipeline_parallel
         if world % self.nodes.num:
             raise UserError(
-                f"--nodes {self.nodes.num} does not divide --tp {size} times --pp {self.pipeline_parallel}; every "
-                f"machine has to hold the same number of GPUs"
+                f"--nodes {self.nodes.num} does not divide --tp {self.tensor_parallel} times --pp "
+                f"{self.pipeline_parallel}; every machine has to hold the same number of GPUs"
             )
         if not 0 <= self.nodes.rank < self.nodes.num:
             raise UserError(f"--node-rank {self.nodes.rank} is none of 0 to {self.nodes.num - 1}")
@@ -223,29 +212,6 @@ _ROLE_FLAGS: dict[Role, tuple[str, ...]] = {
         *("--hf-overrides", json.dumps({"head_dtype": "model"})),
     ),
 }
-
-
-_QUANTISED_BLOCKS = {"fp8_per_block": 128}  # vLLM's names for quantising in blocks while loading, and their width
-
-
-def quantised_block(config: Mapping[str, Any], quantization: str | None = None) -> int | None:
-    """Rows of a weight that share one scale, where the checkpoint or vLLM's ``quantization`` works in blocks."""
-    block = (config.get("quantization_config") or {}).get("weight_block_size")
-    return int(block[0]) if block else _QUANTISED_BLOCKS.get(quantization or "")
-
-
-def needs_expert_parallel(config: Mapping[str, Any], tensor_parallel: int, quantization: str | None = None) -> bool:
-    """Whether block-quantised experts cannot be cut into ``tensor_parallel`` slices of whole blocks.
-
-    Qwen3-235B-A22B-FP8 on eight GPUs: 1536 / 8 = 192 is no multiple of 128; whole experts on each GPU fit.
-    """
-    block, width = quantised_block(config, quantization), config.get("moe_intermediate_size")
-    return bool(block and width and tensor_parallel > 1 and width % (tensor_parallel * block))
-
-
-def _below(size: int, whole: int) -> int:
-    """The largest number below ``size`` that divides ``whole``."""
-    return next(number for number in range(size - 1, 0, -1) if whole % number == 0)
 
 
 def replicas(launch: Launch, num: int, devices: Sequence[str]) -> list[Launch]:

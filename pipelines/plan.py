@@ -1,0 +1,262 @@
+"""Before anything is spent: what fits, the cheapest layout that does, how long it takes, and what it costs.
+
+``make_plan`` tries the layouts of ``pipelines.fitting``, times their jobs (``pipelines.workload``, ``pipelines.pace``)
+and takes the cheapest. Where a teacher behind servers judges while the student still speaks, the shorter of the two is
+hidden behind the longer. GPUs are paid for from the run's begin to its end, idle or not.
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from distill.config import OnPolicyStage, RunConfig
+from distill.errors import UserError
+from distill.family import EMBEDDED_NAMES
+from distill.hardware import Device, Pool, with_price
+from distill.journal import KEPT_CHECKPOINTS
+from distill.roofline import Bottleneck, Times
+from distill.server_memory import weight_bytes
+from pipelines.advice import Ways
+from pipelines.fitting import CHANGES, Search, check_pair, search
+from pipelines.layouts import Change, Devices, Layout, Pair
+from pipelines.pace import job_times, student_passes, trained_parameters, wire_bytes
+from pipelines.workload import Job, Lengths, Workload, workload
+
+DEFAULT_DEVICE = "H100"
+"""What is planned for where nobody says."""
+
+STORED_TOKEN_BYTES = 16
+"""Of a response in the store or among the samples of an examination (measured on the embedded pair's)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One job on a layout. ``each`` is one of its times; ``is_hidden`` where a longer phase runs beside it."""
+
+    job: Job
+    each: Times
+    flops: float
+    is_hidden: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return self.job.times * self.each.seconds
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        return self.each.bottleneck
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A layout with its phases."""
+
+    layout: Layout
+    phases: tuple[Phase, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases if not phase.is_hidden)
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.layout.gpus * self.seconds / 3600
+
+    @property
+    def usd(self) -> float | None:
+        price = self.layout.usd_per_hour()
+        return None if price is None else price * self.seconds / 3600
+
+    @property
+    def cost(self) -> tuple[float, int, float]:
+        """What layouts are ranked by: money, or GPU-hours where no price is known; then GPUs, then time."""
+        return self.gpu_hours if self.usd is None else self.usd, self.layout.gpus, self.seconds
+
+    def busy(self, who: str) -> float:
+        """GPU-hours in which the GPUs of one side work."""
+        gpus = self.layout.student.processes if self.layout.is_shared or who == "student" else self.layout.teacher.gpus
+        return gpus * sum(phase.seconds for phase in self.phases if phase.job.who == who) / 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The cheapest estimate of those that change nothing about the result, and others worth knowing."""
+
+    config: RunConfig
+    pair: Pair
+    devices: Devices
+    work: Workload
+    best: Estimate
+    others: tuple[tuple[str, Estimate], ...]
+    shortages: tuple[str, ...]
+    asked: tuple[str, ...] = ()
+    """What else the run's command was given, beside its models."""
+
+    def flops_by_role(self) -> dict[str, tuple[float, float]]:
+        """Tokens and FLOPs of every role, as the run's account will count them."""
+        found: dict[str, tuple[float, float]] = {}
+        for phase in self.best.phases:
+            tokens, flops = found.get(phase.job.role, (0.0, 0.0))
+            found[phase.job.role] = tokens + phase.job.tokens, flops + phase.flops
+        return found
+
+    def wire_bytes(self) -> float:
+        """Bytes a token that the teacher's judgement takes on the wire."""
+        return wire_bytes(self.pair.teacher, self.config.teacher, local=self.best.layout.is_shared)
+
+    def disk(self) -> dict[str, int]:
+        """Bytes that the run leaves, by what they are."""
+        config, student = self.best.layout.config, self.pair.student
+        item = 2 if config.student.dtype == "bfloat16" else 4
+        trained = trained_parameters(student, config)
+        checkpoint = item * student.total_parameters + 8 * trained + 4 * trained + (item * trained if item == 2 else 0)
+        said = {
+            kind: sum(job.tokens for job in self.work.jobs if job.role == kind)
+            for kind in ("teacher_generate", "evaluate")
+        }
+        is_embedded = {config.teacher.model, config.student.model} <= set(EMBEDDED_NAMES)
+        download = weight_bytes(self.pair.teacher, self.best.layout.teacher.item) + 2 * student.total_parameters
+        return {
+            "download": 0 if is_embedded else download,
+            "checkpoints": (len(config.stages) - 1 + KEPT_CHECKPOINTS) * checkpoint,
+            "student": item * student.total_parameters,
+            "responses": int(STORED_TOKEN_BYTES * said["teacher_generate"]),
+            "samples": int(STORED_TOKEN_BYTES * said["evaluate"]),
+        }
+
+
+def choose_devices(
+    *,
+    shared: Pool | None,
+    teacher: Pool | None,
+    student: Pool | None,
+    price: float | None,
+) -> Devices | None:
+    """What ``--gpus``, ``--gpus-teacher`` and ``--gpus-student`` mean together; None where none is given."""
+    if shared is not None and (teacher or student):
+        raise UserError("--gpus is one pool for both; give it, or --gpus-teacher and --gpus-student")
+    if (teacher is None) != (student is None):
+        missing = "--gpus-teacher" if teacher is None else "--gpus-student"
+        raise UserError(f"{missing} is missing: the two are given together, or --gpus for one pool")
+    if shared is not None:
+        pool = with_price(shared, price)
+        return Devices(pool, pool, is_one=True)
+    if teacher is not None and student is not None:
+        return Devices(with_price(teacher, price), with_price(student, price), is_one=False)
+    return None
+
+
+def make_plan(
+    config: RunConfig,
+    pair: Pair,
+    known: Mapping[str, Device],
+    devices: Devices | None,
+    *,
+    price: float | None = None,
+    lengths: Lengths | None = None,
+    processes: int | None = None,
+    asked: Sequence[str] = (),
+) -> Plan:
+    """The plan of ``config`` on ``devices``; None takes the fewest of the usual ones that it fits on. ``processes``
+    fixes how many the student has.
+
+    Raises UserError where nothing fits, with what would.
+    """
+    check_pair(pair, config)
+    work = workload(config, lengths)
+    if config.specialists:
+        work = replace(work, notes=(*work.notes, "specialists are left out: the plan is that of the teacher alone"))
+    tried = [devices] if devices is not None else _usual(config, known, price, processes or 1)
+    found: list[tuple[Devices, _Estimates]] = []
+    for candidate in tried:
+        estimates, shortages = _estimates(config, pair, candidate, work, processes)
+        if estimates:
+            found.append((candidate, estimates))
+        if () in estimates:
+            break
+    if not found:
+        raise UserError(Ways(config, pair, tried[-1], processes).sentence(known, shortages))
+    # Rather more devices than another result.
+    chosen, estimates = found[-1] if () in found[-1][1] else found[0]
+    return replace(_ranked(config, pair, chosen, work, estimates, shortages=shortages), asked=tuple(asked))
+
+
+def _usual(config: RunConfig, known: Mapping[str, Device], price: float | None, processes: int) -> list[Devices]:
+    if {config.teacher.model, config.student.model} <= set(EMBEDDED_NAMES):
+        # They run on what is here, which may have been measured.
+        name, counts = next((name for name, device in known.items() if device.measured), "CPU"), [processes]
+    else:
+        name, counts = DEFAULT_DEVICE, [2**power for power in range(8)]
+    pools = [with_price(Pool(name, known[name], count, 8), price) for count in counts]
+    return [Devices(pool, pool, is_one=True) for pool in pools]
+
+
+_Estimates = dict[tuple[Change, ...], list[Estimate]]
+
+
+def _estimates(
+    config: RunConfig, pair: Pair, devices: Devices, work: Workload, processes: int | None
+) -> tuple[_Estimates, Search]:
+    """By what was changed: what fits. And what did not, without changes."""
+    found: _Estimates = {}
+    unchanged = search(config, pair, devices, processes=processes)
+    for changes in CHANGES:
+        tried = unchanged if not changes else search(config, pair, devices, changes, processes=processes)
+        if layouts := tried.layouts:
+            found[changes] = [estimate(layout, pair, work) for layout in layouts]
+    return found, unchanged
+
+
+def estimate(layout: Layout, pair: Pair, work: Workload) -> Estimate:
+    """The jobs of ``work`` on ``layout``."""
+    passes = student_passes(layout.config)
+    phases = [Phase(job, job_times(job, pair, layout), job.flops(getattr(pair, job.who), passes)) for job in work.jobs]
+    if not layout.is_shared:
+        for name, stage in layout.config.stages.items():
+            if isinstance(stage, OnPolicyStage):
+                _hide(phases, name)
+    return Estimate(layout, tuple(phases))
+
+
+def _hide(phases: list[Phase], stage: str) -> None:
+    """Of a stage's sampling and scoring, which overlap, the shorter one."""
+    places = [
+        place
+        for place, phase in enumerate(phases)
+        if phase.job.stage == stage and phase.job.role in ("student_sample", "teacher_score")
+    ]
+    shorter = min(places, key=lambda place: phases[place].seconds)
+    phases[shorter] = replace(phases[shorter], is_hidden=True)
+
+
+def _ranked(
+    config: RunConfig,
+    pair: Pair,
+    devices: Devices,
+    work: Workload,
+    estimates: _Estimates,
+    *,
+    shortages: Search,
+) -> Plan:
+    first = next(iter(estimates))
+    best = min(estimates[first], key=lambda one: one.cost)
+    others: list[tuple[str, Estimate]] = []
+    for name, group in (
+        ("fastest", sorted(estimates[first], key=lambda one: one.seconds)[:1]),
+        ("shared GPUs", [one for one in estimates[first] if one.layout.is_shared]),
+        ("separate GPUs", [one for one in estimates[first] if not one.layout.is_shared]),
+        *((", ".join(changes), group) for changes, group in estimates.items() if changes != first),
+    ):
+        if group:
+            others.append((name, min(group, key=lambda one: one.cost)))
+    return Plan(
+        config=config,
+        pair=pair,
+        devices=devices,
+        work=work,
+        best=best,
+        others=tuple((name, one) for name, one in others if one is not best),
+        shortages=tuple(str(shortage) for shortage in shortages.shortages.values()),
+    )

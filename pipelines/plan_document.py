@@ -1,0 +1,252 @@
+"""A plan as one document, and what goes with it: memory by phase, the commands, what was assumed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from distill.hardware import Pool
+from distill.memory import STAYS, Memory, layer_bytes, student_memory
+from distill.server_memory import ServerMemory
+from pipelines.layouts import Layout, Role
+from pipelines.pace import rows_together
+from pipelines.plan import Estimate, Phase, Plan
+
+FEW_ROWS = 16
+"""Fewer responses than this, decoded together, leave a GPU idle."""
+
+PORTS: dict[Role, int] = {"generate": 8001, "score": 8101}
+"""Of the first server of each role, in the commands that a plan proposes."""
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """Everything the plan knows. Bytes are of one GPU, seconds of the whole run, money in USD."""
+    best = plan.best
+    return {
+        "teacher": {"model": plan.config.teacher.model, **_model(plan, "teacher")},
+        "student": {"model": plan.config.student.model, **_model(plan, "student")},
+        "devices": str(plan.devices),
+        "hardware": {pool.name: pool.device.model_dump(mode="json") for pool in _pools(plan)},
+        "layout": _layout(best),
+        "memory": memory_by_phase(best.layout),
+        "phases": [_phase(phase, plan) for phase in best.phases],
+        "roles": {role: {"tokens": tokens, "flops": flops} for role, (tokens, flops) in plan.flops_by_role().items()},
+        "wire_bytes_per_token": plan.wire_bytes(),
+        "disk_bytes": plan.disk(),
+        "commands": commands(plan),
+        "others": [{"what": name, **_layout(one)} for name, one in plan.others],
+        "does_not_fit": list(plan.shortages),
+        "lengths": asdict(plan.work.lengths),
+        "notes": notes(plan),
+    }
+
+
+def _model(plan: Plan, who: str) -> dict[str, int]:
+    shape = getattr(plan.pair, who)
+    return {"parameters": shape.total_parameters, "active_parameters": shape.active_parameters}
+
+
+def _pools(plan: Plan) -> list[Pool]:
+    devices = plan.devices
+    return [devices.student] if devices.is_one else [devices.teacher, devices.student]
+
+
+def _layout(one: Estimate) -> dict[str, Any]:
+    layout, teacher = one.layout, one.layout.teacher
+    return {
+        "gpus": layout.gpus,
+        "shared": layout.is_shared,
+        "teacher": {
+            "backend": teacher.backend,
+            "gpus": teacher.gpus,
+            "tensor_parallel": teacher.tensor_parallel,
+            "pipeline_parallel": teacher.pipeline_parallel,
+            "expert_parallel": teacher.expert_parallel,
+            "replicas": teacher.replicas,
+            "weight_bytes": teacher.item,
+        },
+        "student": {
+            "processes": layout.student.processes,
+            "engine": layout.student.engine,
+            "lora": layout.config.student.lora is not None,
+            "cpu_offload": layout.config.student.cpu_offload,
+            "micro_batch_tokens": layout.config.student.micro_batch_tokens,
+            "sampler_tokens": layout.config.sampler_tokens,
+        },
+        "changes": list(layout.changes),
+        "assignments": list(layout.assignments),
+        "seconds": one.seconds,
+        "gpu_hours": one.gpu_hours,
+        "busy_gpu_hours": {who: one.busy(who) for who in ("teacher", "student")},
+        "usd": one.usd,
+    }
+
+
+def _phase(phase: Phase, plan: Plan) -> dict[str, Any]:
+    return {
+        "stage": phase.job.stage,
+        "role": phase.job.role,
+        "who": phase.job.who,
+        "times": phase.job.times,
+        "seconds_each": phase.each.seconds,
+        "seconds": phase.seconds,
+        "hidden": phase.is_hidden,
+        "bottleneck": phase.bottleneck,
+        "seconds_by": asdict(phase.each),
+        "memory": phase_memory(phase, plan),
+        "tokens": phase.job.tokens,
+        "flops": phase.flops,
+    }
+
+
+def memory_by_phase(layout: Layout) -> dict[str, dict[str, int]]:
+    """Bytes of one device at the most, by whose device it is and what is done, by part.
+
+    Every response is taken at its limit. A server's cache is what vLLM takes, all that is left.
+    """
+    found = {
+        "student, training": _training_parts(layout.student.memory),
+        "student, sampling": _sampling_parts(layout.student.memory),
+    }
+    for role, doing in (("generate", "generating"), ("score", "scoring")):
+        if role in layout.teacher.servers:
+            found[f"teacher, {doing}"] = _server_parts(layout.teacher.servers[role])
+    return found
+
+
+def phase_memory(phase: Phase, plan: Plan) -> dict[str, int]:
+    """Bytes of one of the devices that work, by part, in this phase."""
+    layout, job = plan.best.layout, phase.job
+    if job.who == "teacher" and not layout.is_shared:
+        return _server_parts(layout.teacher.servers["score" if job.kind == "score" else "generate"])
+    if job.kind == "decode":
+        return _sampling_parts(layout.student.memory)
+    stage = {job.stage: layout.config.stages[job.stage]}
+    memory = student_memory(
+        layout.config.model_copy(update={"stages": stage}),
+        plan.pair.student,
+        plan.pair.teacher,
+        processes=layout.student.processes,
+        engine=layout.student.engine,
+        device="cuda" if layout.student_pool.device.kind == "gpu" else "cpu",
+    )
+    parts = _training_parts(memory)
+    if not job.judged and job.kind == "train":
+        parts.pop("states")
+    if job.kind == "score":
+        kept = {name: size for name, size in parts.items() if name in (*STAYS, "states")}
+        item = 2 if plan.config.teacher.dtype == "bfloat16" else 4
+        held = layer_bytes(getattr(plan.pair, job.who), item)
+        return {**kept, "activations": plan.config.teacher.batch_tokens * held}
+    return parts
+
+
+def _training_parts(memory: Memory) -> dict[str, int]:
+    return {name: size for name, size in memory.parts.items() if size and name != "sampling"}
+
+
+def _sampling_parts(memory: Memory) -> dict[str, int]:
+    stays = {name: memory.parts[name] for name in STAYS if memory.parts[name]}
+    return {**stays, "KV cache and gathered weights": memory.parts["sampling"]}
+
+
+def _server_parts(server: ServerMemory) -> dict[str, int]:
+    return {**{name: size for name, size in server.parts.items() if size}, "KV cache": server.room}
+
+
+def commands(plan: Plan) -> list[str]:
+    """What to type for the best layout."""
+    layout = plan.best.layout
+    model = next((text for text in layout.assignments if text.startswith("teacher.model=")), None)
+    teacher = plan.config.teacher.model if model is None else model.partition("=")[2]
+    rest = [text for text in layout.assignments if text != model]
+    run = ["distill", "run", "--teacher", teacher, "--student", plan.config.student.model, *plan.asked]
+    if layout.student.processes > 1:
+        run += ["--processes", str(layout.student.processes)]
+    if layout.is_shared:
+        return [shlex.join([*run, *_sets(rest)])]
+    held, is_one_machine = layout.teacher, plan.devices.is_one and layout.gpus <= layout.student_pool.per_node
+    num_nodes = -(-held.tensor_parallel * held.pipeline_parallel // layout.teacher_pool.per_node)
+    serve = ["distill", "teacher", "serve", "--teacher", teacher, "--tp", str(held.tensor_parallel)]
+    if held.pipeline_parallel > 1:
+        serve += ["--pp", str(held.pipeline_parallel)]
+    if num_nodes > 1:
+        serve += ["--nodes", str(num_nodes), "--node-address", "TEACHER_HOST", "--node-rank", "RANK"]
+    elif held.replicas > 1:
+        serve += ["--replicas", str(held.replicas)]
+    if plan.config.teacher.quantization or "teacher.quantization=fp8" in rest:
+        serve += ["--quantization", plan.config.teacher.quantization or "fp8"]
+    on_teacher, on_student = (
+        (_visible(range(held.gpus)), _visible(range(held.gpus, layout.gpus))) if is_one_machine else ("", "")
+    )
+    host = "127.0.0.1" if is_one_machine else "TEACHER_HOST"
+    # Log-probabilities are read by the servers that generate.
+    judge: Role = "score" if plan.config.teacher.signal == "hidden" else "generate"
+    served: dict[str, Role] = {"generate": "generate", "score": judge}
+    places = {role: [f"http://{host}:{port + place}" for place in range(held.replicas)] for role, port in PORTS.items()}
+    urls = [f"teacher.urls.{key}=[{', '.join(places[role])}]" for key, role in served.items()]
+    roles = {role: port for role, port in PORTS.items() if role in served.values()}
+    return [
+        *(f"{on_teacher}{shlex.join([*serve, '--role', role, '--port', str(port)])}" for role, port in roles.items()),
+        on_student + shlex.join([*run, *_sets([text for text in rest if "quantization" not in text]), *_sets(urls)]),
+    ]
+
+
+def _sets(assignments: list[str]) -> list[str]:
+    return [word for text in assignments for word in ("--set", text)]
+
+
+def _visible(places: range) -> str:
+    return f"CUDA_VISIBLE_DEVICES={','.join(map(str, places))} "
+
+
+def notes(plan: Plan) -> list[str]:
+    """What was assumed, and rules that hold on this layout."""
+    layout = plan.best.layout
+    found = list(plan.work.notes)
+    for pool in _pools(plan):
+        measured = pool.device.measured
+        found.append(f"{pool.name}: {'measured, ' + measured if measured else pool.device.source}")
+    if layout.teacher.expert_parallel:
+        found.append(
+            f"tp {layout.teacher.tensor_parallel} would cut a block of the FP8 experts that shares one scale: they "
+            "stay whole, each on one GPU (--enable-expert-parallel, which the server is started with)"
+        )
+    if layout.student.engine == "sharded" and plan.pair.student.tied:
+        found.append(
+            "embedding and head are one tensor: with the final norm they are one FSDP group, gathered together"
+        )
+    if layout.config.student.cpu_offload:
+        held = 12 * plan.pair.student.total_parameters / 1e9
+        found.append(f"offload: the student's machines have to hold {held:,.0f} GB of it in their own memory together")
+    if not layout.is_shared and plan.config.teacher.signal != "hidden":
+        found.append(
+            f"teacher.signal={plan.config.teacher.signal} is timed as if it were read as fast as hidden states; "
+            "servers read log-probabilities slower"
+        )
+    elif not layout.is_shared:
+        found.append(
+            "servers of the two roles take turns on the teacher's GPUs: where the run misses one it stops with exit "
+            "code 75; end the other, start it, and give the run's command again"
+        )
+    found += _few_rows(plan)
+    found.append("left out: loading models, starting servers, writing checkpoints, waiting of uneven processes")
+    return found
+
+
+def _few_rows(plan: Plan) -> Iterator[str]:
+    """Where a process decodes so few responses together that it mostly waits."""
+    config = plan.best.layout.config
+    few: dict[int, list[str]] = {}
+    for phase in plan.best.phases:
+        job, rows = phase.job, rows_together(phase.job, config)
+        is_here = job.who == "student" or plan.best.layout.is_shared
+        if job.kind == "decode" and is_here and rows < min(FEW_ROWS, sum(p.num for p in job.sequences)):
+            few.setdefault(rows, []).append(f"{job.stage} {job.role}")
+    for rows, places in few.items():
+        yield (
+            f"{', '.join(places)}: {rows} responses are decoded together, since sampler_tokens "
+            f"{config.sampler_tokens:,} counts each at its limit; a lower max_new_tokens is faster"
+        )

@@ -1,0 +1,93 @@
+"""A plan in lines, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distill.memory import RESERVED_BYTES
+from pipelines.fitting import changed
+from pipelines.plan import Estimate, Plan
+from pipelines.plan_document import commands, memory_by_phase, notes, phase_memory
+
+LONG_HOURS = 0.1
+"""From here on durations are shown in hours."""
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The plan for people."""
+    best, layout = plan.best, plan.best.layout
+    on, busy = "", {"teacher": "", "student": ""}
+    if not layout.is_shared:
+        on = f" on {layout.teacher_pool.of(layout.teacher.gpus)}"
+        hours = {"teacher": layout.teacher.gpus, "student": layout.student.processes}
+        busy = {who: f", busy {best.busy(who) / (gpus * best.seconds / 3600):.0%}" for who, gpus in hours.items()}
+    if layout.changes:
+        sets = " ".join(f"--set {text}" for text in changed(plan.config, layout.changes)[1])
+        yield f"nothing fits {plan.devices} as configured; with {sets}:"
+    yield (
+        f"{plan.config.teacher.model} -> {plan.config.student.model} on {plan.devices}: {layout.gpus} of "
+        f"{plan.devices.count}, {_duration(best.seconds)}, {best.gpu_hours:,.2f} GPU-hours{_money(best)}"
+    )
+    yield f"  teacher: {layout.teacher}{on}{busy['teacher']}"
+    yield f"  student: {layout.student} on {layout.student_pool.of(layout.student.processes)}{busy['student']}"
+    yield ""
+    yield from _memory_lines(plan)
+    yield ""
+    yield from _phase_lines(plan)
+    yield ""
+    yield "tokens and FLOPs by role:"
+    for role, (tokens, flops) in plan.flops_by_role().items():
+        yield f"  {role:18} {tokens:>15,.0f} {flops:>10.2e}"
+    yield f"on the wire: {plan.wire_bytes():,.0f} bytes a token that the teacher judges"
+    disk = plan.disk()
+    shown = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in disk.items() if size)
+    yield f"disk: {sum(disk.values()) / 1e9:,.2f} GB ({shown})"
+    if plan.others:
+        yield "other layouts:"
+        for name, one in plan.others:
+            yield (
+                f"  {name}: {one.layout.gpus} GPUs, {_duration(one.seconds)}, {one.gpu_hours:,.2f} GPU-hours"
+                f"{_money(one)}; teacher {one.layout.teacher}; student {one.layout.student}"
+                f"{'; --set ' + ' --set '.join(one.layout.assignments) if one.layout.changes else ''}"
+            )
+    for shortage in plan.shortages:
+        yield f"does not fit: {shortage}"
+    yield "commands:"
+    for command in commands(plan):
+        yield f"  {command}"
+    for note in notes(plan):
+        yield f"note: {note}"
+
+
+def _memory_lines(plan: Plan) -> Iterator[str]:
+    layout = plan.best.layout
+    yield "memory of one device, GB:"
+    for name, parts in memory_by_phase(layout).items():
+        pool = layout.teacher_pool if name.startswith("teacher") else layout.student_pool
+        shown = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
+        whole = sum(parts.values()) / 1e9
+        yield f"  {name}: {whole:.2f} of {pool.device.memory:g} ({shown})"
+    if layout.student_pool.device.kind == "gpu":
+        left = RESERVED_BYTES / 1e9
+        yield f"  {left:g} GB of the student's GPUs are left to the CUDA context, NCCL and fragmentation"
+
+
+def _phase_lines(plan: Plan) -> Iterator[str]:
+    yield f"  {'stage':12} {'role':18} {'GB':>7} {'times':>6} {'each':>10} {'together':>10}  limited by"
+    for phase in plan.best.phases:
+        beside = " (beside a longer one)" if phase.is_hidden else ""
+        held = sum(phase_memory(phase, plan).values()) / 1e9
+        yield (
+            f"  {phase.job.stage:12} {phase.job.role:18} {held:>7.2f} {phase.job.times:>6} "
+            f"{_duration(phase.each.seconds):>10} {_duration(phase.seconds):>10}  {phase.bottleneck}{beside}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= LONG_HOURS * 3600:
+        return f"{seconds / 3600:,.2f} h"
+    return f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _money(one: Estimate) -> str:
+    return "" if one.usd is None else f", ${one.usd:,.2f}"
