@@ -79,13 +79,16 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     sentences = [_equal_score(found["compute_at_equal_score"], found["seeds"])]
     if (score := _equal_compute(found["score_at_equal_compute"])) is not None:
         sentences.append(score)
-    for entry in found["paired"]:
-        if (entry["a"], entry["b"]) == ("rl", "off_policy") and entry["ci95"] is not None and entry["ci95"][0] <= 0:
-            where = f"{entry['task']}, {MODE_NAMES[entry['mode']]} mode"
-            sentences.append(
-                f"Reinforcement learning did not improve on its start by more than chance ({where}), so it is a weak "
-                f"baseline here."
-            )
+    weak = [
+        f"{entry['task']}, {MODE_NAMES[entry['mode']]}"
+        for entry in found["paired"]
+        if (entry["a"], entry["b"]) == ("rl", "off_policy") and entry["ci95"] is not None and entry["ci95"][0] <= 0
+    ]
+    if weak:
+        sentences.append(
+            f"Reinforcement learning did not certainly improve on its start ({'; '.join(weak)}), so it is a weak "
+            f"baseline there."
+        )
     return sentences
 
 
@@ -173,7 +176,7 @@ def _pass(arm: Mapping[str, Any], task: str, mode: str) -> Document | None:
 def differences(paired: Sequence[Document]) -> list[Document]:
     """Each paired difference in points, with where it stands on a scale that they all share."""
     ends = [abs(end) for entry in paired for end in (entry["difference"], *(entry["ci95"] or ()))]
-    widest = max([*ends, 0.01])
+    widest: float = max([*ends, 0.01])
 
     def place(value: float) -> float:
         return 50 + 50 * value / widest
@@ -245,8 +248,8 @@ def _charts(folder: Path, start: str, arms: Mapping[str, Any]) -> list[Chart]:
 
 def _curve(run: Path) -> list[tuple[float, dict[tuple[str, str], float]]]:
     """FLOPs since the run's own start, its stages one after the other, and the scores there."""
-    points, before, last = [], 0.0, 0.0
-    stage = None
+    points: list[tuple[float, dict[tuple[str, str], float]]] = []
+    stage, before, last = None, 0.0, 0.0
     for point in read_lines(run / "curve.jsonl"):
         if point["stage"] != stage:
             stage, before = point["stage"], before + last

@@ -20,6 +20,9 @@ from eval.page import MODE_NAMES, Document, named, page, percent
 from eval.run_files import RunFiles, by_task, has_budget
 from eval.score_charts import budget_charts, pass_charts, switching_charts, switching_table
 
+MOST_ENTRIES = 8
+"""Entries of a list of the manifest that the page shows; the responses' keys alone can be thousands."""
+
 PHASES = {
     "seconds.sample": "sampling",
     "seconds.score": "judging",
@@ -55,7 +58,7 @@ def render(folder: Path) -> str:
     return page(
         "report.html.jinja",
         name=run.path.resolve().name,
-        verdict=verdict(run.summary, run.evaluations),
+        verdict=verdict(run.summary, run.evaluations, run.warnings),
         tasks=by_task([found for found in run.evaluations if not has_budget(found)]),
         later=by_task([found for found in run.later if not has_budget(found)]),
         budgeted=by_task([found for found in examined if has_budget(found)]),
@@ -74,13 +77,32 @@ def render(folder: Path) -> str:
         divergences=divergence_names(run.samples),
         shades=SHADES,
         browsers=browsers(by_task(plain)),
-        manifest=run.manifest,
+        manifest=brief(run.manifest),
         config=run.config,
     )
 
 
-def verdict(summary: Mapping[str, Any], evaluations: Sequence[Document]) -> list[str]:
+def brief(document: Any) -> Any:
+    """The same with long lists cut short, and saying so."""
+    if isinstance(document, Mapping):
+        return {key: brief(value) for key, value in document.items()}
+    if isinstance(document, list):
+        shown = [brief(value) for value in document[:MOST_ENTRIES]]
+        left = len(document) - len(shown)
+        return [*shown, f"and {left:,} more"] if left else shown
+    return document
+
+
+def verdict(
+    summary: Mapping[str, Any], evaluations: Sequence[Document], warnings: Sequence[Document] = ()
+) -> list[str]:
     """What the run achieved: a sentence a mode."""
+    if not summary and warnings and warnings[-1]["verdict"] == "stop":
+        last = warnings[-1]
+        return [
+            f"The guard {last['guard']} stopped this run at {named(last['stage'])} step {last['step']}.",
+            f"What it found: {last['sentence']}.",
+        ]
     if not summary:
         return ["This run is not finished; the page shows what is there so far."]
     names = list(dict.fromkeys(found["checkpoint"] for found in evaluations))

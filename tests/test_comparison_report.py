@@ -129,7 +129,7 @@ def test_good_news_is_said_with_its_interval() -> None:
         ({"compute_at_equal_score": {"ratio": None, "ci95": None}}, "did not reach reinforcement learning's best"),
         ({"score_at_equal_compute": {"difference": -0.1, "ci95": [-0.2, -0.05]}}, "10.0 points lower"),
         ({"score_at_equal_compute": {"difference": 0.01, "ci95": [-0.02, 0.04]}}, "+4.0), which may be chance."),
-        ({"paired": [difference("rl", "off_policy", 0.02, [-0.03, 0.07])]}, "a weak baseline here"),
+        ({"paired": [difference("rl", "off_policy", 0.02, [-0.03, 0.07])]}, "(embedded, thinking), so it is a weak"),
     ],
 )
 def test_bad_news_is_said_as_plainly(changes: dict[str, Any], words: str) -> None:

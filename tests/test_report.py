@@ -198,6 +198,7 @@ def make_run(run: Path, *, num_questions: int = 60, samples: int = 4) -> Path:
         "teacher": {"name": "tiny", "revision": "a" * 40},
         "versions": {"torch": "2.13.0", "transformers": "5.19.0", "python": "3.11.7"},
         "preflight": [{"name": "vocabulary", "same": True}],
+        "stages": {"off_policy": {"responses": [f"key{number:04}" for number in range(2000)]}},
     }
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "manifest.json").write_text(json.dumps(manifest))
@@ -263,6 +264,7 @@ def test_what_models_and_people_wrote_is_escaped(page: str) -> None:
 
 
 def test_the_verdict_says_what_was_reached_in_each_mode(page: str) -> None:
+    page = page.replace("\u00a0", " ")
     assert "In thinking mode the on-policy student closed 93 % of the gap to the teacher.</p>" in page
     assert "In non-thinking mode the teacher leads by no more than chance, so there is no gap to close.</p>" in page
 
@@ -299,6 +301,7 @@ def test_curves_costs_and_samples_are_there(page: str) -> None:
     assert "<figcaption>embedded, thinking" in page
     assert page.count('class="badge">last student wrong') >= 1 and page.count('class="badge">learned') >= 1
     assert "transformers 5.19.0" in page
+    assert "key0007" in page and "key0008" not in page and "and 1,992 more" in page
 
 
 def test_the_page_is_a_function_of_the_files(run: Path) -> None:
@@ -316,6 +319,14 @@ def test_an_unfinished_run_gets_a_page_of_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "{", lines[1]]))
     with pytest.raises(UserError, match="line 2 is not JSON"):
         write_report(tmp_path)
+
+
+def test_a_run_that_a_guard_stopped_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    (tmp_path / "warnings.jsonl").write_text(json.dumps(WARNING | {"verdict": "stop", "sentence": "it rambles"}) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert "The guard repetition stopped this run at on-policy step 31." in page and "it rambles" in page
+    assert '<span class="stop">Stopped</span> by the guard repetition' in page
 
 
 def test_a_folder_that_is_no_run_is_a_sentence(tmp_path: Path) -> None:
