@@ -59,7 +59,7 @@ class Places:
             total = 0.0
             for stage, rows in groupby(run.metrics, key=lambda row: str(row["stage"])):
                 steps = list(rows)
-                begun[axis].append((total if axis != "steps" else total + 1, named(stage)))
+                begun[axis].append((total if axis != "steps" else total + 1, stage))
                 total += _before_steps(run.costs, stage, axis)
                 for row in steps:
                     total += of(row)
@@ -99,9 +99,8 @@ def metric_charts(run: RunFiles, places: Places, *, main: bool) -> list[Chart]:
                 Series(_label(key), _pieces(metrics, places.after[axis], key), _colour(key, place))
                 for place, key in enumerate(shown)
             ]
-            views[axis] = line_chart(
-                title, series, boundaries=places.begun[axis], share=name in _SHARES, x_name=AXES[axis]
-            )
+            boundaries = [(x, named(stage)) for x, stage in places.begun[axis]]
+            views[axis] = line_chart(title, series, boundaries=boundaries, share=name in _SHARES, x_name=AXES[axis])
             legend = tuple((line.colour, "", line.label) for line in series) if len(series) > 1 else ()
         charts.append(Chart(title, views, legend))
     return charts
@@ -120,17 +119,19 @@ def score_charts(run: RunFiles, places: Places) -> list[Chart]:
             continue
         views: dict[str, Markup] = {}
         for axis in places.after:
-            series = [_score_line(run, mode, found, axis, in_one_piece=not between) for mode, found in by_mode.items()]
-            boundaries = [(max(x - 1, 0) if axis == "steps" else x, name) for x, name in places.begun[axis]]
+            series = [
+                _score_line(places, mode, found, axis, in_one_piece=not between) for mode, found in by_mode.items()
+            ]
+            boundaries = [(x - 1 if axis == "steps" else x, named(stage)) for x, stage in places.begun[axis]]
             views[axis] = line_chart(title, series, boundaries=boundaries, share=True, x_name=AXES[axis])
         charts.append(Chart(title, views, tuple((MODES.index(mode), "", MODE_NAMES[mode]) for mode in by_mode)))
     return charts
 
 
 def _score_line(
-    run: RunFiles, mode: Mode, found: Sequence[tuple[Document, Document]], axis: str, *, in_one_piece: bool
+    places: Places, mode: Mode, found: Sequence[tuple[Document, Document]], axis: str, *, in_one_piece: bool
 ) -> Series:
-    placed = [("" if in_one_piece else point["stage"], _place(run, point, axis), score) for point, score in found]
+    placed = [("" if in_one_piece else point["stage"], _place(places, point, axis), score) for point, score in found]
     pieces = [
         tuple((x, float(score["mean"])) for _, x, score in part)
         for _, part in groupby(placed, key=lambda entry: str(entry[0]))
@@ -163,15 +164,14 @@ def _stage_ends(run: RunFiles, places: Places) -> list[Document]:
     return points
 
 
-def _place(run: RunFiles, point: Document, axis: str) -> float:
+def _place(places: Places, point: Document, axis: str) -> float:
     """A point of a stage counts what its own stage spent; on the page the stages follow one another."""
     if axis == "steps":
         return float(point["global_step"])
-    stages = list(dict.fromkeys(row["stage"] for row in run.metrics))
-    earlier = stages[: stages.index(point["stage"])] if point["stage"] in stages else []
-    roles = [cost["stages"] for role, cost in run.costs.items() if role != "evaluate"]
-    spent = [by_stage.get(stage, {}) for by_stage in roles for stage in earlier]
-    return float(point[axis]) + sum(float(cost.get(axis, 0.0)) for cost in spent)
+    # A stage that has not finished a step yet begins where the one before it ended.
+    begun = {stage: before for before, stage in places.begun[axis]}
+    end = places.after[axis][-1] if places.after[axis] else 0.0
+    return float(point[axis]) + (0.0 if point["stage"] is None else begun.get(point["stage"], end))
 
 
 def _group(key: str) -> str:

@@ -394,11 +394,10 @@ def test_a_curve_stands_behind_what_the_stages_before_it_spent(run: Path) -> Non
     files = RunFiles.read(run)
     places = Places.of(files)
     assert places.after["steps"][-1] == 188 and places.after["tokens"][-1] == 188_000
-    assert places.begun["flops"] == [(0.0, "off-policy"), (128e9, "on-policy")]
+    assert places.begun["flops"] == [(0.0, "off_policy"), (128e9, "on_policy")]
     (chart,) = score_charts(files, places)
-    # The first stage spent 9.9e11 FLOPs by costs.json, and the second 6e10 up to the last point: its line runs from
-    # 48 + 342 * 9.9 / 10.5 to the frame's right edge.
-    assert 'points="370.5,123.2 390.0,32.2"' in chart.views["flops"]
+    # The second stage's line begins where the first one's 128e9 FLOPs end, 128 / 188 of the way, and goes to the edge.
+    assert 'points="280.9,123.2 390.0,32.2"' in chart.views["flops"]
     assert chart.views["steps"].count("<polyline") == 2 and chart.views["steps"].count("<polygon") == 1
 
 
