@@ -4,6 +4,8 @@
     manifest.json   versions, seeds, revisions and hashes of what went in, the command, keys of the responses used
     metrics.jsonl   one object an optimiser step
     curve.jsonl     scores between the steps, if evaluation.curve asks for them
+    samples.jsonl   a few responses of the student, token by token, with the teacher's judgement
+    warnings.jsonl  what the guards warned of, if they did
     costs.json      tokens, FLOPs and seconds by role
     checkpoints/    step_N/: a plain transformers checkpoint, and beside it what a resumed run needs
     student/        the result
@@ -11,8 +13,8 @@
     summary.json    written last: its presence means that the run is finished
     report.html
 
-Every file is written under another name and renamed, so a file that is there is whole; metrics.jsonl and
-curve.jsonl alone grow in place, and lines after the last checkpoint are dropped when a run resumes. Nothing is pickled.
+Every file is written under another name and renamed, so a file that is there is whole; the .jsonl files alone grow in
+place, and lines after the last checkpoint are dropped when a run resumes. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -147,6 +149,14 @@ class Journal:
         """Append one point of the learning curve; ``global_step`` is its place."""
         self._append("curve.jsonl", point)
 
+    def record_sample(self, sample: Mapping[str, Any]) -> None:
+        """Append one of the student's responses; ``global_step`` is its place, as for the learning curve."""
+        self._append("samples.jsonl", sample)
+
+    def record_warning(self, warning: Mapping[str, Any]) -> None:
+        """Append what a guard found."""
+        self._append("warnings.jsonl", warning)
+
     def curve(self) -> list[dict[str, Any]]:
         """The points of the learning curve so far."""
         path = self.path / "curve.jsonl"
@@ -155,10 +165,13 @@ class Journal:
     def keep_steps(self, num_steps: int, *, ended: str | None = None) -> None:
         """Drop what was recorded after the first ``num_steps`` steps: they are done again.
 
-        The learning curve's point at ``num_steps`` is found again too, except that of a stage that has ``ended`` there.
+        What is found between the steps (the learning curve's point, the samples) is found again at ``num_steps`` too,
+        except that of a stage that has ``ended`` there.
         """
-        self._keep("metrics.jsonl", lambda metrics: metrics["global_step"] <= num_steps)
-        self._keep("curve.jsonl", lambda point: point["global_step"] < num_steps or point["stage"] == ended)
+        for name in ("metrics.jsonl", "warnings.jsonl"):
+            self._keep(name, lambda entry: entry["global_step"] <= num_steps)
+        for name in ("curve.jsonl", "samples.jsonl"):
+            self._keep(name, lambda entry: entry["global_step"] < num_steps or entry["stage"] == ended)
 
     @property
     def num_recorded(self) -> int:

@@ -31,6 +31,7 @@ from distill.journal import claim, read_json, refuse_other, write_atomically, wr
 from distill.progress import say
 from distill.recipe import dump_yaml, load_recipe, merge, validate, validate_as
 from eval.compare import Arm, compare, read_curve, stage_flops
+from eval.report import write_report
 from pipelines.member import run_member
 from pipelines.resolution import load_named
 
@@ -131,6 +132,7 @@ def summarise(config: ComparisonConfig, out: Path) -> dict[str, Any]:
     }
     document = {**next(iter(by_start.values())), "starts": by_start}
     write_json(out / "comparison.json", document)
+    write_report(out)
     return document
 
 

@@ -74,6 +74,8 @@ class Stage(Protocol):
 
     name: str
     teacher_part: TeacherPart
+    first_prompt: int
+    """The position of its first prompt in the prompt source."""
 
     @property
     def num_prompts(self) -> int:

@@ -18,6 +18,7 @@ from distill.embedded.task import questions as embedded_questions
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES, ModelSource, Shape, resolve
+from distill.progress import say
 from distill.prompts import file_prompts
 from distill.sampler import Sampler, TransformersSampler
 from distill.seeding import derive
@@ -26,6 +27,8 @@ from distill.vllm.client import Client, served_model
 from distill.vllm.remote_sampler import RemoteSampler
 from eval.budget import budget_curves
 from eval.evaluation import Evaluation
+from eval.report import write_report
+from eval.run_files import LATER
 from eval.runner import evaluate
 from eval.switching import NUM_DIALOGUES, NUM_TURNS, ModeSwitching, examine_switching
 from eval.switching import TASK as MODE_SWITCHING
@@ -147,12 +150,17 @@ def examine(
 
     The document holds ``checkpoint``, ``scores`` (entries as in ``summary.json``), ``slices`` (the same by language and
     domain), ``evaluations``, ``budget_curves`` (``eval.budget``) and ``mode_switching`` (``eval.switching``).
+    Without ``out``, what is found of a run's student is kept in that run's eval/later, and its report is made again.
     Raises UserError for a checkpoint or task that cannot be had, and for an ``out`` that cannot be written.
     """
     if budgets and "think" not in modes:
         raise UserError("--budget cuts thinking, and --mode no_think asks for none; take --mode think or both")
     is_served = checkpoint.startswith(("http://", "https://"))
     source = None if is_served else _resolve(checkpoint)
+    run = None if is_served or not _is_run(checkpoint) else Path(checkpoint)
+    keeps = out is None and run is not None
+    if run is not None and keeps:
+        out = run / "eval" / LATER
     if out is not None:
         _claim(out)
     wanted = [one for one in tasks if one.name != MODE_SWITCHING]
@@ -170,6 +178,8 @@ def examine(
             switching.append(
                 examine_mode_switching(subject, settings, questions=questions, num=num_questions, seed=seed, out=out)
             )
+    if run is not None and keeps:
+        say(f"kept in {out}; report: {write_report(run)}")
     everything: list[Examined] = [*evaluations, *switching]
     return {
         "checkpoint": checkpoint if source is None else source.location,
@@ -243,7 +253,7 @@ def _served(url: str, tokenizer: str | None) -> Iterator[Subject]:
 def _resolve(checkpoint: str) -> ModelSource:
     """A run means its student; a size name its post-trained model; the rest is what it says."""
     folder = Path(checkpoint)
-    if checkpoint not in EMBEDDED_NAMES and (folder / "config.yaml").is_file():
+    if _is_run(checkpoint):
         if not (folder / "student").is_dir():
             raise UserError(
                 f"the run {folder} has no student yet; give the command of that run again to finish it, or name one of "
@@ -252,6 +262,10 @@ def _resolve(checkpoint: str) -> ModelSource:
         folder = folder / "student"
         return ModelSource(checkpoint, "directory", str(folder.resolve()))
     return resolve(checkpoint, role="teacher", option="CHECKPOINT")
+
+
+def _is_run(checkpoint: str) -> bool:
+    return checkpoint not in EMBEDDED_NAMES and (Path(checkpoint) / "config.yaml").is_file()
 
 
 def _claim(out: Path) -> None:

@@ -151,15 +151,22 @@ class _Watch:
 
 
 class Guards:
-    """The guards of one stage. ``history`` are the lines that metrics.jsonl holds of it.
+    """The guards of one stage. ``history`` are the lines that metrics.jsonl holds of it; ``record`` keeps what is found
+    from now on.
 
     Raises GuardError where the history itself ends with a guard's stop.
     """
 
     def __init__(
-        self, settings: GuardSettings, *, stage: str, checkpoints: Path, history: Iterable[Mapping[str, Any]]
+        self,
+        settings: GuardSettings,
+        *,
+        stage: str,
+        checkpoints: Path,
+        history: Iterable[Mapping[str, Any]],
+        record: Callable[[Mapping[str, Any]], None] = lambda found: None,
     ) -> None:
-        self.stage, self.checkpoints = stage, checkpoints
+        self.stage, self.checkpoints, self.record = stage, checkpoints, record
         self.watches = [
             _Watch(name, metric, limits, settings.window)
             for name, guard in GUARDS.items()
@@ -183,6 +190,9 @@ class Guards:
                 continue
             value = metrics.get(watch.metric)
             verdict = None if value is None else watch.see(value)
+            if verdict is not None and not silent:
+                place = {key: metrics[key] for key in ("stage", "step", "global_step")}
+                self.record({**place, "guard": watch.name, "verdict": verdict, "sentence": watch.sentence()})
             if verdict == "stop":
                 raise GuardError(
                     f"the guard {watch.name!r} stopped the run at {where}: {watch.sentence()}. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from distill.divergence import linear_divergence
 from distill.sparse import linear_sampled_divergence, linear_topk_divergence
 from distill.types import HiddenStates, SampledLogprobs, TopK
 from students.student import Felt, Rows
+
+if TYPE_CHECKING:
+    from pipelines.crew import Crew
 
 SignalLoss = Callable[[Rows, DivergenceSettings, Tensor | None, Sequence[int]], Felt]
 """The rows with their signal, what is minimised, the teacher's head where hidden states need one, and the stop ids."""
@@ -99,3 +102,10 @@ def _felt(
 
 LOSSES: dict[type[Any], SignalLoss] = {HiddenStates: _exact, TopK: _top_k, SampledLogprobs: _sampled}
 """Signal to loss."""
+
+
+def feel(rows: Rows, settings: DivergenceSettings, crew: Crew) -> Felt:
+    """The loss of whichever signal the rows carry."""
+    signal = rows.batch.signal
+    head_VD = crew.teachers.head_VD(signal.teacher) if isinstance(signal, HiddenStates) else None
+    return LOSSES[type(signal)](rows, settings, head_VD, crew.encoder.stop_ids)

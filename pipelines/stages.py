@@ -24,11 +24,11 @@ from distill.family import Shape
 from distill.progress import say
 from distill.sampler import Sampler
 from distill.seeding import derive
-from distill.types import Example, HiddenStates, Request, Rollout
+from distill.types import Example, Request, Rollout
 from pipelines.crew import Crew, Judged, positions_of, student_responses, teacher_requests
 from pipelines.faculty import TeacherPart, Tutor
 from pipelines.grpo import Grpo, OpdReward
-from pipelines.losses import LOSSES
+from pipelines.losses import feel
 from pipelines.meter import MeteredSampler
 from pipelines.verifier import verdicts_where_known
 from students.shared_sampler import with_all_samplers
@@ -172,9 +172,7 @@ class OnPolicy:
         return Judged([[Example(rollout, signal) for rollout, signal in zip(rollouts, signals, strict=True)]])
 
     def loss(self, rows: Rows) -> Felt:
-        signal = rows.batch.signal
-        head_VD = self.crew.teachers.head_VD(signal.teacher) if isinstance(signal, HiddenStates) else None
-        return LOSSES[type(signal)](rows, self.settings.divergence, head_VD, self.crew.encoder.stop_ids)
+        return feel(rows, self.settings.divergence, self.crew)
 
     def manifest(self) -> dict[str, Any]:
         return {}

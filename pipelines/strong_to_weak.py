@@ -48,6 +48,7 @@ from pipelines.guards import Guards
 from pipelines.launch import choose_engine
 from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
+from pipelines.specimens import Specimens
 from pipelines.stages import STAGES
 from pipelines.tracker import TrackedRun, check_tracker, tracking
 from students.ranks import ALONE, Ranks
@@ -292,7 +293,10 @@ class _Run:
             stage=stage.name,
             checkpoints=self.journal.path / "checkpoints",
             history=self.journal.metrics_of(stage.name),
+            record=self.journal.record_warning,
         )
+
+        specimens = Specimens(self.crew, self.journal)
 
         def checkpoint(done: int, stage_end: bool) -> None:
             if stage_end and self.curve is not None:
@@ -300,7 +304,10 @@ class _Run:
             self._checkpoint(_Position(number, done, before + done), stage_end=stage_end)
 
         def examine(done: int) -> bool:
-            return self.curve is not None and self.curve.ends(stage, done, before + done, self.student)
+            ends = self.curve is not None and self.curve.ends(stage, done, before + done, self.student)
+            if ends or done in (0, stage.num_steps):
+                specimens.take(stage, settings, step=done, global_step=before + done)
+            return ends
 
         self.crew.student_sampler.weight_version = position.global_step
         done = run_stage(

@@ -152,6 +152,19 @@ class Student:
                 found |= {places[id(example.rollout)]: part for example, part in zip(group, parts, strict=True)}
         return [found[place] for place in range(len(rollouts))]
 
+    @torch.no_grad()
+    def felt(self, examples: Sequence[Example], loss: Loss) -> list[dict[str, Tensor]]:
+        """What ``loss`` says of each example's response tokens, [R] a metric; nothing is learnt."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for group in micro_batches(examples, self.settings.micro_batch_tokens) if examples else []:
+            interrupt.check()
+            rows, _ = self.rows(collate(group, self.model.device))
+            lengths = [len(example.rollout.response_ids) for example in group]
+            parts = {name: value_N.split(lengths) for name, value_N in loss(rows).per_token_N.items()}
+            for place, example in enumerate(group):
+                found[id(example)] = {name: split[place] for name, split in parts.items()}
+        return [found[id(example)] for example in examples]
+
     def step(self, examples: Sequence[Example], loss: Loss, *, step: int, num_steps: int, where: str) -> dict[str, Any]:
         """One optimiser step on ``examples``, this process's share; the metrics are those of all.
 

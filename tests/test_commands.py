@@ -72,7 +72,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(typed: Any, tmp_path: Path) -> 
         (["eval", "nano", "--out", str(tmp_path / "file")], "is a file; name a folder"),
         (["eval", "nano", "--out", str(tmp_path / "file" / "below")], "cannot be written"),
         (["eval", "nano", "--seed", "-1"], "--seed"),
-        (["report", str(tmp_path / "empty")], "is no run directory"),
+        (["report", str(tmp_path / "empty")], "neither a run directory"),
         (["run", "--dry-run", "--teacher", "5B"], "nearest: 235B"),
         (["run", "--dry-run", "--student", "235B"], "no base checkpoint"),
     ]

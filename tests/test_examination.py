@@ -1,6 +1,7 @@
 """`distill eval` on real checkpoints: both modes, budgets, mode switching, local copies, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from distill.cli import app, main
+from distill.embedded import checkpoint_dir
 from distill.errors import UserError
 from eval.budget import budget_curves
 from eval.evaluation import Evaluation
@@ -110,3 +112,20 @@ def test_a_refusal_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2 and "needs --tokenizer" in capsys.readouterr().err
+
+
+def test_what_is_found_of_a_run_later_is_kept_where_its_report_finds_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint_dir("nano"), run / "student")
+    (run / "config.yaml").write_text("name: x\n")
+    few = ("--questions", "2", "--max-new-tokens", "12")
+    found = distill_eval(str(run), "--task", "embedded", "--task", "mode_switching", "--budget", "4,8", *few)
+    page = (run / "report.html").read_text()
+    assert "Score against thinking budget" in page and "<figcaption>student, embedded" in page
+    assert "Mode switching" in page and "Examined after the run: embedded" in page
+    kept = [path.name for path in (run / "eval" / "later").glob("*.json")]
+    assert len(kept) == len(found["evaluations"]) + 1
+    # Given a folder, it is kept there, and the run stays as it was.
+    (run / "report.html").unlink()
+    distill_eval(str(run), *few, "--out", str(tmp_path / "elsewhere"))
+    assert not (run / "report.html").exists() and len(list((run / "eval" / "later").glob("*.json"))) == len(kept)

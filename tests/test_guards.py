@@ -16,6 +16,7 @@ from distill.config import GuardLimits, GuardSettings
 from distill.embedded import checkpoint_dir
 from distill.errors import GuardError
 from distill.repetition import repetition
+from eval.report import write_report
 from pipelines.guards import GUARDS, Guards
 from pipelines.resolution import resolve_run
 from pipelines.strong_to_weak import run
@@ -150,6 +151,13 @@ def test_the_teacher_as_its_own_student(tmp_path: Path) -> None:
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
     assert AutoModelForCausalLM.from_pretrained(out / "checkpoints" / "step_3") is not None
     assert not (out / "summary.json").exists()
+    # Kept once, however often the command is given.
+    kept = [json.loads(line) for line in (out / "warnings.jsonl").read_text().splitlines()]
+    assert [(found["verdict"], found["step"], found["guard"]) for found in kept] == [
+        ("warn", 1, "kl"),
+        ("stop", 2, "kl"),
+    ]
+    assert "The guard kl stopped this run at only step 2." in write_report(out).read_text()
 
 
 def test_a_resumed_guard_knows_what_it_saw(wrecked: Stream) -> None:

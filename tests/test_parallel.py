@@ -66,6 +66,15 @@ def assert_same_curve(out: Path, reference: Path) -> None:
         for key in ("num_tokens", "num_responses", "tokens.student_train"):
             assert a[key] == b[key], (a["step"], key)
         assert a["flops"] == pytest.approx(b["flops"])
+    # Before the stage's first step no tie has been met yet.
+    samples = [
+        [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()] for run in (out, reference)
+    ]
+    assert len(samples[0]) == len(samples[1]) > 0
+    for a, b in zip(*samples, strict=True):
+        assert (a["global_step"], a["prompt_id"], a["mode"]) == (b["global_step"], b["prompt_id"], b["mode"])
+        if a["step"] == 0:
+            assert a["tokens"] == b["tokens"] and a["kl"] == pytest.approx(b["kl"], rel=1e-2, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

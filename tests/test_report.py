@@ -19,12 +19,17 @@ from distill.errors import UserError
 from distill.family import Shape
 from distill.sampler import OnFinished
 from distill.types import MODES, Prompt, Request, Rollout, Sampling
+from eval.curve_charts import Places, score_charts
 from eval.figure import Series, line_chart, short
-from eval.report import count, duration, render, verdict, write_report
+from eval.page import count, duration
+from eval.report import render, verdict, write_report
+from eval.run_files import RunFiles
 from eval.runner import evaluate
+from eval.statistics import estimate
+from eval.switching import ModeSwitching
 from eval.tasks import Task, load_task
 
-HOSTILE = "<script>alert('x')</script> & \"quotes\""
+HOSTILE = "</script><script>alert('x')</script> & \"quotes\" \x00 \u202e ' onclick='y'"
 SHAPE = Shape(3, 4, 2, 32, 128, 384, 320, True)
 SKILL = {
     "teacher": {"think": 0.99, "no_think": 0.45},
@@ -79,7 +84,8 @@ def metrics() -> list[dict[str, Any]]:
                 }
                 row |= {"teacher_entropy": 0.21 + 0.01 * source.random()}
             row |= {"grad_norm": 1.5 + source.random(), "num_tokens": 2000 + source.randrange(300), "seconds": 0.8}
-            row |= {"seconds.sample": 0.3, "seconds.score": 0.1, "length": 20.0}
+            row |= {"seconds.sample": 0.32, "seconds.score": 0.08, "seconds.train": 0.2, "length": 20.0}
+            row |= {"flops": 1e9, "tokens.student_train": 700, "tokens.student_sample": 300}
             for mode, length in (("think", 31.0), ("no_think", 2.1)):
                 seen = mode == "think" or source.random() > 0.2
                 row |= {
@@ -95,6 +101,59 @@ def cost(tokens: int, flops: float, seconds: float, *stages: str, reused: int = 
     shown = {"tokens": tokens, "flops": flops, "seconds": seconds, "reused_tokens": reused}
     shown["tokens_per_second"] = tokens / seconds if seconds else None
     return {**shown, "stages": {stage: dict(shown) for stage in stages}}
+
+
+WARNING = {
+    **{"stage": "on_policy", "step": 31, "global_step": 160, "guard": "repetition", "verdict": "warn"},
+    "sentence": f"the share of repeated 4-grams has risen by 0.31 {HOSTILE}",
+}
+
+
+def recorded() -> list[dict[str, Any]]:
+    """What the run keeps of the student's tokens: a question in both modes, before and after the stage."""
+    return [
+        {
+            **{"stage": "on_policy", "step": step, "global_step": 128 + step, "prompt_id": "p"},
+            **{"prompt": "3+4=", "reference": "7", "mode": mode, "finish_reason": "stop", "divergence": "reverse_kl"},
+            **{"tokens": ["7", f"\ud800{HOSTILE}", "\n"], "kl": [0.02, kl, 0.5], "logprob": [-0.1, -2.5, 0.0]},
+        }
+        for step, kl in ((0, 7.5), (60, 0.04))
+        for mode in MODES
+    ]
+
+
+def curve() -> list[dict[str, Any]]:
+    """Points of a learning curve; each counts what its stage has spent."""
+    return [
+        {
+            **{"stage": stage, "step": step, "global_step": before + step, "tokens": 1000 * step, "flops": 1e9 * step},
+            "scores": [
+                {"task": "validation", "mode": "think", "metric": "avg@1", "mean": mean, "ci95": [mean - 0.1, mean]}
+            ],
+        }
+        for stage, before, step, mean in (
+            *(("off_policy", 0, 0, 0.1), ("off_policy", 0, 128, 0.4)),
+            *(("on_policy", 128, 0, 0.4), ("on_policy", 128, 60, 0.9)),
+        )
+    ]
+
+
+def switching() -> ModeSwitching:
+    shares = {"right_mode": 0.75, "right_mode@1": 0.9, "right_mode@2": 0.6, "right_mode/both": 0.5}
+    metrics = {name: estimate({"a": [share], "b": [share]}) for name, share in shares.items()}
+    return ModeSwitching(
+        checkpoint="on_policy",
+        settings_hash="",
+        num_dialogues=2,
+        num_turns=2,
+        metrics=metrics,
+        leakage=None,
+        num_broken=0,
+        num_tokens=9,
+        num_prompt_tokens=9,
+        flops=None,
+        seconds=1.0,
+    )
 
 
 def make_run(run: Path, *, num_questions: int = 60, samples: int = 4) -> Path:
@@ -139,11 +198,16 @@ def make_run(run: Path, *, num_questions: int = 60, samples: int = 4) -> Path:
         "teacher": {"name": "tiny", "revision": "a" * 40},
         "versions": {"torch": "2.13.0", "transformers": "5.19.0", "python": "3.11.7"},
         "preflight": [{"name": "vocabulary", "same": True}],
+        "stages": {"off_policy": {"responses": [f"key{number:04}" for number in range(2000)]}},
     }
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "costs.json").write_text(json.dumps(costs))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics()))
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in recorded()))
+    (run / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve()))
+    (run / "warnings.jsonl").write_text(json.dumps(WARNING) + "\n")
+    (run / "eval" / "on_policy-mode_switching.json").write_text(json.dumps(switching().to_json()))
     (run / "config.yaml").write_text(f"name: tiny-to-nano\nseed: 0\n# {HOSTILE}\n")
     return run
 
@@ -161,7 +225,7 @@ def page(run: Path) -> str:
 class Elements(HTMLParser):
     """Collects elements and checks that they nest."""
 
-    VOID = ("meta", "br", "line", "path", "circle", "polyline")
+    VOID = ("meta", "br", "line", "path", "circle", "polyline", "polygon", "input")
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -195,9 +259,12 @@ def test_what_models_and_people_wrote_is_escaped(page: str) -> None:
     assert "<script>" not in page
     # Question, thinking, command and configuration all hold the hostile text.
     assert page.count("&lt;script&gt;alert(") >= 4
+    assert page.count("[U+0000] [U+202E]") >= 4 and "[U+D800]" in page, "half a surrogate pair comes from a .jsonl"
+    assert not set("\x00\u202e\ud800") & set(page)
 
 
 def test_the_verdict_says_what_was_reached_in_each_mode(page: str) -> None:
+    page = page.replace("\u00a0", " ")
     assert "In thinking mode the on-policy student closed 93 % of the gap to the teacher.</p>" in page
     assert "In non-thinking mode the teacher leads by no more than chance, so there is no gap to close.</p>" in page
 
@@ -207,7 +274,9 @@ def test_the_verdict_says_what_was_reached_in_each_mode(page: str) -> None:
     [(1.02, "reached the teacher (102 % of the gap closed)"), (0.5, "closed 50 % of"), (-0.25, "fell back by 25 %")],
 )
 def test_the_verdict_is_as_plain_about_failure(share: float, words: str) -> None:
-    (sentence,) = verdict({"gap_closed": {"think": share}}, [{"checkpoint": "on_policy"}])
+    (sentence,) = verdict(
+        {"gap_closed": {"think": share}}, [{"checkpoint": who, "mode": "think"} for who in ("teacher", "on_policy")]
+    )
     assert words in sentence
 
 
@@ -229,9 +298,10 @@ def test_curves_costs_and_samples_are_there(page: str) -> None:
     assert "grad norm</figcaption>" in page, "a metric that the page does not know is shown all the same"
     assert page.count('class="boundary"') >= 6
     assert "61,000" in page and "student train" in page and "774 MiB" in page and "9.90e+11" in page
-    assert "pass@k against k: embedded, thinking" in page
+    assert "<figcaption>embedded, thinking" in page
     assert page.count('class="badge">last student wrong') >= 1 and page.count('class="badge">learned') >= 1
     assert "transformers 5.19.0" in page
+    assert "key0007" in page and "key0008" not in page and "and 1,992 more" in page
 
 
 def test_the_page_is_a_function_of_the_files(run: Path) -> None:
@@ -251,8 +321,16 @@ def test_an_unfinished_run_gets_a_page_of_what_is_there(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_a_run_that_a_guard_stopped_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    (tmp_path / "warnings.jsonl").write_text(json.dumps(WARNING | {"verdict": "stop", "sentence": "it rambles"}) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert "The guard repetition stopped this run at on-policy step 31." in page and "it rambles" in page
+    assert '<span class="stop">Stopped</span> by the guard repetition' in page
+
+
 def test_a_folder_that_is_no_run_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="neither a run directory"):
         write_report(tmp_path)
 
 
@@ -301,4 +379,80 @@ def test_a_thinking_budget_is_a_row_of_its_own(tmp_path: Path) -> None:
     )
     page = write_report(run).read_text()
     Elements(page)
-    assert "on-policy (budget 24)" in page
+    assert "Score against thinking budget" in page and "(budget 24)" in page
+
+
+def test_curves_are_there_against_steps_tokens_and_flops_without_a_script(page: str) -> None:
+    for axis in ("steps", "tokens", "flops"):
+        assert (f'id="axis-{axis}"' in page and f"#axis-{axis}" in page) or axis == "steps"
+        assert page.count(f'<div class="view on-{axis}">') >= 8
+    # The last of 188 steps of 1000 tokens each.
+    assert "Score between the steps: validation" in page and "150k" in page
+
+
+def test_a_curve_stands_behind_what_the_stages_before_it_spent(run: Path) -> None:
+    files = RunFiles.read(run)
+    places = Places.of(files)
+    assert places.after["steps"][-1] == 188 and places.after["tokens"][-1] == 188_000
+    assert places.begun["flops"] == [(0.0, "off_policy"), (128e9, "on_policy")]
+    (chart,) = score_charts(files, places)
+    # The second stage's line begins where the first one's 128e9 FLOPs end, 128 / 188 of the way, and goes to the edge.
+    assert 'points="280.9,123.2 390.0,32.2"' in chart.views["flops"]
+    assert chart.views["steps"].count("<polyline") == 2 and chart.views["steps"].count("<polygon") == 1
+
+
+def test_without_a_curve_the_scores_after_each_stage_are_one(run: Path) -> None:
+    files = dataclasses.replace(RunFiles.read(run), curve=())
+    (chart,) = score_charts(files, Places.of(files))
+    assert chart.title == "Score after each stage: embedded"
+    assert chart.views["flops"].count("<polyline") == 2, "a line a mode"
+
+
+def test_tokens_are_shaded_by_their_divergence(page: str) -> None:
+    shades = re.findall(r'<i(?: class="(k\d)")? title="([^"]*)">', page)
+    assert shades[:3] == [("", "0.02 nats, log p -0.1"), ("k5", "7.5 nats, log p -2.5"), ("k3", "0.5 nats, log p 0")]
+    assert [shade for shade, _ in shades[6:9]] == ["", "k1", "k3"], "after the stage"
+    assert "before its first step" in page and "after step 60" in page
+    assert "reverse KL to the teacher over the whole vocabulary" in page
+
+
+def test_guards_phases_and_mode_switching_are_there(page: str) -> None:
+    assert "<strong>Warning</strong> of the guard repetition, on-policy step 31" in page
+    assert "<td>40 %</td><td>10 %</td><td>25 %</td><td>25 %</td><td>60</td><td>48.0 s</td>" in page
+    assert "Turns in the right mode" in page and "<strong>50.0 %</strong>" in page
+    assert "leakage" in page and "quoted flags" not in page, "what nobody measured has no column"
+
+
+def test_a_run_that_measured_little_has_few_sections(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    headings = re.findall(r"<h2>(.*?)</h2>", write_report(tmp_path).read_text())
+    assert headings == ["How to make it again"]
+
+
+def test_what_was_examined_later_is_found(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_questions=4, samples=1)
+    encoder = Encoder(build_tokenizer())
+    for budget in (None, 8, 32):
+        evaluate(
+            load_task("embedded", num_questions=4),
+            "think",
+            sampler=Pretender(encoder, 0.5),
+            encoder=encoder,
+            sampling=Sampling(max_new_tokens=96, thinking_budget=budget),
+            samples=1,
+            seed=0,
+            checkpoint="run",
+            out=run / "eval" / "later",
+        )
+    page = write_report(run).read_text()
+    Elements(page)
+    assert "Examined after the run: embedded" in page and "<figcaption>student, embedded" in page
+    assert page.count("<strong>student</strong>") == 3
+
+
+def test_a_page_stays_small_whatever_the_models_say(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_questions=4, samples=1)
+    long = recorded()[0] | {"tokens": ["<b>"] * 4000, "kl": [0.5] * 4000, "logprob": [-1.0] * 4000}
+    lines = [json.dumps(long | {"prompt_id": str(n), "mode": mode}) for n in range(40) for mode in MODES]
+    (run / "samples.jsonl").write_text("\n".join(lines))
+    assert len(write_report(run).read_bytes()) < 3_000_000

@@ -145,6 +145,7 @@ def test_sigkill_anywhere_ends_in_the_same_numbers(undisturbed: tuple[Path, dict
         assert code in (-signal.SIGKILL, 0)
     resumed = finish(out, store)
     assert numbers(out) == numbers(reference)
+    assert (out / "samples.jsonl").read_text() == (reference / "samples.jsonl").read_text()
     assert resumed["scores"] == summary["scores"] and resumed["gap_closed"] == summary["gap_closed"]
     for role, cost in summary["costs"].items():
         assert resumed["costs"][role]["tokens"] == cost["tokens"], role
@@ -167,6 +168,7 @@ def test_a_clean_stop_checkpoints_and_resumes(
     assert AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step_{done}") is not None
     finish(out, reference.parent / "store")
     assert numbers(out) == numbers(reference)
+    assert (out / "samples.jsonl").read_text() == (reference / "samples.jsonl").read_text()
 
 
 def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:

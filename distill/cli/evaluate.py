@@ -42,7 +42,10 @@ def evaluate(
         str | None, typer.Option(help="For a server's URL: size name, hub id or folder of the model that it serves.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the responses.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores and per-sample parquet; resumes.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for scores and per-sample parquet; resumes [default: a run's own, else none]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Examine a checkpoint on tasks, in one mode or both, with the report's prompts and sampling for each mode.

@@ -12,10 +12,10 @@ from distill.cli.options import Json
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, or a comparison's.")],
     as_json: Json = False,
 ) -> None:
-    """Write RUN/report.html again from the run's files.
+    """Write RUN/report.html again from the files of a run or a comparison.
 
     Example:
 
