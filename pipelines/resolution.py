@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from distill.comparison import ComparisonConfig
 from distill.config import GrpoStage, OpdRewardStage, RunConfig
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, resolve, short_name
+from distill.jobs import split_job
 from distill.prompts import prompt_files
 from distill.recipe import assign, load_recipe, merge, parse_assignment, parse_yaml, validate, validate_as
 from pipelines.probes import refuse_unknown
@@ -100,7 +102,8 @@ def find_recipe(name: str) -> Path:
         return Path(str(_recipes() / f"{name}.yaml"))
     if name in comparison_names():
         return Path(str(_comparisons() / f"{name}.yaml"))
-    if Path(name).is_file():
+    # os.path: what is too long for a file's name is none, and no error.
+    if os.path.isfile(name):
         return Path(name)
     known = [*recipe_names(), *comparison_names()]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -136,9 +139,27 @@ def load_named(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """A shipped recipe or one's own file, not yet validated, laid over the one that its key ``extends`` names."""
     if name in above:
         raise UserError(f"the recipe {name!r} extends itself ({' extends '.join([*above, name])}); name another base")
-    tree = _shipped(name)
-    base = tree.pop("extends", None)
-    return tree if base is None else merge(load_named(str(base), (*above, name)), tree)
+    job = split_job(_shipped(name), where=f"the recipe {name}")
+    if job.sweep is not None:
+        raise UserError(
+            f"the recipe {name} is a sweep of {len(job.sweep.runs)} runs, not one; distill queue add {name} runs them"
+        )
+    # When a run is to start says nothing about the run.
+    return _extended(job.recipe, (*above, name))
+
+
+def _extended(tree: Mapping[str, Any], above: tuple[str, ...]) -> dict[str, Any]:
+    base = tree.get("extends")
+    own = {key: value for key, value in tree.items() if key != "extends"}
+    return own if base is None else merge(load_named(str(base), above), own)
+
+
+def resolve_recipe(tree: Mapping[str, Any], *, where: str) -> RunConfig:
+    """The configuration that a recipe's keys and values mean. Raises UserError for anything that is wrong."""
+    whole = _extended(tree, ())
+    if whole.get("kind") == "comparison":
+        raise UserError(f"{where} is a comparison of several runs, which distill run makes; name a recipe of one")
+    return _checked(whole, where)
 
 
 def resolve_run(
@@ -174,10 +195,14 @@ def resolve_run(
         assign(tree, "evaluation.tasks", None)
     # The flags lie below the assignments too: prompts.prompt_column is a key of the prompts that --prompts makes.
     tree = merge(_assigned(merge(tree, flags), assignments), flags)
+    return _checked(tree, f"the configuration (recipe {recipe})")
+
+
+def _checked(tree: dict[str, Any], where: str) -> RunConfig:
     if isinstance(tree.get("stages"), dict):
         # A stage that is null is one that this recipe leaves out of the one it extends.
         tree["stages"] = {name: stage for name, stage in tree["stages"].items() if stage is not None}
-    config = validate(tree, where=f"the configuration (recipe {recipe})")
+    config = validate(tree, where=where)
     refuse_unknown(config.preflight.skip)
     if config.name is None:
         parts = (Path(block.model).name for block in (config.teacher, config.student))
@@ -233,7 +258,7 @@ def check_names(config: RunConfig) -> None:
     for teacher in (config.teacher, *config.specialists.values()):
         resolve(teacher.model, role="teacher", revision=teacher.revision)
     if config.prompts.kind == "file":
-        prompt_files(Path(config.prompts.path).expanduser())
+        prompt_files(Path(os.path.expanduser(config.prompts.path)))
     curve = config.evaluation.curve
     for task in (*(config.evaluation.tasks or ()), *([curve.task] if curve and curve.task else ())):
         if task != MODE_SWITCHING:
@@ -263,4 +288,4 @@ def _prompt_settings(prompts: str) -> dict[str, Any]:
 
 def _absolute(model: str) -> str:
     """A folder's full path, so that the recorded configuration works from anywhere; other names as they are."""
-    return str(Path(model).resolve()) if Path(model).is_dir() and model not in EMBEDDED_NAMES else model
+    return str(Path(model).resolve()) if os.path.isdir(model) and model not in EMBEDDED_NAMES else model
