@@ -214,7 +214,7 @@ def differences(paired: Sequence[Document]) -> list[Document]:
     widest = max([*(abs(end) for entry in turned for end in entry["ci95"]), 0.01])
 
     def place(value: float) -> float:
-        return 50 + 50 * value / widest
+        return float(50 + 50 * value / widest)
 
     return [
         {
