@@ -78,8 +78,8 @@ def packed_attention(
         assert isinstance(layer, int)
         said = [decoding.attend(query[:num_rows], layer, scaling)] if num_rows else []
         if packing is not None:
-            asked, keys, values = (states[num_rows:].transpose(0, 2) for states in (query, key, value))
-            read, _ = packed_attention(module, asked, keys, values, None, scaling=scaling, packing=packing)
+            query, key, value = (states[num_rows:].transpose(0, 2) for states in (query, key, value))
+            read, _ = packed_attention(module, query, key, value, None, scaling=scaling, packing=packing)
             said.append(read.transpose(0, 1))
         return said[0] if len(said) == 1 else torch.cat(said), None
     if packing is None:
