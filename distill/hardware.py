@@ -187,9 +187,8 @@ def _find(written: str, devices: Mapping[str, Device], *, option: str, text: str
     plain = {_plain(name): name for name in devices}
     if _plain(written) in plain:
         return plain[_plain(written)]
+    # The beginning of a name is only a hint: an H20 is no H200, and an L40 no L40S.
     begin = [name for key, name in plain.items() if _plain(written) and key.startswith(_plain(written))]
-    if len(begin) == 1:
-        return begin[0]
     near = begin or [plain[key] for key in difflib.get_close_matches(_plain(written), plain, n=3, cutoff=0.5)]
     hint = f"nearest: {', '.join(near)}; " if near else ""
     raise UserError(

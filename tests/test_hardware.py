@@ -58,6 +58,8 @@ def test_pools_are_written_in_many_ways(text: str, name: str, count: int, per_no
     ("text", "said"),
     [
         ("8xA100", "nearest: A100-40, A100-80"),
+        ("8xH20", "nearest: H200"),
+        ("8xL40", "nearest: L40S"),
         ("8xH800", "nearest: H200, H100"),
         ("0xH100", "is 0 devices; a plan is made for 1 to 100000"),
         ("99999x8xH100", "is 799992 devices"),
