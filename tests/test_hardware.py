@@ -46,7 +46,6 @@ def test_the_table_has_what_plans_are_made_for() -> None:
         ("2X4Xrtx 4090", "RTX4090", 8, 4, "2x4xRTX4090"),
         ("4*NVIDIA-L40S", "L40S", 4, 8, "4xL40S"),
         ("8xA100_80", "A100-80", 8, 8, "8xA100-80"),
-        ("b2", "B200", 1, 8, "1xB200"),
     ],
 )
 def test_pools_are_written_in_many_ways(text: str, name: str, count: int, per_node: int, shown: str) -> None:
