@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from distill.comparison import ComparisonConfig
 from distill.config import GrpoStage, OpdRewardStage, RunConfig
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, resolve, short_name
+from distill.jobs import split_job
 from distill.prompts import prompt_files
 from distill.recipe import assign, load_recipe, merge, parse_assignment, parse_yaml, validate, validate_as
 from pipelines.probes import refuse_unknown
@@ -136,9 +137,24 @@ def load_named(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """A shipped recipe or one's own file, not yet validated, laid over the one that its key ``extends`` names."""
     if name in above:
         raise UserError(f"the recipe {name!r} extends itself ({' extends '.join([*above, name])}); name another base")
-    tree = _shipped(name)
-    base = tree.pop("extends", None)
-    return tree if base is None else merge(load_named(str(base), (*above, name)), tree)
+    job = split_job(_shipped(name), where=f"the recipe {name}")
+    if job.sweep is not None:
+        raise UserError(
+            f"the recipe {name} is a sweep of {len(job.sweep.runs)} runs, not one; distill queue add {name} runs them"
+        )
+    # When a run is to start says nothing about the run.
+    return _extended(job.recipe, (*above, name))
+
+
+def _extended(tree: Mapping[str, Any], above: tuple[str, ...]) -> dict[str, Any]:
+    base = tree.get("extends")
+    own = {key: value for key, value in tree.items() if key != "extends"}
+    return own if base is None else merge(load_named(str(base), above), own)
+
+
+def resolve_recipe(tree: Mapping[str, Any], *, where: str) -> RunConfig:
+    """The configuration that a recipe's keys and values mean. Raises UserError for anything that is wrong."""
+    return _checked(_extended(tree, ()), where)
 
 
 def resolve_run(
@@ -174,10 +190,14 @@ def resolve_run(
         assign(tree, "evaluation.tasks", None)
     # The flags lie below the assignments too: prompts.prompt_column is a key of the prompts that --prompts makes.
     tree = merge(_assigned(merge(tree, flags), assignments), flags)
+    return _checked(tree, f"the configuration (recipe {recipe})")
+
+
+def _checked(tree: dict[str, Any], where: str) -> RunConfig:
     if isinstance(tree.get("stages"), dict):
         # A stage that is null is one that this recipe leaves out of the one it extends.
         tree["stages"] = {name: stage for name, stage in tree["stages"].items() if stage is not None}
-    config = validate(tree, where=f"the configuration (recipe {recipe})")
+    config = validate(tree, where=where)
     refuse_unknown(config.preflight.skip)
     if config.name is None:
         parts = (Path(block.model).name for block in (config.teacher, config.student))

@@ -26,7 +26,15 @@ MAY_IMPORT = {
 DOOR = ROOT / "distill" / "cli"
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 PYTHON_FILES = SOURCES + sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
-LIGHT_MODULES = ("distill", "distill.types", "distill.config", "distill.family", "distill.chat", "distill.errors")
+LIGHT_MODULES = (
+    "distill",
+    "distill.types",
+    "distill.config",
+    "distill.family",
+    "distill.chat",
+    "distill.errors",
+    "distill.jobs",
+)
 HEAVY_MODULES = ("torch", "transformers", "vllm", "datasets", "pandas", "pyarrow")
 
 
