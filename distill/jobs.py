@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo, available_timezones
@@ -28,6 +29,8 @@ BLOCKS = ("schedule", "sweep")
 """The keys of a job file that a recipe does not have."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+_timezones = cache(available_timezones)
 
 _LONGEST_CRON = 200  # characters; more is no expression that somebody has written
 
@@ -89,7 +92,7 @@ class ScheduleSettings(Settings):
     @field_validator("timezone")
     @classmethod
     def _check_timezone(cls, timezone: str) -> str:
-        known = available_timezones()
+        known = _timezones()
         if timezone not in known:
             near = difflib.get_close_matches(timezone, known, n=1, cutoff=0.0)
             raise ValueError(f"no such time zone; did you mean {near[0]}?")

@@ -102,7 +102,14 @@ def hired_teacher(
         own = [
             role for role, urls in (("score", settings.urls.score), ("generate", settings.urls.generate)) if not urls
         ]
-        shifts = Shifts({role: _launches(config, checkpoint, role, device) for role in ROLES if role in own}, logs)
+        shifts = Shifts(
+            {
+                role: server_launches(config, checkpoint, role, on_gpu=device.type == "cuda", devices=devices_here())
+                for role in ROLES
+                if role in own
+            },
+            logs,
+        )
         stack.callback(shifts.end)
         clients = _Clients(shifts, settings)
         most = REPLY_BYTES / state_bytes(checkpoint, settings.wire) if signal.role == "score" else math.inf
@@ -138,7 +145,10 @@ def devices_here() -> list[str]:
     return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _launches(config: RunConfig, checkpoint: Checkpoint, role: Role, device: torch.device) -> list[Launch]:
+def server_launches(
+    config: RunConfig, checkpoint: Checkpoint, role: Role, *, on_gpu: bool, devices: Sequence[str]
+) -> list[Launch]:
+    """What the run's own servers of a role are started with, on ``devices``."""
     settings = config.teacher
     # One more than prompt and response: forced tokens at the very end are scored by asking for one after them.
     longest = config.max_prompt_tokens + config.longest_response + 1
@@ -148,7 +158,7 @@ def _launches(config: RunConfig, checkpoint: Checkpoint, role: Role, device: tor
         role,
         dtype=settings.dtype,
         max_model_len=min(longest, checkpoint.max_positions),
-        on_gpu=device.type == "cuda",
+        on_gpu=on_gpu,
         tensor_parallel=settings.tensor_parallel,
         pipeline_parallel=settings.pipeline_parallel,
         quantization=settings.quantization,
@@ -156,7 +166,7 @@ def _launches(config: RunConfig, checkpoint: Checkpoint, role: Role, device: tor
         extra=(*(signal.flags(settings) if role == signal.role else ()), *settings.server_args),
     )
     launch.check()
-    return [replace(one, port=free_port(one.host)) for one in replicas(launch, settings.replicas, devices_here())]
+    return [replace(one, port=free_port(one.host)) for one in replicas(launch, settings.replicas, devices)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ FORCED = ("[forced: ", "]")
 
 def print_collections(root: str, collections: Sequence[Document]) -> None:
     """A row a collection, with the part of the sampling that is not the default."""
-    console = _console()
+    console = output()
     if not collections:
         console.print(f"{root} holds no responses")
         return
-    table = _table("collection", "teacher", "responses", "tokens", "MiB", "shards", left=2)
+    table = table_of("collection", "teacher", "responses", "tokens", "MiB", "shards", left=2)
     for found in collections:
         table.add_row(
             found["collection"],
@@ -39,7 +39,7 @@ def print_collections(root: str, collections: Sequence[Document]) -> None:
 
 def print_responses(responses: Sequence[Document]) -> None:
     """One response after the other: what was asked, what was said, forced tokens marked."""
-    console = _console()
+    console = output()
     for number, found in enumerate(responses):
         if number:
             console.rule(style="dim")
@@ -62,9 +62,9 @@ def _text(found: Document) -> str:
 
 def print_statistics(collections: Sequence[Document]) -> None:
     """A row a collection and mode."""
-    console = _console()
+    console = output()
     for found in collections:
-        table = _table("mode", "said", "prompts", "p50", "p90", "max", "cut", "closed", "forced", "repeats")
+        table = table_of("mode", "said", "prompts", "p50", "p90", "max", "cut", "closed", "forced", "repeats")
         for mode, figures in found["modes"].items():
             length, closure = figures["length"], figures["closure"]
             table.add_row(
@@ -94,13 +94,15 @@ def _sampling(sampling: Document) -> str:
     return ", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None)
 
 
-def _table(*columns: str, left: int = 1) -> Table:
+def table_of(*columns: str, left: int = 1) -> Table:
+    """An empty table; all but the first ``left`` columns hold numbers."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     for place, name in enumerate(columns):
         table.add_column(name, no_wrap=True, justify="left" if place < left else "right")
     return table
 
 
-def _console() -> Console:
+def output() -> Console:
+    """Standard output as rich sees it."""
     # What people and models wrote may look like markup.
     return Console(highlight=False, markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import typer
 
-from distill.cli import config, responses, teacher
+from distill.cli import config, queue, responses, schedule, teacher
 from distill.cli.compare import compare
 from distill.cli.doctor import doctor
 from distill.cli.evaluate import evaluate
@@ -23,6 +23,7 @@ from distill.cli.init import init
 from distill.cli.preview import preview
 from distill.cli.report import report
 from distill.cli.run import run
+from distill.cli.worker import worker
 from distill.errors import DistillError, GuardError, NonFiniteError, PeerError, StoppedError
 from distill.progress import complain, say
 
@@ -50,6 +51,9 @@ app.command()(export)
 app.add_typer(config.app, name="config")
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(responses.app, name="responses")
+app.add_typer(schedule.app, name="schedule")
+app.add_typer(queue.app, name="queue")
+app.command()(worker)
 
 
 def main() -> None:

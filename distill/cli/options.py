@@ -42,6 +42,11 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Override one key: --set stages.on_policy.steps=100")
 ]
 Store = Annotated[Path | None, typer.Option(help="Folder of the store; default DISTILL_STORE or the user's cache.")]
+QueueFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the queue; default DISTILL_QUEUE or the user's state.")
+]
+JobName = Annotated[str | None, typer.Option("--name", help="The job's name; default the file's.")]
+JobOut = Annotated[Path | None, typer.Option("--out", help="Folder of its run directories; default runs/<name>.")]
 
 
 def numbers_of(texts: list[str] | None, option: str) -> tuple[int, ...]:

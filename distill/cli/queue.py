@@ -1,0 +1,127 @@
+"""``distill queue``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill.cli.options import JobName, JobOut, Json, QueueFolder
+from distill.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.queue import Queue
+
+app = typer.Typer(help="Jobs: waiting, running and finished.", no_args_is_help=True)
+
+JobId = Annotated[int, typer.Argument(help="A job's number.")]
+RECENT = 20
+
+
+def _queue(folder: Path | None) -> Queue:
+    from pipelines.queue import Queue, default_folder
+
+    return Queue(folder or default_folder())
+
+
+@app.command("list")
+def queue_list(
+    schedule: Annotated[str | None, typer.Option(help="Only jobs of this schedule.")] = None,
+    last: Annotated[int, typer.Option(min=1, help="How many, the newest.")] = RECENT,
+    queue: QueueFolder = None,
+    as_json: Json = False,
+) -> None:
+    """List jobs, the newest last, with what became of them.
+
+    Example:
+
+      distill queue list --schedule nightly --last 7
+    """
+    from pipelines.board import print_jobs
+
+    documents = [job.to_json() for job in _queue(queue).jobs(schedule=schedule, last=last)]
+    if as_json:
+        print(json.dumps({"jobs": documents}, allow_nan=False))
+    else:
+        print_jobs(documents)
+
+
+@app.command("add")
+def queue_add(
+    file: Annotated[Path, typer.Argument(help="A job file: a recipe, with or without a schedule block.")],
+    name: JobName = None,
+    out: JobOut = None,
+    queue: QueueFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Have the job in FILE run once, when its turn comes; cron in its schedule block plays no part.
+
+    Examples:
+
+      distill queue add runs/tiny-to-nano/config.yaml --name again
+
+      distill queue add sizes.yaml                       a sweep
+    """
+    from pipelines.job import resolve_job
+
+    waiting = _queue(queue)
+    job = waiting.add(resolve_job(file, name=name, out=out))
+    print(json.dumps(job.to_json(), allow_nan=False) if as_json else f"job {job.id} ({job.name}) is queued")
+
+
+@app.command("cancel")
+def queue_cancel(job: JobId, queue: QueueFolder = None, as_json: Json = False) -> None:
+    """Take a job out. One that runs is asked to stop with a checkpoint; distill queue retry goes on from there.
+
+    Example:
+
+      distill queue cancel 17
+    """
+    found = _queue(queue).cancel(job)
+    state = "is asked to stop" if found.state == "running" else "is cancelled"
+    print(json.dumps(found.to_json(), allow_nan=False) if as_json else f"job {job} {state}")
+
+
+@app.command("retry")
+def queue_retry(job: JobId, queue: QueueFolder = None, as_json: Json = False) -> None:
+    """Run a job again that failed, was cancelled or was left out, from its last checkpoint.
+
+    Example:
+
+      distill queue retry 17
+    """
+    found = _queue(queue).retry(job)
+    print(json.dumps(found.to_json(), allow_nan=False) if as_json else f"job {job} is queued")
+
+
+@app.command("logs")
+def queue_logs(
+    job: JobId,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Which attempt; default the last one.")] = None,
+    queue: QueueFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Print what an attempt at a job has said.
+
+    Examples:
+
+      distill queue logs 17
+
+      distill queue logs 17 --attempt 1 --json
+    """
+    waiting = _queue(queue)
+    found = waiting.job(job)
+    attempts = waiting.attempts(job)
+    if not attempts:
+        raise UserError(f"job {job} is {found.state} and has not run yet; distill worker runs it")
+    if attempt is not None and attempt > len(attempts):
+        raise UserError(f"job {job} has had {len(attempts)} attempts, and --attempt is {attempt}")
+    chosen = attempts[-1 if attempt is None else attempt - 1]
+    log = Path(chosen["log"])
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    if as_json:
+        print(json.dumps({"job": job, "attempts": attempts, "attempt": chosen["number"], "text": text}))
+    else:
+        print(text, end="")

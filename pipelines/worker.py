@@ -1,0 +1,219 @@
+"""A worker: makes the jobs that come due, runs them, and takes up what other workers left behind.
+
+It looks again and again at the queue. Whatever it does there is one transaction, and whatever it starts ends with it
+(``pipelines.keeper``), so it may be killed at any moment: the next worker finds a job whose lease is over and whose
+processes are gone, and gives the same command again, which resumes the run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill import interrupt
+from distill.errors import DistillError, UserError
+from distill.interrupt import deferred_signals
+from distill.progress import say
+from pipelines.attempt import Attempt, end_leftovers
+from pipelines.preparation import distill_run, prepare
+from pipelines.queue import Claim, Job, Queue
+from pipelines.schedule import Schedules
+from pipelines.verdict import ACTIVE, Asked
+
+POLL_SECONDS = 0.5
+LEASE_SECONDS = 60.0
+BEATS = 4
+"""Heartbeats in the time of a lease."""
+
+Command = Callable[[Path], Sequence[str]]
+"""From the folder of a prepared job to the command that does it."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A claim with its processes."""
+
+    claim: Claim
+    attempt: Attempt
+    began: float
+    next_beat: float
+    asked: Asked | None = None
+    is_lost: bool = False
+
+
+def slots_here(gpus: Sequence[str] | None, num: int | None) -> tuple[tuple[str, ...], bool]:
+    """This machine's slots and whether they are GPUs: those named, or all there are; without any, ``num`` slots."""
+    if gpus is not None:
+        return tuple(gpus), True
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    nodes = [entry for entry in Path("/dev").glob("nvidia*") if entry.name.removeprefix("nvidia").isdigit()]
+    found = visible.split(",") if visible else [str(number) for number in range(len(nodes))]
+    if found and num is None:
+        return tuple(found), True
+    return tuple(str(number) for number in range(num or 1)), False
+
+
+def exit_code(jobs: Sequence[Job]) -> int:
+    """What ``--once`` ends with: 0 where all is done, 75 where something can go on, 1 where something failed."""
+    states = {job.state for job in jobs}
+    if states & set(ACTIVE):
+        return 75
+    return 1 if "failed" in states else 0
+
+
+class Worker:
+    """One process that works on a queue. ``command`` is what a job's command is; tests bring one of their own."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        *,
+        slots: Sequence[str] = ("0",),
+        on_gpu: bool = False,
+        command: Command = distill_run,
+        poll_seconds: float = POLL_SECONDS,
+        lease_seconds: float = LEASE_SECONDS,
+    ) -> None:
+        self.queue, self.schedules, self.clock = queue, Schedules(queue), queue.clock
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._slots, self._on_gpu, self._command = tuple(slots), on_gpu, command
+        self._poll_seconds, self._lease_seconds = poll_seconds, lease_seconds
+        self._held: list[_Held] = []
+        self._settled: dict[int, Job] = {}
+
+    def work(self, *, once: bool = False) -> list[Job]:
+        """Work until a signal asks to stop; with ``once``, until nothing is left that can run now.
+
+        The jobs it had in hand, as they stand. Jobs that run when it is asked to stop write a checkpoint and are
+        marked interrupted; a second Ctrl-C kills them instead. Whichever way it ends, none of their processes is left.
+        """
+        with deferred_signals():
+            try:
+                while interrupt.received() is None:
+                    self._look()
+                    if once and not self._held:
+                        break
+                    self.clock.wait(self._poll_seconds)
+                self._stop()
+            except KeyboardInterrupt:
+                # No third Ctrl-C: what is left to do is short, and is what the second one asks for.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                self._end(kill=True)
+                raise
+            except BaseException:
+                self._end(kill=False)
+                raise
+        return list(self._settled.values())
+
+    def _look(self) -> None:
+        """One look at the queue."""
+        for job in self.schedules.consider():
+            say(f"job {job.id} ({job.name}) came due")
+        self._take_over()
+        self._attend()
+        while (claim := self.queue.claim(self.name, self._slots, self._lease_seconds)) is not None:
+            self._begin(claim)
+
+    def _begin(self, claim: Claim) -> None:
+        job, settings = claim.job, claim.job.spec.settings
+        folder = self.queue.job_folder(job.id)
+        log = self.queue.log_file(job.id, claim.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        attempt = Attempt(claim.token, self.queue.exit_file(claim), log)
+        environment = dict(os.environ)
+        if self._on_gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(claim.slots)
+        try:
+            last = None if job.schedule is None else self.schedules.last_done(job.schedule)
+            prepare(self.queue, job, last=last)
+            command = self._command(folder)
+            cwd, grace = job.spec.cwd, settings.termination_grace_period_seconds
+            process = attempt.start(command, cwd=cwd, environment=environment, grace=grace)
+        except (DistillError, OSError) as error:
+            log.write_text(f"distill: the job could not be started: {error}\n", encoding="utf-8")
+            code = error.exit_code if isinstance(error, UserError) else 1
+            self._note(self.queue.settle(claim, code=code, asked=None, seconds=0.0))
+            return
+        now = self.clock.passed()
+        self._held.append(_Held(claim, attempt, now, now + self._lease_seconds / BEATS))
+        if self.queue.register(claim, process):
+            attempt.go()
+            say(f"job {job.id} ({job.name}): attempt {claim.number} began, log in {log}")
+        else:
+            # It took so long that another worker has the job by now. Without `go`, nothing has begun.
+            attempt.abandon()
+            self._held[-1].is_lost = True
+
+    def _attend(self) -> None:
+        """Look after the jobs in hand."""
+        for held in list(self._held):
+            if held.attempt.has_ended():
+                self._settle(held)
+                continue
+            now = self.clock.passed()
+            if now >= held.next_beat:
+                held.next_beat = now + self._lease_seconds / BEATS
+                if not held.is_lost and not self.queue.beat(held.claim, self._lease_seconds):
+                    held.is_lost = True
+                    held.attempt.kill()
+            if held.asked is None and (asked := self._reason_to_end(held, now)) is not None:
+                held.asked = asked
+                held.attempt.ask_to_stop()
+
+    def _reason_to_end(self, held: _Held, now: float) -> Asked | None:
+        limit = held.claim.job.spec.settings.active_deadline_seconds
+        if limit is not None and held.claim.job.seconds + now - held.began > limit:
+            return "time_limit"
+        return self.queue.stop_wanted(held.claim.job.id)
+
+    def _settle(self, held: _Held) -> None:
+        self._held.remove(held)
+        seconds = self.clock.passed() - held.began
+        if not held.is_lost:
+            self._note(self.queue.settle(held.claim, code=held.attempt.code, asked=held.asked, seconds=seconds))
+
+    def _note(self, job: Job | None) -> None:
+        if job is not None:
+            self._settled[job.id] = job
+            say(f"job {job.id} ({job.name}): {job.state}" + (f", {job.reason}" if job.reason else ""))
+
+    def _take_over(self) -> None:
+        """Mark what other workers lost. A job of which a process is alive is not lost, whatever its lease says."""
+        own = {held.claim.token for held in self._held}
+        for claim in self.queue.lapsed():
+            if claim.token in own or (claim.process is not None and claim.process.is_alive):
+                continue
+            killed = end_leftovers(claim.token)
+            if killed:
+                say(f"job {claim.job.id}: killed {killed} processes that its dead attempt {claim.number} had left")
+            self._note(self.queue.settle_lapsed(claim))
+
+    def _stop(self) -> None:
+        """Have all jobs in hand stop with a checkpoint, and wait for it."""
+        for held in self._held:
+            if held.asked is None:
+                held.asked = "stop"
+                held.attempt.ask_to_stop()
+                say(f"job {held.claim.job.id}: asked to stop with a checkpoint")
+        while self._held:
+            self._attend()
+            self.clock.wait(self._poll_seconds / 5)
+
+    def _end(self, *, kill: bool) -> None:
+        """End all jobs in hand without the queue, which may be what has failed; it is told afterwards."""
+        for held in self._held:
+            held.asked = held.asked or "stop"
+            if kill:
+                held.attempt.kill()
+            else:
+                held.attempt.ask_to_stop()
+        while any(not held.attempt.has_ended() for held in self._held):
+            time.sleep(self._poll_seconds / 5)
+        for held in list(self._held):
+            self._settle(held)
