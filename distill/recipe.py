@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -51,12 +52,55 @@ for _tag, _pattern, _first in (
     _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
+def _construct_with(kind: str, convert: Callable[[str], Any]) -> None:
+    """Have values of a kind read as YAML 1.2 reads them; PyYAML takes 010 for 8, and what is no value for a crash."""
+
+    def construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+        text = str(loader.construct_scalar(node))
+        try:
+            return convert(text)
+        except (ValueError, KeyError):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{_short(text)} is no {kind}", node.start_mark
+            ) from None
+
+    _Yaml12Loader.add_constructor(f"tag:yaml.org,2002:{kind}", construct)
+
+
+for _kind, _convert in (("int", int), ("float", float), ("bool", {"true": True, "false": False}.__getitem__)):
+    _construct_with(_kind, _convert)
+# A date is a text to YAML 1.2, which knows no tag for it.
+del _Yaml12Loader.yaml_constructors["tag:yaml.org,2002:timestamp"]
+
+
 def parse_yaml(text: str, *, where: str) -> Any:
     """The value that a YAML 1.2 text stands for. Raises UserError with the place of a syntax error."""
     try:
-        return yaml.load(text, Loader=_Yaml12Loader)
+        value = yaml.load(text, Loader=_Yaml12Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where} is not valid YAML: it is nested too deeply") from None
+    _refuse_cycles(value, where, set(), set())
+    return value
+
+
+def _refuse_cycles(value: Any, where: str, above: set[int], seen: set[int]) -> None:
+    """An alias (``*name``) may stand for a block that it is part of; nothing here could follow it."""
+    if id(value) in above:
+        raise UserError(f"{where} has a block that holds itself; write out what its alias stands for")
+    if isinstance(value, dict | list) and id(value) not in seen:
+        seen.add(id(value))
+        for part in value.values() if isinstance(value, dict) else value:
+            _refuse_cycles(part, where, above | {id(value)}, seen)
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it, long ones cut: aliases make huge ones of a few lines."""
+    shown = reprlib.Repr()
+    shown.maxlevel, shown.maxstring, shown.maxlong, shown.maxother = 4, 200, 60, 200
+    shown.maxdict = shown.maxlist = shown.maxtuple = 8
+    return shown.repr(value)
 
 
 def dump_yaml(config: Settings) -> str:
@@ -155,7 +199,9 @@ def _sentence(details: Any, model: type[Settings]) -> str:
         return f"unknown key {shown} ({hint} known here: {', '.join(known)})"
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return f"{shown}: kind must be one of {', '.join(repr(kind) for kind in kinds)}"
-    return f"{shown or 'configuration'}: {details['msg'].removeprefix('Value error, ')} (got {details['input']!r})"
+    return (
+        f"{shown or 'configuration'}: {details['msg'].removeprefix('Value error, ')} (got {_short(details['input'])})"
+    )
 
 
 def _walk(location: Sequence[str | int], model: type[Settings]) -> tuple[list[str], list[str], list[str]]:

@@ -101,8 +101,11 @@ def find_recipe(name: str) -> Path:
         return Path(str(_recipes() / f"{name}.yaml"))
     if name in comparison_names():
         return Path(str(_comparisons() / f"{name}.yaml"))
-    if Path(name).is_file():
-        return Path(name)
+    try:
+        if Path(name).is_file():
+            return Path(name)
+    except OSError as error:
+        raise UserError(f"the recipe {name[:80]!r} cannot be looked for: {error.strerror}; name a file") from None
     known = [*recipe_names(), *comparison_names()]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     raise UserError(

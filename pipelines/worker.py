@@ -50,6 +50,8 @@ class _Held:
 def slots_here(gpus: Sequence[str] | None, num: int | None) -> tuple[tuple[str, ...], bool]:
     """This machine's slots and whether they are GPUs: those named, or all there are; without any, ``num`` slots."""
     if gpus is not None:
+        if not all(gpus) or len(set(gpus)) < len(gpus):
+            raise UserError(f"--gpus {','.join(gpus)!r} names no GPU, or one twice; write --gpus 0,1")
         return tuple(gpus), True
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     nodes = [entry for entry in Path("/dev").glob("nvidia*") if entry.name.removeprefix("nvidia").isdigit()]

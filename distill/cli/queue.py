@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Jobs: waiting, running and finished.", no_args_is_help=True)
 
-JobId = Annotated[int, typer.Argument(help="A job's number.")]
+JobId = Annotated[int, typer.Argument(min=1, max=2**63 - 1, help="A job's number.")]
 RECENT = 20
 
 

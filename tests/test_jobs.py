@@ -1,0 +1,371 @@
+"""Job files, and ``distill schedule``, ``queue`` and ``worker`` as they are typed: one document with ``--json``, and a
+sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distill import cli
+from distill.errors import UserError
+from distill.jobs import ScheduleSettings, read_job
+from distill.recipe import dump_yaml
+from pipelines.job import JobSpec, resolve_job
+from pipelines.preparation import distill_run, prepare
+from pipelines.queue import Queue
+from pipelines.resolution import recipe_names, resolve_recipe, resolve_run
+
+NIGHTLY = """
+extends: embedded
+student: {model: nano}
+stages:
+  on_policy: {steps: 3}
+schedule:
+  cron: "0 2 * * *"
+  timezone: Europe/Berlin
+  concurrency_policy: replace
+  starting_deadline_seconds: 3600
+  catch_up: none
+  backoff_limit: 2
+"""
+
+SWEEP = """
+extends: embedded
+teacher: {model: tiny}
+stages: {on_policy: {steps: 3}}
+sweep:
+  runs:
+    - student: {model: nano}
+    - student: {model: nano-moe}
+      stages: {on_policy: null}
+    - {name: long, stages: {on_policy: {steps: 9}}}
+schedule: {gpu_slots: 2}
+"""
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Runs a command in a folder of its own; exit code, standard output, standard error, as the system saw them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTILL_QUEUE", str(tmp_path / "queue"))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0), *capfd.readouterr()
+
+    return run
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_job_file_is_a_recipe_with_two_more_blocks(tmp_path: Path) -> None:
+    file = written(tmp_path / "nightly.yaml", NIGHTLY)
+    job = read_job(file)
+    assert (job.schedule.cron, job.schedule.concurrency_policy, job.schedule.backoff_limit) == (
+        "0 2 * * *",
+        "replace",
+        2,
+    )
+    # As a recipe it is a run; when it starts is not the run's affair.
+    config = resolve_run(recipe=str(file))
+    assert resolve_job(file).runs[0].config == config.model_dump(mode="json")
+    # And a recipe is a job file.
+    plain = written(tmp_path / "plain.yaml", dump_yaml(config))
+    assert resolve_job(plain).settings == ScheduleSettings()
+    assert resolve_job(plain).runs[0].config == config.model_dump(mode="json")
+
+
+def test_a_sweep_is_a_run_for_each_overlay(tmp_path: Path) -> None:
+    spec = resolve_job(written(tmp_path / "sizes.yaml", SWEEP))
+    assert [run.folder for run in spec.runs] == ["tiny-to-nano", "tiny-to-nano-moe", "long"]
+    assert [list(run.config["stages"]) for run in spec.runs][1] == ["off_policy"]
+    assert [run.config["stages"]["on_policy"]["steps"] for run in (spec.runs[0], spec.runs[2])] == [3, 9]
+    assert spec.share_teacher and spec.settings.gpu_slots == 2
+    assert JobSpec.from_text(spec.to_text()) == spec
+    with pytest.raises(UserError, match="sweep of 3 runs, not one; distill queue add"):
+        resolve_run(recipe=str(tmp_path / "sizes.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("schedule: nightly", "schedule is not valid: configuration: Input should be a valid dictionary"),
+        ("schedule: {corn: 0 2 * * *}", "unknown key corn (did you mean cron?"),
+        ("schedule: {cron: 0 2 * *}", "has five fields"),
+        ("schedule: {cron: 0 25 * * *}", "bad hour"),
+        ("schedule: {cron: 0 0 30 2 *}", "bad day-of-month"),
+        ("schedule: {cron: 0 0 31 4 *}", "bad day-of-month"),
+        ("schedule: {timezone: Europe/Berln}", "did you mean Europe/Berlin?"),
+        ("schedule: {gpu_slots: 0}", "gpu_slots"),
+        ("schedule: {when: new_data}", "prompts.kind is embedded, which does not grow"),
+        ("sweep: {runs: []}", "at least 1 item"),
+        ("sweep: {runs: [{student: {model: nano}}, {student: {model: nano}}]}", "give each its own name"),
+        ("sweep: {runs: [{}, {name: b, teacher: {model: nano}}]}", "another teacher than the first run"),
+        ("sweep: {runs: [{store: here}]}", "runs.0 has a key store"),
+        ("sweep: {runs: [{stages: {on_policy: {stps: 3}}}]}", "sweep.runs.0 is not valid: unknown key"),
+        ("studnet: {model: nano}", "did you mean student?"),
+        ("a: !!int x", "is not valid YAML"),
+        ("a: !!bool perhaps", "is not valid YAML"),
+        ("a: !!timestamp 99-99", "is not valid YAML"),
+        ("a: " + "9" * 5000, "is not valid YAML"),
+        ("a: " + "[" * 5000, "is not valid YAML"),
+        ("a: &a {b: *a}", "holds itself"),
+        ("- 1", "holds a list"),
+    ],
+)
+def test_what_is_wrong_with_a_job_file_is_a_sentence(typed: Any, tmp_path: Path, text: str, sentence: str) -> None:
+    base = "" if text.startswith(("- 1", "a: ")) else "extends: embedded\n"
+    file = written(tmp_path / "job.yaml", base + text)
+    code, out, err = typed("schedule", "add", str(file), "--cron", "0 2 * * *")
+    if text.startswith("schedule: {cron"):
+        code, out, err = typed("schedule", "add", str(file))
+    assert (code, out) == (2, ""), err
+    assert sentence in " ".join(err.split()) and "Traceback" not in err, err
+
+
+def mutated(chance: random.Random, text: str) -> bytes:
+    """A job file after a few accidents."""
+    data = bytearray(text.encode())
+    lines = text.splitlines()
+    fragments = (
+        *(
+            "null",
+            "true",
+            "[]",
+            "{}",
+            "-1",
+            "1e400",
+            "99999999999999999999",
+            ".nan",
+            "''",
+            "'\\0'",
+            "*x",
+            "&x",
+            "!!int",
+            "? a",
+        ),
+        *(
+            "schedule:",
+            "sweep:",
+            "extends: embedded",
+            "kind: file",
+            "{runs: [1]}",
+            "0 0 31 2 *",
+            "*/0 * * * *",
+            "@daily",
+        ),
+        *(": :", "- -", "%YAML 1.2", "---", "...", "\t", "\xff", "\u2028", "{a: {a: {a: 1}}}", "1: 2", "[1, 2]: 3"),
+    )
+    for _ in range(chance.randint(1, 3)):
+        at = chance.randrange(len(data) + 1)
+        match chance.randrange(6):
+            case 0:
+                data[at : at + chance.randint(1, 30)] = b""
+            case 1:
+                data[at:at] = bytes(chance.randrange(256) for _ in range(chance.randint(1, 4)))
+            case 2:
+                data[at:at] = chance.choice(fragments).encode()
+            case 3:
+                data[at:at] = f"\n{chance.choice(fragments)}\n".encode()
+            case 4:
+                data[at:at] = (chance.choice(lines) + "\n").encode()
+            case _:
+                colon = data.find(b":", at)
+                if colon >= 0:
+                    rest = data.find(b"\n", colon)
+                    data[colon + 1 : rest if rest >= 0 else None] = b" " + chance.choice(fragments).encode()
+    return bytes(data)
+
+
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1, 2**70, 1e300, -0.5, "", "x", "*", "null", "runs/x", "no_think", "0 0 29 2 *", "x" * 3000),
+    *([], {}, [[]], {"kind": "file"}, {"kind": "file", "path": "p"}, {"a": {"b": 1}}, [1, "a", None], {1: 2}, {"": ""}),
+)
+
+
+def disarranged(chance: random.Random, tree: Any) -> Any:
+    """A job file's keys and values after a few changes of mind."""
+    tree = json.loads(json.dumps(tree))
+    for _ in range(chance.randint(1, 3)):
+        blocks = [tree]
+        for block in blocks:
+            parts = block.values() if isinstance(block, dict) else block
+            blocks += [part for part in parts if isinstance(part, dict | list) and part]
+        block = chance.choice(blocks)
+        key = chance.choice(list(block) if isinstance(block, dict) else range(len(block)))
+        match chance.randrange(4):
+            case 0:
+                del block[key]
+                if not tree:
+                    return tree
+            case 1 if isinstance(block, dict):
+                block[chance.choice((f"{key}s", "extends", "sweep", "schedule", ""))] = block.pop(key)
+            case _:
+                block[key] = chance.choice(ODD_VALUES)
+    return tree
+
+
+@pytest.mark.parametrize(("num", "seed"), [(80, 1), pytest.param(1000, 0, marks=pytest.mark.slow)])
+def test_spoilt_job_files_are_sentences(tmp_path: Path, num: int, seed: int) -> None:
+    """Whatever is in a file: it is a job, or a UserError that says why not, which the command line exits 2 with."""
+    chance = random.Random(seed)
+    file = tmp_path / "job.yaml"
+    whole = {**yaml.safe_load(NIGHTLY), **resolve_run().model_dump(mode="json")}
+    trees = [yaml.safe_load(NIGHTLY), yaml.safe_load(SWEEP), whole]
+    jobs = 0
+    for number in range(num):
+        if number % 2:
+            file.write_bytes(mutated(chance, chance.choice((NIGHTLY, SWEEP))))
+        else:
+            file.write_text(yaml.safe_dump(disarranged(chance, chance.choice(trees))))
+        try:
+            spec = resolve_job(file)
+        except UserError as error:
+            assert error.exit_code == 2 and len(str(error)) > 20
+        else:
+            jobs += 1
+            assert JobSpec.from_text(spec.to_text()) == spec, number
+    assert 0 < jobs < num / 2
+
+
+def test_schedules_as_documents(typed: Any, tmp_path: Path) -> None:
+    file = str(written(tmp_path / "nightly.yaml", NIGHTLY))
+
+    def document(*arguments: str) -> Any:
+        code, out, err = typed(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    added = document("schedule", "add", file)
+    keys = {"name", "paused", "next_due", "created", "cwd", "out", "schedule", "runs"}
+    assert set(added) == keys | {"upcoming"}
+    assert (added["name"], added["runs"], added["out"]) == ("nightly", ["tiny-to-nano"], str(tmp_path / "runs/nightly"))
+    assert added["upcoming"][0] == added["next_due"] and len(added["upcoming"]) == 3
+    assert {entry["name"] for entry in document("schedule", "list")["schedules"]} == {"nightly"}
+    assert set(document("schedule", "list")["schedules"][0]) == keys
+    assert document("schedule", "pause", "nightly")["paused"]
+    assert not document("schedule", "resume", "nightly")["paused"]
+    job = document("schedule", "run-now", "nightly")
+    job_keys = {
+        *("id", "name", "schedule", "due", "state", "reason", "exit_code", "failures", "seconds", "created"),
+        *("not_before", "started", "finished", "gpu_slots", "runs"),
+    }
+    assert set(job) == job_keys and (job["state"], job["schedule"]) == ("queued", "nightly")
+    shown = document("schedule", "show", "nightly")
+    assert set(shown) == keys | {"upcoming", "jobs", "missed"} and shown["jobs"] == [job]
+    assert document("queue", "list")["jobs"] == [job]
+    assert document("queue", "cancel", "1")["state"] == "cancelled"
+    assert document("queue", "retry", "1")["state"] == "queued"
+    assert document("queue", "add", file, "--name", "once", "--out", "elsewhere")["runs"][0].startswith(
+        str(tmp_path / "elsewhere")
+    )
+    assert document("schedule", "remove", "nightly") == {"name": "nightly", "unfinished_jobs": [1]}
+    assert document("schedule", "list") == {"schedules": []}
+    # For people the same in words.
+    for arguments in (
+        ("schedule", "list"),
+        ("queue", "list"),
+        ("schedule", "add", file),
+        ("schedule", "show", "nightly"),
+    ):
+        code, out, _ = typed(*arguments)
+        assert code == 0 and out
+
+
+def test_a_worker_and_logs_as_documents(typed: Any, tmp_path: Path) -> None:
+    """The job is a real ``distill run``, of a student that is not there."""
+    file = written(tmp_path / "lost.yaml", f"extends: embedded\nstudent: {{model: {tmp_path}/nothing}}\n")
+    assert typed("queue", "add", str(file))[0] == 0
+    assert typed("queue", "logs", "1")[0] == 2
+    code, out, err = typed("worker", "--once", "--json")
+    document = json.loads(out)
+    assert (code, [job["state"] for job in document["jobs"]], document["jobs"][0]["exit_code"]) == (1, ["failed"], 2), (
+        err
+    )
+    code, out, _ = typed("queue", "logs", "1", "--json")
+    document = json.loads(out)
+    assert set(document) == {"job", "attempts", "attempt", "text"} and document["attempt"] == 1
+    assert set(document["attempts"][0]) == {
+        *("number", "worker", "slots", "started", "finished", "state", "exit_code", "reason", "log"),
+    }
+    assert "is no size, embedded model, folder or hub id" in " ".join(document["text"].split())
+    assert typed("queue", "logs", "1")[1] == document["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("schedule", "add", "gone.yaml"), "gone.yaml cannot be read"),
+        (("schedule", "add", "plain.yaml"), "says nothing of when it runs"),
+        (("schedule", "add", "plain.yaml", "--cron", "often"), "five fields"),
+        (("schedule", "add", "plain.yaml", "--cron", "0 2 * * *", "--timezone", "Berlin"), "no such time zone"),
+        (("schedule", "add", "plain.yaml", "--cron", "0 2 * * *", "--name", "../up"), "is no name"),
+        (("schedule", "show", "nightly"), "there is no schedule nightly; known: none"),
+        (("schedule", "remove", "nightly"), "there is no schedule nightly"),
+        (("schedule", "pause", "nightly"), "there is no schedule nightly"),
+        (("queue", "cancel", "7"), "there is no job 7"),
+        (("queue", "retry", "99999999999999999999"), "9223372036854775807"),
+        (("queue", "list", "--queue", "plain.yaml"), "plain.yaml cannot be had"),
+        (("queue", "list", "--queue", "broken"), "cannot be used as a queue"),
+        (("worker", "--once", "--gpus", ""), "--gpus"),
+    ],
+)
+def test_wrong_commands_are_sentences(typed: Any, tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    written(tmp_path / "plain.yaml", "extends: embedded\n")
+    (tmp_path / "broken").mkdir()
+    written(tmp_path / "broken" / "queue.db", "years of work " * 100)
+    code, out, err = typed(*arguments)
+    assert (code, out) == (2, ""), err
+    assert sentence in " ".join(err.split()) and "Traceback" not in err, err
+
+
+def test_what_a_job_runs_with_is_laid_down_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    queue = Queue(tmp_path / "queue")
+    single = queue.add(resolve_job(written(tmp_path / "nightly.yaml", NIGHTLY)))
+    prepare(queue, single, last=None)
+    command = distill_run(queue.job_folder(single.id))
+    assert command[1:4] == ["-m", "distill.cli", "run"] and command[-1] == str(single.out)
+    recipe = Path(command[command.index("--recipe") + 1])
+    # What the command will find is what was resolved.
+    assert resolve_run(recipe=str(recipe)).model_dump(mode="json") == single.spec.runs[0].config
+    sweep = queue.add(resolve_job(written(tmp_path / "sizes.yaml", SWEEP)))
+    prepare(queue, sweep, last=None)
+    assert distill_run(queue.job_folder(sweep.id))[1:3] == ["-m", "pipelines.sweep"]
+    entries = json.loads((queue.job_folder(sweep.id) / "job.json").read_text())["runs"]
+    assert [Path(entry["out"]) for entry in entries] == [sweep.out / run.folder for run in sweep.spec.runs]
+
+
+def test_a_run_starts_from_the_last_runs_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    queue = Queue(tmp_path / "queue")
+    spec = resolve_job(written(tmp_path / "on.yaml", SWEEP), schedule={"start_from": "last"})
+    first, second = queue.add(spec), queue.add(spec)
+    for job, last in ((first, None), (second, first)):
+        prepare(queue, job, last=last)
+    models = {
+        job.id: [
+            yaml.safe_load((queue.job_folder(job.id) / f"{run.folder}.yaml").read_text())["student"]["model"]
+            for run in spec.runs
+        ]
+        for job in (first, second)
+    }
+    assert models[first.id] == ["nano", "nano-moe", "nano"]
+    assert models[second.id] == [str(first.out / run.folder / "student") for run in spec.runs]
+
+
+def test_every_shipped_recipe_is_a_job(tmp_path: Path) -> None:
+    for name in recipe_names():
+        config = resolve_recipe({"extends": name}, where="the recipe")
+        assert config == resolve_run(recipe=name)

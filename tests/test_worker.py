@@ -1,0 +1,439 @@
+"""Workers, keepers and jobs as real processes: exit codes, retries, stops, kills, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distill.errors import UserError
+from distill.jobs import ScheduleSettings
+from pipelines.attempt import Attempt, Identity, boot_id, end_leftovers
+from pipelines.job import JobSpec, RunSpec
+from pipelines.queue import Claim, Job, Queue
+from pipelines.verdict import ACTIVE, judge
+from pipelines.worker import Worker, exit_code, slots_here
+
+# What a job does is in the name of its run: one word an attempt, the last one again and again.
+JOB = """
+import json, os, signal, subprocess, sys, time
+folder = sys.argv[1]
+out = json.load(open(folder + "/job.json"))["runs"][0]["out"]
+os.makedirs(out, exist_ok=True)
+words = open(folder + "/words").read().split()
+with open(out + "/attempts", "a") as file:
+    file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "-") + "\\n")
+word = words[min(len(open(out + "/attempts").readlines()), len(words)) - 1]
+print("this attempt:", word, flush=True)
+def stop(number, frame):
+    open(out + "/checkpoint", "w").write("there")
+    sys.exit(75)
+if word == "wait":
+    subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    subprocess.Popen(["sleep", "1000"])
+    signal.signal(signal.SIGTERM, stop)
+    open(out + "/ready", "w")
+    time.sleep(1000)
+if word == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(out + "/ready", "w")
+    time.sleep(1000)
+if word.startswith("kill"):
+    os.kill(os.getpid(), int(word[4:]))
+sys.exit(int(word))
+"""
+
+WORKER = """
+import sys
+from pathlib import Path
+from pipelines.queue import Queue
+from pipelines.worker import Worker
+queue, job = Queue(Path(sys.argv[1])), sys.argv[2]
+command = lambda folder: [sys.executable, "-I", job, str(folder)]
+Worker(queue, slots=sys.argv[3].split(","), command=command, poll_seconds=0.05, lease_seconds=1.0).work()
+"""
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Queue:
+    (tmp_path / "job.py").write_text(JOB)
+    return Queue(tmp_path / "queue")
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Stands in the environment of whatever a test starts; nothing of it outlives the test."""
+    monkeypatch.setenv("DISTILL_TEST", str(tmp_path))
+    yield f"DISTILL_TEST={tmp_path}"
+    left = marked(f"DISTILL_TEST={tmp_path}")
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "processes are left"
+
+
+def marked(mark: str) -> list[int]:
+    """Processes with a mark in their environment, this one and zombies aside."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def add(queue: Queue, words: str, **settings: Any) -> Job:
+    """A job that does ``words``, one an attempt."""
+    settings = {"backoff_seconds": 0.05, "termination_grace_period_seconds": 10.0, **settings}
+    out = queue.folder.parent / "out"
+    config = {"name": "job", "prompts": {"kind": "embedded"}, "student": {"model": "nano"}}
+    spec = JobSpec("job", queue.folder.parent, out, ScheduleSettings(**settings), (RunSpec("", config),), False)
+    job = queue.add(spec)
+    queue.job_folder(job.id).mkdir(parents=True)
+    (queue.job_folder(job.id) / "words").write_text(words)
+    return job
+
+
+def worker(queue: Queue, **more: Any) -> Worker:
+    job = queue.folder.parent / "job.py"
+    return Worker(
+        queue, command=lambda folder: [sys.executable, "-I", str(job), str(folder)], poll_seconds=0.02, **more
+    )
+
+
+def run_all(queue: Queue, **more: Any) -> list[str]:
+    """Let a worker look until nothing is active."""
+    deadline = time.monotonic() + 30
+    while queue.jobs(states=ACTIVE) and time.monotonic() < deadline:
+        worker(queue, **more).work(once=True)
+        time.sleep(0.02)
+    return [job.state for job in queue.jobs()]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+
+
+def start(queue: Queue, slots: str = "0") -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", WORKER, str(queue.folder), str(queue.folder.parent / "job.py"), slots]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("words", "state", "num_attempts"),
+    [
+        ("0", "done", 1),
+        ("2 0", "failed", 1),
+        ("75 75 75 75 0", "done", 5),
+        ("1 1 0", "done", 3),
+        ("1", "failed", 3),
+        ("kill9 0", "done", 2),
+        ("1 75 130 75 kill15", "failed", 5),
+    ],
+)
+def test_exit_codes_decide_what_is_tried_again(
+    queue: Queue, mark: str, words: str, state: str, num_attempts: int
+) -> None:
+    job = add(queue, words, backoff_limit=2)
+    assert run_all(queue) == [state]
+    attempts = queue.attempts(job.id)
+    assert len(attempts) == num_attempts
+    assert f"this attempt: {words.split()[0]}" in Path(attempts[0]["log"]).read_text()
+
+
+def test_the_wait_before_a_retry_doubles_up_to_its_cap() -> None:
+    settings = ScheduleSettings(backoff_seconds=10, backoff_cap_seconds=60, backoff_limit=5000)
+    delays = [judge(1, asked=None, failures=n, stops=0, settings=settings).delay for n in (0, 1, 2, 3, 4, 4000)]
+    assert delays == [10, 20, 40, 60, 60, 60]
+    assert judge(75, asked=None, failures=0, stops=9999, settings=settings).state == "waiting"
+    assert judge(None, asked=None, failures=9999, stops=0, settings=settings).state == "interrupted"
+
+
+def test_a_command_that_cannot_start_is_a_failure_with_a_sentence(queue: Queue, mark: str) -> None:
+    job = add(queue, "0", backoff_limit=0)
+    Worker(queue, command=lambda folder: ["/nowhere/distill"], poll_seconds=0.02).work(once=True)
+    found = queue.job(job.id)
+    assert (found.state, found.exit_code) == ("failed", 1)
+    assert "could not be started" in Path(queue.attempts(job.id)[0]["log"]).read_text()
+
+
+def test_one_after_the_other_and_none_overtakes_for_want_of_slots(queue: Queue) -> None:
+    for slots in (1, 3, 2, 1):
+        add(queue, "0", gpu_slots=slots)
+    here = ["0", "1"]
+
+    def claim() -> Claim | None:
+        return queue.claim("worker", here, 60)
+
+    first = claim()
+    # Job 2 wants three slots, which this worker never has: another worker's.
+    assert first is not None and (first.job.id, first.slots) == (1, ("0",))
+    # Job 3 wants both, one is free: job 4 would fit, and waits its turn.
+    assert claim() is None
+    queue.settle(first, code=0, asked=None, seconds=1.0)
+    third = claim()
+    assert third is not None and (third.job.id, third.slots) == (3, ("0", "1"))
+    assert claim() is None
+    queue.settle(third, code=0, asked=None, seconds=1.0)
+    fourth = claim()
+    assert fourth is not None and fourth.job.id == 4
+    large = queue.claim("large", ["0", "1", "2", "3"], 60)
+    # Slots are the machine's: what one worker holds no other takes.
+    assert large is not None and (large.job.id, large.slots) == (2, ("1", "2", "3"))
+
+
+def test_a_job_sees_the_gpus_that_it_has(queue: Queue, mark: str) -> None:
+    job = add(queue, "0", gpu_slots=2)
+    worker(queue, slots=("4", "5", "7"), on_gpu=True).work(once=True)
+    assert (job.out / "attempts").read_text() == "4,5\n"
+
+
+def test_slots_are_those_named_or_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slots_here(["0", "3"], None) == (("0", "3"), True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert slots_here(None, None) == (("2", "5"), True)
+    assert slots_here(None, 3) == (("0", "1", "2"), False)
+
+
+def test_two_workers_never_take_one_job(queue: Queue, mark: str, tmp_path: Path) -> None:
+    """Twenty-four jobs, three real workers: each job is begun once."""
+    jobs = [add(queue, "0") for _ in range(24)]
+    processes = [start(queue, slots="0,1,2,3,4,5,6,7") for _ in range(3)]
+    try:
+        wait_for(lambda: not queue.jobs(states=ACTIVE), 60)
+    finally:
+        for process in processes:
+            process.terminate()
+        assert [process.wait(20) for process in processes] == [0] * 3
+    assert all(job.state == "done" for job in queue.jobs())
+    assert [len(queue.attempts(job.id)) for job in jobs] == [1] * 24
+    assert all((job.out / "attempts").read_text() == "-\n" for job in jobs)
+    assert len({attempt["worker"] for job in jobs for attempt in queue.attempts(job.id)}) > 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_asked_to_stop_has_its_jobs_checkpoint(
+    queue: Queue, mark: str, number: signal.Signals
+) -> None:
+    job = add(queue, "wait 0")
+    process = start(queue)
+    wait_for((job.out / "ready").exists)
+    process.send_signal(number)
+    assert process.wait(20) == 0
+    assert marked(mark) == []
+    assert (job.out / "checkpoint").read_text() == "there"
+    assert queue.job(job.id).state == "interrupted"
+    # The next worker goes on with it.
+    assert run_all(queue) == ["done"]
+
+
+def test_a_job_that_does_not_stop_is_killed_after_its_grace(queue: Queue, mark: str) -> None:
+    job = add(queue, "deaf", termination_grace_period_seconds=0.3)
+    process = start(queue)
+    wait_for((job.out / "ready").exists)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert queue.job(job.id).state == "interrupted"
+
+
+def test_a_second_ctrl_c_does_not_wait(queue: Queue, mark: str) -> None:
+    job = add(queue, "deaf", termination_grace_period_seconds=600.0)
+    process = start(queue)
+    wait_for((job.out / "ready").exists)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert process.wait(20) != 0
+    assert marked(mark) == []
+    assert queue.job(job.id).state == "interrupted"
+
+
+def test_a_killed_worker_leaves_no_process_and_the_next_one_resumes(queue: Queue, mark: str) -> None:
+    job = add(queue, "wait 0")
+    process = start(queue)
+    wait_for((job.out / "ready").exists)
+    process.kill()
+    process.wait()
+    wait_for(lambda: marked(mark) == [])
+    # The keeper had the job write its checkpoint, and told how it ended.
+    assert (job.out / "checkpoint").read_text() == "there"
+    assert queue.job(job.id).state == "running"
+    time.sleep(1.1)
+    assert run_all(queue) == ["done"]
+    assert [attempt["exit_code"] for attempt in queue.attempts(job.id)] == [75, 0]
+
+
+def test_a_killed_keeper_takes_the_job_with_it(queue: Queue, mark: str) -> None:
+    job = add(queue, "wait 0")
+    process = start(queue)
+    wait_for((job.out / "ready").exists)
+    (row,) = queue.rows("SELECT pid FROM attempts")
+    os.kill(row["pid"], signal.SIGKILL)
+    wait_for(lambda: queue.job(job.id).state == "done")
+    process.terminate()
+    assert process.wait(20) == 0
+    assert [attempt["state"] for attempt in queue.attempts(job.id)] == ["interrupted", "done"]
+
+
+def test_worker_and_keeper_killed_at_once_leave_what_the_next_worker_ends(queue: Queue, mark: str) -> None:
+    job = add(queue, "wait 0")
+    process = start(queue)
+    wait_for((job.out / "ready").exists)
+    (row,) = queue.rows("SELECT pid FROM attempts")
+    process.kill()
+    os.kill(row["pid"], signal.SIGKILL)
+    process.wait()
+    # What the job started in a session of its own is nobody's now.
+    wait_for(lambda: len(marked(mark)) == 2)
+    time.sleep(1.1)
+    assert run_all(queue) == ["done"]
+    assert marked(mark) == []
+
+
+def test_a_worker_that_stands_still_keeps_its_job(queue: Queue, mark: str) -> None:
+    """Its lease runs out, and its job is alive: nobody starts a second one."""
+    job = add(queue, "wait 0")
+    process = start(queue)
+    wait_for((job.out / "ready").exists)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.2)
+    other = start(queue)
+    time.sleep(0.8)
+    assert (job.out / "attempts").read_text() == "-\n"
+    process.send_signal(signal.SIGCONT)
+    for one in (process, other):
+        one.terminate()
+        assert one.wait(20) == 0
+    assert queue.job(job.id).state in ("interrupted", "done")
+
+
+def test_a_claim_that_was_lost_before_it_began_never_begins(queue: Queue, mark: str) -> None:
+    """A worker that was asleep between taking a job and starting it finds that another one has it."""
+    job = add(queue, "wait")
+    slow = queue.claim("slow", ["0"], 0.0)
+    assert slow is not None
+    time.sleep(0.01)
+    (lapsed,) = queue.lapsed()
+    assert queue.settle_lapsed(lapsed) is not None
+    attempt = Attempt(slow.token, queue.exit_file(slow), queue.log_file(job.id, slow.number))
+    process = attempt.start(["touch", str(job.spec.out)], cwd=Path("/"), environment=os.environ, grace=1)
+    assert not queue.register(slow, process)
+    attempt.abandon()
+    wait_for(attempt.has_ended)
+    assert attempt.code is None and not job.spec.out.exists()
+    assert queue.settle(slow, code=0, asked=None, seconds=1.0) is None
+    assert queue.job(job.id).state == "interrupted"
+
+
+def test_a_process_is_known_by_more_than_its_number() -> None:
+    sleeper = subprocess.Popen(["sleep", "1000"])
+    ticks = int(Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19])
+    assert Identity(boot_id(), sleeper.pid, ticks).is_alive
+    assert not Identity(boot_id(), sleeper.pid, ticks + 1).is_alive
+    assert not Identity("another boot", sleeper.pid, ticks).is_alive
+    sleeper.kill()
+    # Dead and not yet buried.
+    wait_for(lambda: not Identity(boot_id(), sleeper.pid, ticks).is_alive)
+    sleeper.wait()
+
+
+def test_leftovers_are_found_by_their_token() -> None:
+    environment = {**os.environ, "DISTILL_ATTEMPT": "a-token"}
+    sleepers = [subprocess.Popen(["sleep", "1000"], env=environment, start_new_session=True) for _ in range(2)]
+    bystander = subprocess.Popen(["sleep", "1000"], env={**os.environ, "DISTILL_ATTEMPT": "a-token-2"})
+    buried = threading.Thread(target=lambda: [sleeper.wait() for sleeper in sleepers])
+    buried.start()
+    assert end_leftovers("a-token") == 2
+    buried.join()
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_cancelling_and_retrying(queue: Queue, mark: str) -> None:
+    waiting, running = add(queue, "0"), add(queue, "wait 0")
+    assert queue.cancel(waiting.id).state == "cancelled"
+    process = start(queue)
+    wait_for((running.out / "ready").exists)
+    assert queue.cancel(running.id).state == "running"
+    wait_for(lambda: queue.job(running.id).state == "cancelled")
+    assert (running.out / "checkpoint").exists()
+    with pytest.raises(UserError, match="nothing to cancel"):
+        queue.cancel(running.id)
+    queue.retry(running.id)
+    wait_for(lambda: queue.job(running.id).state == "done")
+    with pytest.raises(UserError, match="is done"):
+        queue.retry(running.id)
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def test_a_cancelled_job_stays_cancelled_when_its_worker_dies(queue: Queue, mark: str) -> None:
+    job = add(queue, "deaf", termination_grace_period_seconds=0.5)
+    process = start(queue)
+    wait_for((job.out / "ready").exists)
+    queue.cancel(job.id)
+    process.kill()
+    process.wait()
+    time.sleep(1.1)
+    assert run_all(queue) == ["cancelled"]
+
+
+def test_the_time_limit_counts_over_attempts(queue: Queue, mark: str) -> None:
+    job = add(queue, "wait", active_deadline_seconds=1)
+    with queue.transaction() as connection:
+        connection.execute("UPDATE jobs SET seconds = 0.8")
+    begin = time.monotonic()
+    assert run_all(queue) == ["failed"]
+    assert time.monotonic() - begin < 10
+    found = queue.job(job.id)
+    assert "active_deadline_seconds" in (found.reason or "") and (job.out / "checkpoint").exists()
+
+
+def test_once_says_how_it_ended(queue: Queue, mark: str) -> None:
+    add(queue, "0")
+    assert exit_code(worker(queue).work(once=True)) == 0
+    add(queue, "75", backoff_seconds=60.0)
+    add(queue, "2")
+    assert exit_code(worker(queue).work(once=True)) == 75
+    add(queue, "2")
+    assert exit_code(worker(queue).work(once=True)) == 1
+    assert exit_code(worker(queue).work(once=True)) == 0
+
+
+def test_prompts_are_copied_when_the_job_begins_and_stay(queue: Queue, mark: str, tmp_path: Path) -> None:
+    """A run that is resumed refuses prompts that grew meanwhile."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1="}\n')
+    config = {"name": "job", "prompts": {"kind": "file", "path": "prompts.jsonl"}, "student": {"model": "nano"}}
+    spec = JobSpec(
+        "job", tmp_path, tmp_path / "out", ScheduleSettings(backoff_seconds=0.01), (RunSpec("", config),), False
+    )
+    job = queue.add(spec)
+    folder = queue.job_folder(job.id)
+    folder.mkdir(parents=True)
+    (folder / "words").write_text("75 0")
+    worker(queue).work(once=True)
+    prompts.write_text("")
+    assert run_all(queue) == ["done"]
+    recipe = yaml.safe_load((folder / "run.yaml").read_text())
+    assert Path(recipe["prompts"]["path"]).read_text() == '{"prompt": "1+1="}\n'
+    prompts.unlink()
+    gone = queue.add(spec)
+    worker(queue).work(once=True)
+    assert queue.job(gone.id).state == "failed" and queue.job(gone.id).exit_code == 2
+    assert json.dumps(queue.job(gone.id).to_json())
