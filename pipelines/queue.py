@@ -403,8 +403,11 @@ class Queue:
             return self.job(job.id)
 
     def settle_lapsed(self, claim: Claim) -> Job | None:
-        """``settle`` for a claim whose worker is gone, with the exit code that the keeper may have left."""
-        return self.settle(claim, code=read_code(self.exit_file(claim)), asked=None)
+        """``settle`` for a claim whose worker is gone, with the exit code that the keeper may have left.
+
+        The keeper asks a job to stop when its worker is gone, so a stop or a signal is no failure of the job's.
+        """
+        return self.settle(claim, code=read_code(self.exit_file(claim)), asked="stop")
 
 
 def insert_job(

@@ -31,7 +31,7 @@ class Verdict:
 
 
 def judge(code: int | None, *, asked: Asked | None, failures: int, stops: int, settings: ScheduleSettings) -> Verdict:
-    """What an attempt's exit code means. None: it was lost, with its worker or the machine.
+    """What an attempt's exit code means. None: its keeper left none, it was killed.
 
     ``failures`` and ``stops`` count the job's earlier attempts that failed, and that stopped by themselves with 75.
     """
@@ -52,7 +52,7 @@ def _judge_unasked(
     if code == NEVER_RETRIED:
         return Verdict("failed", "its configuration or input is wrong (exit code 2); the log says what")
     if worker_stops or code is None:
-        return Verdict("interrupted", "its worker stopped" if worker_stops else "it was lost with its worker")
+        return Verdict("interrupted", "its worker stopped" if worker_stops else "its keeper was killed")
     if code == ALWAYS_RETRIED:
         return Verdict("waiting", "it stopped with a checkpoint (exit code 75)", _backoff(stops, settings))
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -24,13 +25,16 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from pyarrow import parquet
 
 from distill.jobs import ScheduleSettings
-from pipelines.job import JobSpec, RunSpec
+from distill.journal import read_json
+from pipelines.job import JobSpec, RunSpec, resolve_job
 from pipelines.queue import Queue
 from pipelines.schedule import Schedules
 from pipelines.timetable import Timetable
 from pipelines.verdict import ACTIVE
+from teachers.store import ResponseStore
 
 BERLIN = ZoneInfo("Europe/Berlin")
 WEEK = timedelta(days=7).total_seconds()
@@ -39,25 +43,28 @@ BEGIN = datetime(2026, 3, 25, tzinfo=BERLIN).timestamp()  # the clocks go forwar
 WORKER = """
 import sys, time
 from pathlib import Path
+from pipelines.preparation import distill_run
 from pipelines.queue import Queue
 from pipelines.worker import Worker
 
 class FastClock:
-    def __init__(self, begin, zero, factor):
-        self.begin, self.zero, self.factor = begin, zero, factor
+    def __init__(self, begin, zero, factor, span):
+        self.begin, self.zero, self.factor, self.span = begin, zero, factor, span
     def now(self):
-        # When the week is over, time passes as it does: what is left is done, and little comes due.
-        real, week = time.monotonic() - self.zero, 7 * 86400
-        return self.begin + min(real * self.factor, week + real - week / self.factor)
+        # When the time is over, it passes as it does: what is left is done, and little comes due.
+        real = time.monotonic() - self.zero
+        return self.begin + min(real * self.factor, self.span + real - self.span / self.factor)
     def passed(self):
         return time.monotonic()
     def wait(self, seconds):
         time.sleep(seconds)
 
-folder, job, begin, zero, factor = Path(sys.argv[1]), sys.argv[2], *map(float, sys.argv[3:])
-queue = Queue(folder, FastClock(begin, zero, factor))
-command = lambda folder: [sys.executable, "-I", job, str(folder)]
-Worker(queue, slots=("0", "1"), command=command, poll_seconds=0.05, lease_seconds=1.0).work()
+folder, job, times = Path(sys.argv[1]), sys.argv[2], map(float, sys.argv[3:])
+queue = Queue(folder, FastClock(*times))
+command = (lambda folder: [sys.executable, "-I", job, str(folder)]) if job else distill_run
+worker = Worker(queue, slots=("0", "1"), command=command, poll_seconds=0.05, lease_seconds=1.0)
+print("imported", flush=True)
+worker.work()
 """
 
 # A run in miniature: it holds its directory's lock, starts a process in a session of its own, keeps each response
@@ -213,38 +220,68 @@ def kill_at_random(
     return kind
 
 
+class World:
+    """A queue with two workers on a fast clock, from ``begin`` for ``span`` seconds; ``job`` is the jobs' script, empty
+    for real runs."""
+
+    def __init__(self, folder: Path, job: str, *, begin: float, span: float, factor: float, workers: int) -> None:
+        self.schedules = Schedules(Queue(folder / "queue", FixedClock(begin)))
+        self.queue = self.schedules.queue
+        self.mark = f"DISTILL_WORLD={folder}"
+        self.killed: Counter[str] = Counter()
+        self._folder, self._job, self._begin, self._span, self._factor = folder, job, begin, span, factor
+        self._num_workers = workers
+
+    def live(self, chance: random.Random, num_kills: int, *, patience: float, at_work: bool = False) -> None:
+        """Let the time pass with kills spread over it, then let what is left be done, and end the workers.
+
+        With ``at_work`` a kill waits for a job that runs, and comes up to 12 seconds into it.
+        """
+        zero = time.monotonic()
+        command = [sys.executable, "-c", WORKER, str(self.queue.folder), self._job]
+        command += [str(number) for number in (self._begin, zero, self._factor, self._span)]
+        environment = {**os.environ, "DISTILL_WORLD": str(self._folder), "DISTILL_STORE": str(self._folder / "store")}
+        start = partial(
+            subprocess.Popen, command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        real = self._span / self._factor
+        with workers(start, self._num_workers) as running:
+            for number in range(num_kills):
+                time.sleep(max(0.0, zero + real / num_kills * (number + chance.random()) - time.monotonic()))
+                if at_work:
+                    self._wait_for_work()
+                    time.sleep(chance.uniform(0.0, 12.0))
+                self.killed[kill_at_random(chance, self.queue, running, start, self.mark)] += 1
+            while time.monotonic() < zero + real or self.queue.jobs(states=ACTIVE, last=1):
+                assert time.monotonic() < zero + real + patience, self.queue.jobs(states=ACTIVE)
+                time.sleep(0.2)
+            for process in running:
+                process.terminate()
+                assert process.wait(60) == 0
+        assert gone(self.mark), "a process of a job or worker is left"
+
+    def _wait_for_work(self) -> None:
+        deadline = time.monotonic() + 120
+        while not self.queue.rows("SELECT 1 FROM attempts WHERE finished IS NULL AND pid IS NOT NULL"):
+            assert time.monotonic() < deadline, "no job runs"
+            time.sleep(0.1)
+
+    def report(self) -> str:
+        attempts = Counter(row["state"] for row in self.queue.rows("SELECT state FROM attempts"))
+        return json.dumps({"killed": self.killed, "attempts": attempts})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_week_with_two_hundred_kills(tmp_path: Path) -> None:
-    chance, num_kills, factor = random.Random(0), 200, 2500.0
     (tmp_path / "job.py").write_text(JOB)
-    schedules = Schedules(Queue(tmp_path / "queue", FixedClock(BEGIN)))
+    world = World(tmp_path, str(tmp_path / "job.py"), begin=BEGIN, span=WEEK, factor=2500.0, workers=2)
+    schedules = world.schedules
     common = {"backoff_limit": 10_000, "backoff_seconds": 1.0, "termination_grace_period_seconds": 5.0}
     schedules.add(spec("hourly", tmp_path, "0 * * * *", **common))
     schedules.add(spec("even", tmp_path, "0 */2 * * *", concurrency_policy="allow", catch_up="none", **common))
     schedules.add(spec("nightly", tmp_path, "30 2 * * *", "Europe/Berlin", concurrency_policy="replace", **common))
-    mark = f"DISTILL_WEEK={tmp_path}"
-    zero = time.monotonic()
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "queue"), str(tmp_path / "job.py")]
-    command += [str(BEGIN), str(zero), str(factor)]
-    start = partial(
-        subprocess.Popen, command, env={**os.environ, "DISTILL_WEEK": str(tmp_path)}, stderr=subprocess.DEVNULL
-    )
-    killed: Counter[str] = Counter()
-    queue = schedules.queue
-    with workers(start, 2) as running:
-        every = WEEK / factor / num_kills
-        for number in range(num_kills):
-            time.sleep(max(0.0, zero + every * (number + chance.random()) - time.monotonic()))
-            killed[kill_at_random(chance, queue, running, start, mark)] += 1
-        until = zero + WEEK / factor
-        while time.monotonic() < until or queue.jobs(states=ACTIVE, last=1):
-            assert time.monotonic() < until + 120, queue.jobs(states=ACTIVE)
-            time.sleep(0.2)
-        for process in running:
-            process.terminate()
-            assert process.wait(30) == 0
-    assert gone(mark), "a process of a job or worker is left"
+    world.live(random.Random(0), 200, patience=120)
     considered = {one.name: one.considered for one in schedules.all()}
     assert min(considered["hourly"], considered["even"]) > BEGIN + WEEK - 7201
     expected = {
@@ -255,13 +292,118 @@ def test_a_week_with_two_hundred_kills(tmp_path: Path) -> None:
     states = assert_each_due_time_is_accounted_for(schedules, expected)
     # What came due after the last look at the week may be interrupted by its end.
     assert set(states) <= {"done", "replaced", "interrupted", "queued"} and states["done"] > 50
-    for job in queue.jobs():
+    for job in world.queue.jobs():
         assert not (job.out / "TWICE").exists(), f"two processes were at job {job.id}"
         if job.state == "done":
             assert (job.out / "summary").read_text() == "done\n"
             said = (job.out / "responses").read_text().splitlines()
             assert said == [f"response {step}" for step in range(8)]
-    print(json.dumps({"killed": killed, "states": states, "attempts": len(queue.rows("SELECT 1 FROM attempts"))}))
+    print(world.report(), states)
+
+
+TINY = """
+extends: embedded
+stages:
+  off_policy: {num_prompts: 32, batch_size: 8, epochs: 1}
+  on_policy: {steps: 6, prompts_per_step: 4}
+evaluation: {num_questions: 4, references: false}
+checkpoint_every: 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_real_runs_with_twenty_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some due times, one run each: killed as they may be, all end in the numbers of a run that nobody disturbed."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    reference = tmp_path / "reference"
+    command = [sys.executable, "-m", "distill.cli", "run", "--recipe", str(tmp_path / "tiny.yaml"), "--json"]
+    command += ["--out", str(reference), "--store", str(tmp_path / "own-store")]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    span = timedelta(hours=6).total_seconds()
+    world = World(tmp_path, "", begin=BEGIN, span=span, factor=span / 360, workers=2)
+    monkeypatch.chdir(tmp_path)
+    common = {"backoff_limit": 100, "backoff_seconds": 60.0, "concurrency_policy": "allow", "cron": "0 * * * *"}
+    world.schedules.add(resolve_job(tmp_path / "tiny.yaml", schedule=common))
+    world.live(random.Random(0), 20, patience=1200, at_work=True)
+    print(world.report())
+    jobs = world.queue.jobs()
+    considered = world.schedules.get("tiny").considered
+    assert_each_due_time_is_accounted_for(world.schedules, {"tiny": due_times({"every": 60}, BEGIN, considered)})
+    assert len(jobs) >= 6 and all(job.state == "done" for job in jobs)
+    assert world.killed.total() == 20 and len(world.queue.rows("SELECT 1 FROM attempts")) > len(jobs)
+    for job in jobs:
+        assert numbers(job.out) == numbers(reference), f"job {job.id}"
+    # Every response that the teacher gave is kept once, and each run trained on the same ones.
+    for root in (tmp_path / "own-store", tmp_path / "store"):
+        store = ResponseStore(root)
+        keys = [key for collection in store.collections() for key, _ in collection.walk([])]
+        shards = [row for folder in store.collections() for shard in folder.shards() for row in rows_of(shard)]
+        assert sorted(keys) == sorted(shards), "a response is there twice, or cannot be read"
+    used = {json.dumps(read_json(out / "manifest.json")["stages"]["off_policy"]) for out in (reference, jobs[0].out)}
+    assert len(used) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ctrl_c_at_any_moment_leaves_no_process_and_a_job_that_goes_on(tmp_path: Path) -> None:
+    """Once or twice, from the first instruction of a worker on; the exit leaves nothing, and no step is done twice."""
+    chance = random.Random(0)
+    (tmp_path / "job.py").write_text(JOB)
+    queue = Queue(tmp_path / "queue")
+    mark = f"DISTILL_WORLD={tmp_path}"
+    now = str(time.time())
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "queue"), str(tmp_path / "job.py")]
+    command += [now, str(time.monotonic()), "1", "0"]
+    environment = {**os.environ, "DISTILL_WORLD": str(tmp_path)}
+    codes: Counter[int] = Counter()
+    for number in range(40):
+        if not queue.jobs(states=ACTIVE):
+            queue.add(spec("once", tmp_path, "0 0 1 1 *", backoff_limit=100, backoff_seconds=0.1))
+        worker = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        assert worker.stdout is not None
+        time.sleep(chance.uniform(0.0, 1.5))
+        is_at_work = bool(select.select([worker.stdout], [], [], 0)[0])
+        worker.send_signal(signal.SIGINT)
+        if number % 3 == 0:
+            time.sleep(chance.uniform(0.0, 0.3))
+            worker.send_signal(signal.SIGINT)
+        try:
+            codes[worker.wait(20)] += 1
+        except subprocess.TimeoutExpired:
+            # While Python imports, it can lose a KeyboardInterrupt (in a callback, where nothing may be raised).
+            worker.send_signal(signal.SIGINT)
+            codes[worker.wait(20)] += 1
+            assert not is_at_work
+            codes[-1] += 1
+        worker.stdout.close()
+        # A keeper that was given no job yet ends when it finds its worker gone.
+        assert gone(mark, 2.0), f"round {number}: a process is left"
+    worker = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while queue.jobs(states=ACTIVE) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    worker.terminate()
+    worker.wait(30)
+    jobs = queue.jobs()
+    assert all(job.state == "done" for job in jobs) and len(queue.rows("SELECT 1 FROM attempts")) > len(jobs)
+    for job in jobs:
+        assert not (job.out / "TWICE").exists()
+        assert (job.out / "responses").read_text().splitlines() == [f"response {step}" for step in range(8)]
+    print(codes, len(jobs))
+
+
+def numbers(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, times aside."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]
+
+
+def rows_of(shard: Path) -> list[str]:
+    return [str(key) for key in parquet.read_table(shard, columns=["key"]).column("key").to_pylist()]
 
 
 def parent_of(pid: int) -> int:
