@@ -20,6 +20,7 @@ from pipelines import keeper
 
 TOKEN_VARIABLE = "DISTILL_ATTEMPT"
 _POLL_SECONDS = 0.02
+_LEFTOVER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +65,20 @@ def _marked(token: str) -> Iterator[int]:
                 yield int(entry.name)
 
 
-def end_leftovers(token: str) -> int:
-    """Kill what is left of an attempt whose keeper is gone; how many processes that were. Returns when none is left."""
-    killed: set[int] = set()
+def end_leftovers(token: str) -> bool:
+    """Kill what is left of an attempt whose keeper is gone; whether nothing is left now."""
+    deadline = time.monotonic() + _LEFTOVER_SECONDS
     while found := list(_marked(token)):
         for pid in found:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        killed |= set(found)
+        if time.monotonic() > deadline:
+            # One that hangs in the kernel goes when the kernel lets it.
+            return False
         time.sleep(_POLL_SECONDS)
-    return len(killed)
+    return True
 
 
 class Attempt:
@@ -136,9 +139,7 @@ class Attempt:
         if self._process.poll() is None:
             return False
         self._process.stdin.close()
-        if not self.exit_file.exists():
-            end_leftovers(self.token)
-        return True
+        return self.exit_file.exists() or end_leftovers(self.token)
 
     @property
     def code(self) -> int | None:

@@ -13,10 +13,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,9 +36,12 @@ from teachers.service import Role, Service
 _POLL_SECONDS = 0.2
 _CLEAN_STOPS = (75, 130)
 
+Entry = dict[str, str]
+Command = Callable[[Entry], Sequence[str]]
 
-def run_sweep(file: Path) -> int:
-    """Run what is still to run of the sweep that ``file`` describes; the exit code."""
+
+def run_sweep(file: Path, command: Command = run_command) -> int:
+    """Run what is still to run of the sweep that ``file`` describes; the exit code. ``command`` is what does a run."""
     job = read_json(file)
     configs = [validate(load_recipe(Path(entry["recipe"])), where=entry["recipe"]) for entry in job["runs"]]
     left = [entry for entry in job["runs"] if not (Path(entry["out"]) / "summary.json").exists()]
@@ -58,7 +60,7 @@ def run_sweep(file: Path) -> int:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(rest)
         codes = []
         for entry in left:
-            codes.append(_run(entry, services, environment))
+            codes.append(_run(entry, command(entry), services, environment))
             if codes[-1] in _CLEAN_STOPS:
                 return codes[-1]
     return next((code for code in (1, 2) if code in codes), 0)
@@ -99,12 +101,12 @@ def shared_teacher(configs: Sequence[RunConfig], logs: Path) -> Iterator[tuple[l
         yield services, devices[each * len(roles) :] if on_gpu else []
 
 
-def _run(entry: dict[str, Any], services: Sequence[Service], environment: dict[str, str]) -> int:
+def _run(entry: Entry, command: Sequence[str], services: Sequence[Service], environment: Mapping[str, str]) -> int:
     """One run; its exit code."""
     interrupt.check()
     urls = [word for service in services for word in ("--teacher-url", service.url)]
     say(f"{entry['out']}: begins")
-    run = subprocess.Popen([*run_command(entry), *urls], env=environment)
+    run = subprocess.Popen([*command, *urls], env=environment)
     try:
         is_asked = False
         while run.poll() is None:

@@ -13,6 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from distill import interrupt
 from distill.errors import DistillError, UserError
 from distill.interrupt import deferred_signals
 from distill.progress import say
-from pipelines.attempt import Attempt, end_leftovers
+from pipelines.attempt import Attempt, Identity, end_leftovers
 from pipelines.preparation import distill_run, prepare
 from pipelines.queue import Claim, Job, Queue
 from pipelines.schedule import Schedules
@@ -123,34 +124,42 @@ class Worker:
             self._begin(claim)
 
     def _begin(self, claim: Claim) -> None:
-        job, settings = claim.job, claim.job.spec.settings
-        folder = self.queue.job_folder(job.id)
-        log = self.queue.log_file(job.id, claim.number)
-        folder.mkdir(parents=True, exist_ok=True)
-        attempt = Attempt(claim.token, self.queue.exit_file(claim), log)
-        environment = dict(os.environ)
-        if self._on_gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(claim.slots)
+        attempt = Attempt(claim.token, self.queue.exit_file(claim), self.queue.log_file(claim.job.id, claim.number))
         try:
-            last = None if job.schedule is None else self.schedules.last_done(job.schedule)
-            prepare(self.queue, job, last=last)
-            command = self._command(folder)
-            cwd, grace = job.spec.cwd, settings.termination_grace_period_seconds
-            process = attempt.start(command, cwd=cwd, environment=environment, grace=grace)
+            process = self._start(claim, attempt)
         except (DistillError, OSError) as error:
-            log.write_text(f"distill: the job could not be started: {error}\n", encoding="utf-8")
-            code = error.exit_code if isinstance(error, UserError) else 1
-            self._note(self.queue.settle(claim, code=code, asked=None, seconds=0.0))
+            self._refuse(claim, error, attempt.log)
             return
         now = self.clock.passed()
         self._held.append(_Held(claim, attempt, now, now + self._lease_seconds / BEATS))
         if self.queue.register(claim, process):
             attempt.go()
-            say(f"job {job.id} ({job.name}): attempt {claim.number} began, log in {log}")
+            say(f"job {claim.job.id} ({claim.job.name}): attempt {claim.number} began, log in {attempt.log}")
         else:
             # It took so long that another worker has the job by now. Without `go`, nothing has begun.
             attempt.abandon()
             self._held[-1].is_lost = True
+
+    def _start(self, claim: Claim, attempt: Attempt) -> Identity:
+        job, folder = claim.job, self.queue.job_folder(claim.job.id)
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare(self.queue, job, last=None if job.schedule is None else self.schedules.last_done(job.schedule))
+        return attempt.start(
+            self._command(folder),
+            cwd=job.spec.cwd,
+            environment={**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(claim.slots)} if self._on_gpu else {})},
+            grace=job.spec.settings.termination_grace_period_seconds,
+        )
+
+    def _refuse(self, claim: Claim, error: DistillError | OSError, log: Path) -> None:
+        """Settle a claim that could not even begin."""
+        why = f"job {claim.job.id} ({claim.job.name}) could not be started: {error}"
+        say(why)
+        # The disk may be what is wrong.
+        with suppress(OSError):
+            log.write_text(f"distill: {why}\n", encoding="utf-8")
+        code = error.exit_code if isinstance(error, UserError) else 1
+        self._note(self.queue.settle(claim, code=code, asked=None, seconds=0.0))
 
     def _attend(self) -> None:
         """Look after the jobs in hand."""
@@ -191,10 +200,8 @@ class Worker:
         for claim in self.queue.lapsed():
             if claim.token in own or (claim.process is not None and claim.process.is_alive):
                 continue
-            killed = end_leftovers(claim.token)
-            if killed:
-                say(f"job {claim.job.id}: killed {killed} processes that its dead attempt {claim.number} had left")
-            self._note(self.queue.settle_lapsed(claim))
+            if end_leftovers(claim.token):
+                self._note(self.queue.settle_lapsed(claim))
 
     def _stop(self) -> None:
         """Have all jobs in hand stop with a checkpoint, and wait for it."""
