@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,16 @@ def test_a_run_starts_from_the_last_runs_student(tmp_path: Path, monkeypatch: py
     }
     assert models[first.id] == ["nano", "nano-moe", "nano"]
     assert models[second.id] == [str(first.out / run.folder / "student") for run in spec.runs]
+
+
+def test_the_job_files_that_are_shown_are_some(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "schedule.md").read_text()
+    shown = re.findall(r"```yaml\n# ([\w.]+)[^\n]*\n(.*?)```", text, re.DOTALL)
+    specs = {name: resolve_job(written(tmp_path / name, file)) for name, file in shown}
+    assert set(specs) == {"nightly.yaml", "sizes.yaml"}
+    assert [run.folder for run in specs["sizes.yaml"].runs] == ["32B-to-0.6B", "32B-to-4B", "32B-to-14B"]
+    # Every key of the block is explained.
+    assert all(f"`{key}`" in text for key in ScheduleSettings.model_fields)
 
 
 def test_every_shipped_recipe_is_a_job(tmp_path: Path) -> None:

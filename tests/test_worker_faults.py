@@ -365,7 +365,10 @@ def test_ctrl_c_at_any_moment_leaves_no_process_and_a_job_that_goes_on(tmp_path:
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
         assert worker.stdout is not None
-        time.sleep(chance.uniform(0.0, 1.5))
+        if number % 4:
+            # From where it begins to work; else from where Python does.
+            select.select([worker.stdout], [], [], 30)
+        time.sleep(chance.uniform(0.0, 1.2))
         is_at_work = bool(select.select([worker.stdout], [], [], 0)[0])
         worker.send_signal(signal.SIGINT)
         if number % 3 == 0:
