@@ -84,7 +84,7 @@ def resolve_job(
     Without a name it has the file's. Raises UserError for anything that is wrong with it or with one of its runs.
     """
     from distill.recipe import validate_as
-    from pipelines.resolution import resolve_recipe
+    from pipelines.resolution import check_names, resolve_recipe
 
     job = read_job(path)
     given = {key: value for key, value in (schedule or {}).items() if value is not None}
@@ -95,6 +95,8 @@ def resolve_job(
         f"the job file {path}" + ("" if job.sweep is None else f", sweep.runs.{number}") for number in _places(job)
     ]
     configs = [resolve_recipe(tree, where=at) for tree, at in zip(job.recipes(), where, strict=True)]
+    for config in configs:
+        check_names(config)
     _check_prompts(settings, configs, path)
     if job.sweep is not None:
         _check_sweep(configs, where, job.sweep.share_teacher)

@@ -157,7 +157,10 @@ def _extended(tree: Mapping[str, Any], above: tuple[str, ...]) -> dict[str, Any]
 
 def resolve_recipe(tree: Mapping[str, Any], *, where: str) -> RunConfig:
     """The configuration that a recipe's keys and values mean. Raises UserError for anything that is wrong."""
-    return _checked(_extended(tree, ()), where)
+    whole = _extended(tree, ())
+    if whole.get("kind") == "comparison":
+        raise UserError(f"{where} is a comparison of several runs, which distill run makes; name a recipe of one")
+    return _checked(whole, where)
 
 
 def resolve_run(

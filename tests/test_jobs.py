@@ -122,6 +122,8 @@ def test_a_sweep_is_a_run_for_each_overlay(tmp_path: Path) -> None:
         ("a: " + "9" * 5000, "is not valid YAML"),
         ("a: " + "[" * 5000, "is not valid YAML"),
         ("a: &a {b: *a}", "holds itself"),
+        ("student: {model: 5B}", "is no size, embedded model"),
+        ("evaluation: {tasks: [embeded]}", "embedded"),
         ("- 1", "holds a list"),
     ],
 )
@@ -285,9 +287,11 @@ def test_schedules_as_documents(typed: Any, tmp_path: Path) -> None:
 
 
 def test_a_worker_and_logs_as_documents(typed: Any, tmp_path: Path) -> None:
-    """The job is a real ``distill run``, of a student that is not there."""
-    file = written(tmp_path / "lost.yaml", f"extends: embedded\nstudent: {{model: {tmp_path}/nothing}}\n")
+    """The job is a real ``distill run``, of a student that is not there any more."""
+    (tmp_path / "student").mkdir()
+    file = written(tmp_path / "lost.yaml", "extends: embedded\nstudent: {model: ./student}\n")
     assert typed("queue", "add", str(file))[0] == 0
+    (tmp_path / "student").rmdir()
     assert typed("queue", "logs", "1")[0] == 2
     code, out, err = typed("worker", "--once", "--json")
     document = json.loads(out)
@@ -367,7 +371,8 @@ def test_a_run_starts_from_the_last_runs_student(tmp_path: Path, monkeypatch: py
 
 
 def test_the_job_files_that_are_shown_are_some(tmp_path: Path) -> None:
-    text = (Path(__file__).parent.parent / "docs" / "schedule.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "schedule.md").read_text().replace("/data", str(tmp_path))
+    written(tmp_path / "prompts", "")
     shown = re.findall(r"```yaml\n# ([\w.]+)[^\n]*\n(.*?)```", text, re.DOTALL)
     specs = {name: resolve_job(written(tmp_path / name, file)) for name, file in shown}
     assert set(specs) == {"nightly.yaml", "sizes.yaml"}
