@@ -175,10 +175,11 @@ class Queue:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
             raise DistillError(
                 f"{self.folder / 'queue.db'} could not be changed: {error}; nothing was. Make room, or mend the folder"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distill.errors import UserError
+from distill.errors import DistillError, UserError
 from distill.jobs import ScheduleSettings
 from pipelines.attempt import Attempt, Identity, boot_id, end_leftovers
 from pipelines.job import JobSpec, RunSpec
@@ -392,6 +392,7 @@ def test_a_cancelled_job_stays_cancelled_when_its_worker_dies(queue: Queue, mark
     process.wait()
     time.sleep(1.1)
     assert run_all(queue) == ["cancelled"]
+    assert len(queue.attempts(job.id)) == 1
 
 
 def test_the_time_limit_counts_over_attempts(queue: Queue, mark: str) -> None:
@@ -403,6 +404,20 @@ def test_the_time_limit_counts_over_attempts(queue: Queue, mark: str) -> None:
     assert time.monotonic() - begin < 10
     found = queue.job(job.id)
     assert "active_deadline_seconds" in (found.reason or "") and (job.out / "checkpoint").exists()
+
+
+def test_a_full_disk_is_a_sentence_and_changes_nothing(queue: Queue) -> None:
+    """SQLite's own refusal: the file may not grow."""
+    (pages,) = queue.rows("PRAGMA page_count")[0]
+    queue.rows(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(DistillError, match="could not be changed: database or disk is full; nothing was"):
+        for _ in range(1000):
+            add(queue, "0")
+    added = len(queue.jobs())
+    assert added < 1000
+    queue.rows("PRAGMA max_page_count = 100000")
+    add(queue, "0")
+    assert len(queue.jobs()) == added + 1
 
 
 def test_once_says_how_it_ended(queue: Queue, mark: str) -> None:
