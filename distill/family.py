@@ -6,6 +6,7 @@ Shapes are those of the Technical Report (2505.09388), tables 1 and 2, completed
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,8 @@ def resolve(
                 f"{', '.join(known for known in SIZES if known not in WITHOUT_BASE)}, or name a hub id or a folder"
             )
         return ModelSource(name, "hub", f"Qwen/Qwen3-{size}" + ("-Base" if role == "student" else ""), revision)
-    if Path(name).is_dir():
+    # os.path: what is too long for a folder's name is none, and no error.
+    if os.path.isdir(name):
         return ModelSource(name, "directory", str(Path(name).resolve()))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return ModelSource(name, "hub", name, revision)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -207,7 +208,7 @@ def file_prompts(settings: FilePrompts) -> Iterator[tuple[str, Prompt]]:
 
     Raises UserError for what cannot be used, with the file and line.
     """
-    path = Path(settings.path).expanduser()
+    path = Path(os.path.expanduser(settings.path))
     columns = {name: settings.answer_column if name == "answer" else name for name in FIELDS}
     known = (settings.prompt_column, *columns.values())
     num_prompts, ignored = 0, set[str]()

@@ -221,6 +221,8 @@ def _walk(location: Sequence[str | int], model: type[Settings]) -> tuple[list[st
         keys.append(str(part))
         known = list(node.get("properties", {}))
         node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
+        # A block that takes any keys says so by a bare true.
+        node = node if isinstance(node, dict) else {}
     return keys, known, list(node.get("discriminator", {}).get("mapping", {}))
 
 

@@ -7,6 +7,7 @@ there. A worker reads it back from the queue and imports nothing heavy for it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class RunSpec:
     def prompts(self) -> Path | None:
         """The file or folder that its prompts come from, if they come from one."""
         prompts = self.config["prompts"]
-        return Path(prompts["path"]).expanduser() if prompts["kind"] == "file" else None
+        return Path(os.path.expanduser(prompts["path"])) if prompts["kind"] == "file" else None
 
 
 @dataclass(frozen=True, slots=True)

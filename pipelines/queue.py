@@ -61,7 +61,7 @@ def default_folder() -> Path:
     """The folder that DISTILL_QUEUE names, else ``strong-to-weak/queue`` under the user's state."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     state = Path(os.environ.get("XDG_STATE_HOME", ""))
     # The XDG rules say that a relative path is to be ignored.
     return (state if state.is_absolute() else Path.home() / ".local" / "state") / "strong-to-weak" / "queue"

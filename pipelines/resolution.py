@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -101,11 +102,9 @@ def find_recipe(name: str) -> Path:
         return Path(str(_recipes() / f"{name}.yaml"))
     if name in comparison_names():
         return Path(str(_comparisons() / f"{name}.yaml"))
-    try:
-        if Path(name).is_file():
-            return Path(name)
-    except OSError as error:
-        raise UserError(f"the recipe {name[:80]!r} cannot be looked for: {error.strerror}; name a file") from None
+    # os.path: what is too long for a file's name is none, and no error.
+    if os.path.isfile(name):
+        return Path(name)
     known = [*recipe_names(), *comparison_names()]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     raise UserError(
@@ -259,7 +258,7 @@ def check_names(config: RunConfig) -> None:
     for teacher in (config.teacher, *config.specialists.values()):
         resolve(teacher.model, role="teacher", revision=teacher.revision)
     if config.prompts.kind == "file":
-        prompt_files(Path(config.prompts.path).expanduser())
+        prompt_files(Path(os.path.expanduser(config.prompts.path)))
     curve = config.evaluation.curve
     for task in (*(config.evaluation.tasks or ()), *([curve.task] if curve and curve.task else ())):
         if task != MODE_SWITCHING:
@@ -289,4 +288,4 @@ def _prompt_settings(prompts: str) -> dict[str, Any]:
 
 def _absolute(model: str) -> str:
     """A folder's full path, so that the recorded configuration works from anywhere; other names as they are."""
-    return str(Path(model).resolve()) if Path(model).is_dir() and model not in EMBEDDED_NAMES else model
+    return str(Path(model).resolve()) if os.path.isdir(model) and model not in EMBEDDED_NAMES else model

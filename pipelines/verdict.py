@@ -13,6 +13,7 @@ WAITING: tuple[State, ...] = ("queued", "interrupted", "waiting")
 """A worker will take it up: for the first time, after an interruption, or after a wait."""
 ACTIVE: tuple[State, ...] = (*WAITING, "running")
 """It is not finished."""
+FINISHED: tuple[State, ...] = ("done", "failed", "cancelled", "replaced", "missed")
 
 Asked = Literal["stop", "cancel", "replace", "time_limit"]
 """Why a job was asked to end: its worker stops; somebody cancelled it; a newer run replaces it; its time is over."""

@@ -122,6 +122,8 @@ def test_a_sweep_is_a_run_for_each_overlay(tmp_path: Path) -> None:
         ("a: " + "9" * 5000, "is not valid YAML"),
         ("a: " + "[" * 5000, "is not valid YAML"),
         ("a: &a {b: *a}", "holds itself"),
+        ("prompts: {kind: file, path: ~no-such-user/x}", "no-such-user"),
+        ("sweep: {runs: [{1: 2}]}", "runs.0.1"),
         ("student: {model: 5B}", "is no size, embedded model"),
         ("evaluation: {tasks: [embeded]}", "embedded"),
         ("- 1", "holds a list"),
@@ -192,7 +194,25 @@ def mutated(chance: random.Random, text: str) -> bytes:
 
 
 ODD_VALUES: tuple[Any, ...] = (
-    *(None, True, -1, 0, 1, 2**70, 1e300, -0.5, "", "x", "*", "null", "runs/x", "no_think", "0 0 29 2 *", "x" * 3000),
+    *(
+        "~nobody/x",
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**70,
+        1e300,
+        -0.5,
+        "",
+        "x",
+        "*",
+        "null",
+        "runs/x",
+        "no_think",
+        "0 0 29 2 *",
+        "x" * 3000,
+    ),
     *([], {}, [[]], {"kind": "file"}, {"kind": "file", "path": "p"}, {"a": {"b": 1}}, [1, "a", None], {1: 2}, {"": ""}),
 )
 

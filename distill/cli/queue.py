@@ -29,19 +29,25 @@ def _queue(folder: Path | None) -> Queue:
 @app.command("list")
 def queue_list(
     schedule: Annotated[str | None, typer.Option(help="Only jobs of this schedule.")] = None,
-    last: Annotated[int, typer.Option(min=1, help="How many, the newest.")] = RECENT,
+    last: Annotated[int, typer.Option(min=1, help="How many that are finished, the newest.")] = RECENT,
     queue: QueueFolder = None,
     as_json: Json = False,
 ) -> None:
-    """List jobs, the newest last, with what became of them.
+    """List the jobs that wait or run, and the newest that are finished, with what became of them.
 
     Example:
 
       distill queue list --schedule nightly --last 7
     """
     from pipelines.board import print_jobs
+    from pipelines.verdict import ACTIVE, FINISHED
 
-    documents = [job.to_json() for job in _queue(queue).jobs(schedule=schedule, last=last)]
+    waiting = _queue(queue)
+    found = [
+        *waiting.jobs(states=FINISHED, schedule=schedule, last=last),
+        *waiting.jobs(states=ACTIVE, schedule=schedule),
+    ]
+    documents = [job.to_json() for job in sorted(found, key=lambda job: job.id)]
     if as_json:
         print(json.dumps({"jobs": documents}, allow_nan=False))
     else:

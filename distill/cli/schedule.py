@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Jobs that run again and again.", no_args_is_help=True)
 
+RECENT = 20
+
 Name = Annotated[str, typer.Argument(help="A schedule's name.")]
 
 
@@ -78,7 +80,7 @@ def schedule_list(queue: QueueFolder = None, as_json: Json = False) -> None:
 
 @app.command("show")
 def schedule_show(name: Name, queue: QueueFolder = None, as_json: Json = False) -> None:
-    """Show a schedule: its settings, its jobs, what it missed and why.
+    """Show a schedule: its settings, its newest jobs, what it missed and why.
 
     Example:
 
@@ -91,7 +93,7 @@ def schedule_show(name: Name, queue: QueueFolder = None, as_json: Json = False) 
     document = {
         **found.to_json(),
         "upcoming": schedules.upcoming(found),
-        "jobs": [job.to_json() for job in schedules.queue.jobs(schedule=name)],
+        "jobs": [job.to_json() for job in schedules.queue.jobs(schedule=name, last=RECENT)],
         "missed": schedules.missed(name),
     }
     if as_json:
