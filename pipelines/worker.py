@@ -22,8 +22,9 @@ from distill.errors import DistillError, UserError
 from distill.interrupt import deferred_signals
 from distill.progress import say
 from pipelines.attempt import Attempt, Identity, end_leftovers
+from pipelines.claims import Claim, Claims
 from pipelines.preparation import distill_run, prepare
-from pipelines.queue import Claim, Job, Queue
+from pipelines.queue import Job, Queue
 from pipelines.schedule import Schedules
 from pipelines.verdict import ACTIVE, Asked
 
@@ -83,7 +84,7 @@ class Worker:
         poll_seconds: float = POLL_SECONDS,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
-        self.queue, self.schedules, self.clock = queue, Schedules(queue), queue.clock
+        self.queue, self.claims, self.schedules, self.clock = queue, Claims(queue), Schedules(queue), queue.clock
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._slots, self._on_gpu, self._command = tuple(slots), on_gpu, command
         self._poll_seconds, self._lease_seconds = poll_seconds, lease_seconds
@@ -120,11 +121,11 @@ class Worker:
             say(f"job {job.id} ({job.name}) came due")
         self._take_over()
         self._attend()
-        while (claim := self.queue.claim(self.name, self._slots, self._lease_seconds)) is not None:
+        while (claim := self.claims.take(self.name, self._slots, self._lease_seconds)) is not None:
             self._begin(claim)
 
     def _begin(self, claim: Claim) -> None:
-        attempt = Attempt(claim.token, self.queue.exit_file(claim), self.queue.log_file(claim.job.id, claim.number))
+        attempt = Attempt(claim.token, self.claims.exit_file(claim), self.queue.log_file(claim.job.id, claim.number))
         try:
             process = self._start(claim, attempt)
         except (DistillError, OSError) as error:
@@ -132,7 +133,7 @@ class Worker:
             return
         now = self.clock.passed()
         self._held.append(_Held(claim, attempt, now, now + self._lease_seconds / BEATS))
-        if self.queue.register(claim, process):
+        if self.claims.register(claim, process):
             attempt.go()
             say(f"job {claim.job.id} ({claim.job.name}): attempt {claim.number} began, log in {attempt.log}")
         else:
@@ -159,7 +160,7 @@ class Worker:
         with suppress(OSError):
             log.write_text(f"distill: {why}\n", encoding="utf-8")
         code = error.exit_code if isinstance(error, UserError) else 1
-        self._note(self.queue.settle(claim, code=code, asked=None, seconds=0.0))
+        self._note(self.claims.settle(claim, code=code, asked=None, seconds=0.0))
 
     def _attend(self) -> None:
         """Look after the jobs in hand."""
@@ -170,7 +171,7 @@ class Worker:
             now = self.clock.passed()
             if now >= held.next_beat:
                 held.next_beat = now + self._lease_seconds / BEATS
-                if not held.is_lost and not self.queue.beat(held.claim, self._lease_seconds):
+                if not held.is_lost and not self.claims.beat(held.claim, self._lease_seconds):
                     held.is_lost = True
                     held.attempt.kill()
             if held.asked is None and (asked := self._reason_to_end(held, now)) is not None:
@@ -181,13 +182,13 @@ class Worker:
         limit = held.claim.job.spec.settings.active_deadline_seconds
         if limit is not None and held.claim.job.seconds + now - held.began > limit:
             return "time_limit"
-        return self.queue.stop_wanted(held.claim.job.id)
+        return self.claims.stop_wanted(held.claim.job.id)
 
     def _settle(self, held: _Held) -> None:
         self._held.remove(held)
         seconds = self.clock.passed() - held.began
         if not held.is_lost:
-            self._note(self.queue.settle(held.claim, code=held.attempt.code, asked=held.asked, seconds=seconds))
+            self._note(self.claims.settle(held.claim, code=held.attempt.code, asked=held.asked, seconds=seconds))
 
     def _note(self, job: Job | None) -> None:
         if job is not None:
@@ -197,11 +198,11 @@ class Worker:
     def _take_over(self) -> None:
         """Mark what other workers lost. A job of which a process is alive is not lost, whatever its lease says."""
         own = {held.claim.token for held in self._held}
-        for claim in self.queue.lapsed():
+        for claim in self.claims.lapsed():
             if claim.token in own or (claim.process is not None and claim.process.is_alive):
                 continue
             if end_leftovers(claim.token):
-                self._note(self.queue.settle_lapsed(claim))
+                self._note(self.claims.settle_lapsed(claim))
 
     def _stop(self) -> None:
         """Have all jobs in hand stop with a checkpoint, and wait for it."""

@@ -14,6 +14,7 @@ import pytest
 
 from distill.errors import UserError
 from distill.jobs import ScheduleSettings
+from pipelines.claims import Claims
 from pipelines.clock import iso
 from pipelines.job import JobSpec, RunSpec
 from pipelines.queue import Job, Queue
@@ -116,7 +117,7 @@ def test_a_starting_deadline_bounds_the_wait_for_a_slot(schedules: Schedules, cl
     clock.moment = BEGIN + HOUR
     (job,) = schedules.consider()
     clock.moment += 601
-    assert schedules.queue.claim("worker", ["0"], 60) is None
+    assert Claims(schedules.queue).take("worker", ["0"], 60) is None
     found = schedules.queue.job(job.id)
     assert found.state == "missed" and "starting_deadline_seconds" in (found.reason or "")
 
@@ -138,7 +139,7 @@ def test_allow_makes_both(schedules: Schedules, clock: SetClock) -> None:
     for hours in (1, 2):
         clock.moment = BEGIN + hours * HOUR
         assert len(schedules.consider()) == 1
-    claims = [schedules.queue.claim("worker", ["0", "1"], 60) for _ in range(3)]
+    claims = [Claims(schedules.queue).take("worker", ["0", "1"], 60) for _ in range(3)]
     assert [claim.job.id for claim in claims if claim] == [1, 2]
 
 
@@ -146,16 +147,16 @@ def test_replace_ends_the_old_one_before_the_new_one_starts(schedules: Schedules
     add(schedules, concurrency_policy="replace")
     clock.moment = BEGIN + HOUR
     (first,) = schedules.consider()
-    claim = schedules.queue.claim("worker", ["0", "1"], 60)
+    claim = Claims(schedules.queue).take("worker", ["0", "1"], 60)
     assert claim is not None
     clock.moment += HOUR
     (second,) = schedules.consider()
-    assert schedules.queue.stop_wanted(first.id) == "replace"
+    assert Claims(schedules.queue).stop_wanted(first.id) == "replace"
     # A slot is free, and still the new one waits until the old one has ended.
-    assert schedules.queue.claim("worker", ["0", "1"], 60) is None
-    assert schedules.queue.settle(claim, code=75, asked="replace", seconds=1.0) is not None
+    assert Claims(schedules.queue).take("worker", ["0", "1"], 60) is None
+    assert Claims(schedules.queue).settle(claim, code=75, asked="replace", seconds=1.0) is not None
     assert schedules.queue.job(first.id).state == "replaced"
-    after = schedules.queue.claim("worker", ["0", "1"], 60)
+    after = Claims(schedules.queue).take("worker", ["0", "1"], 60)
     assert after is not None and after.job.id == second.id
     # One that has not begun is replaced at once.
     end(schedules, second, "queued")

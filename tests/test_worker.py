@@ -19,8 +19,9 @@ import yaml
 from distill.errors import DistillError, UserError
 from distill.jobs import ScheduleSettings
 from pipelines.attempt import Attempt, Identity, boot_id, end_leftovers
+from pipelines.claims import Claim, Claims
 from pipelines.job import JobSpec, RunSpec
-from pipelines.queue import Claim, Job, Queue
+from pipelines.queue import Job, Queue
 from pipelines.verdict import ACTIVE, judge
 from pipelines.worker import Worker, exit_code, slots_here
 
@@ -177,21 +178,21 @@ def test_one_after_the_other_and_none_overtakes_for_want_of_slots(queue: Queue) 
     here = ["0", "1"]
 
     def claim() -> Claim | None:
-        return queue.claim("worker", here, 60)
+        return Claims(queue).take("worker", here, 60)
 
     first = claim()
     # Job 2 wants three slots, which this worker never has: another worker's.
     assert first is not None and (first.job.id, first.slots) == (1, ("0",))
     # Job 3 wants both, one is free: job 4 would fit, and waits its turn.
     assert claim() is None
-    queue.settle(first, code=0, asked=None, seconds=1.0)
+    Claims(queue).settle(first, code=0, asked=None, seconds=1.0)
     third = claim()
     assert third is not None and (third.job.id, third.slots) == (3, ("0", "1"))
     assert claim() is None
-    queue.settle(third, code=0, asked=None, seconds=1.0)
+    Claims(queue).settle(third, code=0, asked=None, seconds=1.0)
     fourth = claim()
     assert fourth is not None and fourth.job.id == 4
-    large = queue.claim("large", ["0", "1", "2", "3"], 60)
+    large = Claims(queue).take("large", ["0", "1", "2", "3"], 60)
     # Slots are the machine's: what one worker holds no other takes.
     assert large is not None and (large.job.id, large.slots) == (2, ("1", "2", "3"))
 
@@ -324,18 +325,18 @@ def test_a_worker_that_stands_still_keeps_its_job(queue: Queue, mark: str) -> No
 def test_a_claim_that_was_lost_before_it_began_never_begins(queue: Queue, mark: str) -> None:
     """A worker that was asleep between taking a job and starting it finds that another one has it."""
     job = add(queue, "wait")
-    slow = queue.claim("slow", ["0"], 0.0)
+    slow = Claims(queue).take("slow", ["0"], 0.0)
     assert slow is not None
     time.sleep(0.01)
-    (lapsed,) = queue.lapsed()
-    assert queue.settle_lapsed(lapsed) is not None
-    attempt = Attempt(slow.token, queue.exit_file(slow), queue.log_file(job.id, slow.number))
+    (lapsed,) = Claims(queue).lapsed()
+    assert Claims(queue).settle_lapsed(lapsed) is not None
+    attempt = Attempt(slow.token, Claims(queue).exit_file(slow), queue.log_file(job.id, slow.number))
     process = attempt.start(["touch", str(job.spec.out)], cwd=Path("/"), environment=os.environ, grace=1)
-    assert not queue.register(slow, process)
+    assert not Claims(queue).register(slow, process)
     attempt.abandon()
     wait_for(attempt.has_ended)
     assert attempt.code is None and not job.spec.out.exists()
-    assert queue.settle(slow, code=0, asked=None, seconds=1.0) is None
+    assert Claims(queue).settle(slow, code=0, asked=None, seconds=1.0) is None
     assert queue.job(job.id).state == "interrupted"
 
 

@@ -21,7 +21,8 @@ RECENT = 20
 
 
 def _queue(folder: Path | None) -> Queue:
-    from pipelines.queue import Queue, default_folder
+    from pipelines.database import default_folder
+    from pipelines.queue import Queue
 
     return Queue(folder or default_folder())
 

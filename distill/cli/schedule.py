@@ -21,7 +21,8 @@ Name = Annotated[str, typer.Argument(help="A schedule's name.")]
 
 
 def _schedules(folder: Path | None) -> Schedules:
-    from pipelines.queue import Queue, default_folder
+    from pipelines.database import default_folder
+    from pipelines.queue import Queue
     from pipelines.schedule import Schedules
 
     return Schedules(Queue(folder or default_folder()))

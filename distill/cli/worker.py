@@ -36,7 +36,8 @@ def worker(
 
       distill worker --once --gpus 0,1
     """
-    from pipelines.queue import Queue, default_folder
+    from pipelines.database import default_folder
+    from pipelines.queue import Queue
     from pipelines.worker import Worker, exit_code, slots_here
 
     names, on_gpu = slots_here(None if gpus is None else gpus.split(","), slots)
