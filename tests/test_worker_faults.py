@@ -257,7 +257,8 @@ class World:
                 time.sleep(0.2)
             for process in running:
                 process.terminate()
-                assert process.wait(60) == 0
+                # One that took the place of a killed one just now may still be importing.
+                assert process.wait(60) in (0, -signal.SIGTERM)
         assert gone(self.mark), "a process of a job or worker is left"
 
     def _wait_for_work(self) -> None:
