@@ -404,7 +404,7 @@ def test_the_time_limit_counts_over_attempts(queue: Queue, mark: str) -> None:
     assert run_all(queue) == ["failed"]
     assert time.monotonic() - begin < 10
     found = queue.job(job.id)
-    assert "active_deadline_seconds" in (found.reason or "") and (job.out / "checkpoint").exists()
+    assert "active_deadline_seconds" in (found.reason or "") and found.seconds > 1
 
 
 def test_a_full_disk_is_a_sentence_and_changes_nothing(queue: Queue) -> None:

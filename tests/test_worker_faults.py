@@ -257,7 +257,8 @@ class World:
                 time.sleep(0.2)
             for process in running:
                 process.terminate()
-                assert process.wait(60) == 0
+                # One that took the place of a killed one just now may still be importing.
+                assert process.wait(60) in (0, -signal.SIGTERM)
         assert gone(self.mark), "a process of a job or worker is left"
 
     def _wait_for_work(self) -> None:
@@ -349,6 +350,8 @@ def test_real_runs_with_twenty_kills(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.timeout(900)
 def test_ctrl_c_at_any_moment_leaves_no_process_and_a_job_that_goes_on(tmp_path: Path) -> None:
     """Once or twice, from the first instruction of a worker on; the exit leaves nothing, and no step is done twice."""
+    # A shell has what it runs in the background ignore Ctrl-C, and that is inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     chance = random.Random(0)
     (tmp_path / "job.py").write_text(JOB)
     queue = Queue(tmp_path / "queue")
@@ -391,6 +394,7 @@ def test_ctrl_c_at_any_moment_leaves_no_process_and_a_job_that_goes_on(tmp_path:
         time.sleep(0.1)
     worker.terminate()
     worker.wait(30)
+    signal.signal(signal.SIGINT, before)
     jobs = queue.jobs()
     assert all(job.state == "done" for job in jobs) and len(queue.rows("SELECT 1 FROM attempts")) > len(jobs)
     for job in jobs:
