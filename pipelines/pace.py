@@ -3,8 +3,8 @@
 Per device, with N_a active parameters of b bytes, V vocabulary rows, T tokens of the job on this device:
 
     decode   FLOPs of one pass of every token; memory: the weights once a step (of experts those that some row chose),
-             keys and values of every earlier token, ``LOGIT_PASSES`` passes over fp32 logits; a step for each token of
-             the longest response of those decoded together, in this process; in a server rows are replaced as they end
+             keys and values of every earlier token, ``LOGIT_PASSES`` passes over fp32 logits; as many steps as the rows
+             that are decoded together need for all tokens, and no fewer than the longest response has
     score    one pass over all tokens, weights once every ``PASS_TOKENS``; without the head, which the loss applies
     train    three passes (LoRA two), one more of the body with checkpointing; 2 d_t V for the teacher's head and
              ``TILE_PASSES`` over logits where a teacher judges; activations written and read; 30 bytes a parameter for
@@ -71,12 +71,14 @@ def job_times(job: Job, pair: Pair, layout: Layout) -> Times:
 
 
 def _decode(job: Job, shape: Shape, layout: Layout) -> Times:
-    """In the student's processes, batch after batch."""
+    """In the student's processes, where a response that ends makes room for the next one."""
     config, pool, num_processes = layout.config, layout.student_pool, layout.student.processes
     item, number = _number(config, job.who)
     own = job.over(num_processes)
-    batches = math.ceil(sum(part.num for part in own) / rows_together(job, config))
-    steps = batches * max(part.longest_of(part.num / batches) for part in own)
+    num = max(1.0, sum(part.num for part in own))
+    # Those that may get longest begin, and are fewest together.
+    in_turn = sum(part.num * part.response / min(num, rows_together(part, config)) for part in own)
+    steps = max(in_turn, *(part.longest_of(part.num) for part in own))
     written = sum(part.num * part.response for part in own)
     demand = Demand(
         flops=_forward(own, shape),
@@ -90,10 +92,9 @@ def _decode(job: Job, shape: Shape, layout: Layout) -> Times:
     return times(demand, pool.device, "sample", number, experts=bool(shape.num_experts), wire_rate=wire_rate)
 
 
-def rows_together(job: Job, config: RunConfig) -> int:
-    """Most responses of ``job`` that a student's process decodes together: each counts at its limit."""
-    widest = max(part.prompt + part.limit for part in job.sequences)
-    return max(1, min(config.sampler_batch, int(config.sampler_tokens // widest)))
+def rows_together(part: Sequences, config: RunConfig) -> int:
+    """Most responses of ``part`` that a student's process decodes together: each counts at its limit."""
+    return max(1, min(config.sampler_batch, int(config.sampler_tokens // (part.prompt + part.limit))))
 
 
 def _score(job: Job, shape: Shape, layout: Layout) -> Times:

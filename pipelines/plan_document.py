@@ -241,9 +241,10 @@ def _few_rows(plan: Plan) -> Iterator[str]:
     config = plan.best.layout.config
     few: dict[int, list[str]] = {}
     for phase in plan.best.phases:
-        job, rows = phase.job, rows_together(phase.job, config)
+        job = phase.job
+        rows = min(rows_together(part, config) for part in job.sequences)
         is_here = job.who == "student" or plan.best.layout.is_shared
-        if job.kind == "decode" and is_here and rows < min(FEW_ROWS, sum(p.num for p in job.sequences)):
+        if job.kind == "decode" and is_here and rows < min(FEW_ROWS, sum(part.num for part in job.sequences)):
             few.setdefault(rows, []).append(f"{job.stage} {job.role}")
     for rows, places in few.items():
         yield (

@@ -308,8 +308,9 @@ def test_decoding_reads_weights_and_cache_once_a_step() -> None:
     logits = 32 * 900 * 8 * 4 * 151_936
     assert found.memory == pytest.approx((weights + cache + logits) / (3350e9 * 0.7))
     assert found.latency == pytest.approx(1000 * 36 * load_devices()["H100"].latency.sample * 1e-6)
+    # With room for eight, each that ends makes room for another: 32 * 900 tokens in 3,600 steps.
     few = config.model_copy(update={"sampler_tokens": 8 * 1100})
-    assert job_times(job("decode", "student"), pair, alone(few, pair)).latency == pytest.approx(4 * found.latency)
+    assert job_times(job("decode", "student"), pair, alone(few, pair)).latency == pytest.approx(3.6 * found.latency)
 
 
 def test_a_mixture_reads_the_experts_that_were_chosen() -> None:
@@ -702,15 +703,15 @@ def test_the_documented_sentence_is_what_is_said() -> None:
 
 def test_the_documented_gpu_hours_of_an_8b_student_are_what_the_plan_gives() -> None:
     text = (ROOT / "docs/plan.md").read_text()
-    rows = re.findall(r"^\| (\d+)[^|]*\| ([\d,]+) \| ([\d,]+) \| (\d+) \| ([\d,]+) \|$", text, re.M)
+    rows = re.findall(r"^\| (\d+)[^|]*\| ([\d,]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)
     assert len(rows) == 4
     for row in rows:
-        steps, limit, sample, train, together = (int(cell.replace(",", "")) for cell in row)
+        steps, limit, gpus, sample, train, together = (int(cell.replace(",", "")) for cell in row)
         limits = f"stages.on_policy.sampling.think.max_new_tokens={limit}"
         best = plan_for("235B", "8B", "2x8xH100", f"stages.on_policy.steps={steps}", limits).best
         phases = {phase.job.role: phase for phase in best.phases if phase.job.stage == "on_policy"}
         hours = {role: best.layout.gpus * phase.seconds / 3600 for role, phase in phases.items()}
-        assert phases["teacher_score"].is_hidden
+        assert phases["teacher_score"].is_hidden and best.layout.gpus == gpus
         assert [hours["student_sample"], hours["student_train"]] == pytest.approx([sample, train], abs=0.5)
         assert hours["student_sample"] + hours["student_train"] == pytest.approx(together, abs=0.5)
 
