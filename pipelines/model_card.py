@@ -20,8 +20,8 @@ from distill.errors import UserError
 from distill.family import ModelSource, resolve
 from distill.journal import read_json
 from distill.types import MODES
+from eval.page import MODE_NAMES, count, duration, percent
 from eval.published import PUBLISHED
-from eval.report import MODE_NAMES, count, duration, percent
 from eval.switching import TASK as MODE_SWITCHING
 
 ENDS = 5
