@@ -277,7 +277,7 @@ _HUB_SET = re.compile(r"([\w.-]+/[\w.-]+)@([\w.-]+)(?::([\w.-]+))?")
 
 def _prompt_settings(prompts: str) -> dict[str, Any]:
     """What ``--prompts`` means: a file or folder, or a hub set as OWNER/NAME@REVISION (:SPLIT, if it is not train)."""
-    found = None if Path(prompts).exists() else _HUB_SET.fullmatch(prompts)
+    found = None if os.path.exists(prompts) else _HUB_SET.fullmatch(prompts)
     if found is None:
         return {"kind": "file", "path": str(Path(prompts).absolute())}
     id_, revision, split = found.groups()
