@@ -21,10 +21,10 @@ import yaml
 from distill import cli
 from distill.errors import UserError
 from distill.recipe import parse_yaml, validate
-from pipelines.resolution import check_names, recipe_names, recipe_text, resolve_run
+from pipelines.resolution import check_names, comparison_names, recipe_names, recipe_text, resolve_run
 
 NUM = 1000
-NAMES = recipe_names()
+NAMES = [*recipe_names(), *comparison_names()]
 
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**400, -(10**400), 0.0, 1e-320, 1e308, -0.5, "nan", "1e999", ".inf"),
