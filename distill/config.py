@@ -7,14 +7,22 @@ their scale needs. The dump of a run (``config.yaml``) is itself a recipe.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from distill.types import Mode, Sampling
 
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What may be a file's name everywhere."""
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+_MOST = 2**53
+"""The largest number that JSON and floats hold exactly; more of anything is a mistake."""
+PositiveInt = Annotated[int, Field(gt=0, le=_MOST)]
+Count = Annotated[int, Field(ge=0, le=_MOST)]
 
 
 class Settings(BaseModel):
@@ -32,7 +40,7 @@ class SamplingSettings(Settings):
     """Longest response, in tokens; a response that reaches it is truncated."""
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Count = 0
     """Keep the k most probable tokens; 0 keeps all."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of every token the response already holds."""
@@ -216,7 +224,7 @@ class Optimiser(Settings):
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)]
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: stay, or fall to zero along a cosine at the last step."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    warmup_steps: Count = 10
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
@@ -319,7 +327,7 @@ class GrpoStage(Settings):
     kind: Literal["grpo"] = "grpo"
     steps: PositiveInt = 150
     prompts_per_step: PositiveInt = 64
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    samples_per_prompt: Annotated[int, Field(ge=2, le=_MOST)] = 8
     """Size of a group: the responses to one prompt, which are compared with each other."""
     mixture: Mixture = Mixture()
     sampling: ModeSampling = ModeSampling()
@@ -336,7 +344,7 @@ class OpdRewardStage(Settings):
     kind: Literal["opd_reward"] = "opd_reward"
     steps: PositiveInt = 150
     prompts_per_step: PositiveInt = 64
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    samples_per_prompt: Annotated[int, Field(ge=2, le=_MOST)] = 8
     mixture: Mixture = Mixture()
     sampling: ModeSampling = ModeSampling()
     divergence: DivergenceSettings = DivergenceSettings()
@@ -511,9 +519,9 @@ class PreflightSettings(Settings):
 class RunConfig(Settings):
     """Everything a run depends on besides the code and the data."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Annotated[str, Field(pattern=rf"^{_NAME}$")] | None = None
     """Also the run directory's name where ``--out`` is not given; null becomes TEACHER-to-STUDENT."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
     teacher: TeacherSettings = TeacherSettings()
     specialists: dict[str, TeacherSettings] = {}
     """Teachers for the prompts of one domain (a prompt's ``domain``); ``teacher`` teaches all others. The
@@ -590,6 +598,11 @@ class RunConfig(Settings):
     def _check_stages(self) -> Self:
         if not self.stages:
             raise ValueError("stages is empty; name at least one stage, for example off_policy")
+        for name in self.stages:
+            if not re.fullmatch(_NAME, name) or len(name) > 64:
+                raise ValueError(
+                    f"a stage's name is letters, digits, '.', '_' and '-', at most 64, and not {name[:80]!r}"
+                )
         reserved = {"teacher", "start"} & set(self.stages)
         if reserved:
             raise ValueError(f"a stage may not be called {sorted(reserved)[0]!r}: reports use that name")

@@ -245,16 +245,33 @@ def resolve_comparison(
     return validate_as(ComparisonConfig, _assigned(tree, assignments), where=f"the comparison (recipe {recipe})")
 
 
-def check_names(config: RunConfig) -> None:
+def check_recipe(recipe: str, assignments: Sequence[str] = ()) -> str:
+    """What ``recipe`` is, a run's or a comparison's, once all that is in it is known to be right (``check_names``)."""
+    if not is_comparison(recipe):
+        config = resolve_run(recipe=recipe, assignments=assignments)
+        check_names(config)
+        return f"{config.teacher.model} to {config.student.model}, stages {', '.join(config.stages)}"
+    from pipelines.comparison import OFF_POLICY, check
+
+    comparison = resolve_comparison(recipe, assignments=assignments)
+    runs = check(comparison, Path("runs") / comparison.name)
+    for member, config in runs:
+        # The others' students are what these runs will leave.
+        check_names(config, has_student=member.arm == OFF_POLICY)
+    return f"a comparison of {len(runs)} runs"
+
+
+def check_names(config: RunConfig, *, has_student: bool = True) -> None:
     """Raises UserError for a model's, task's or grader's name that nobody knows, and for prompts that are not there.
 
-    Nothing is opened, and nothing is asked of the hub.
+    Without ``has_student`` the student is still to be made. Nothing is opened, and nothing is asked of the hub.
     """
     from eval.graders import GRADERS
     from eval.switching import TASK as MODE_SWITCHING
     from eval.tasks import check_task
 
-    resolve(config.student.model, role="student", revision=config.student.revision)
+    if has_student:
+        resolve(config.student.model, role="student", revision=config.student.revision)
     for teacher in (config.teacher, *config.specialists.values()):
         resolve(teacher.model, role="teacher", revision=teacher.revision)
     if config.prompts.kind == "file":
@@ -277,7 +294,7 @@ _HUB_SET = re.compile(r"([\w.-]+/[\w.-]+)@([\w.-]+)(?::([\w.-]+))?")
 
 def _prompt_settings(prompts: str) -> dict[str, Any]:
     """What ``--prompts`` means: a file or folder, or a hub set as OWNER/NAME@REVISION (:SPLIT, if it is not train)."""
-    found = None if Path(prompts).exists() else _HUB_SET.fullmatch(prompts)
+    found = None if os.path.exists(prompts) else _HUB_SET.fullmatch(prompts)
     if found is None:
         return {"kind": "file", "path": str(Path(prompts).absolute())}
     id_, revision, split = found.groups()

@@ -41,12 +41,12 @@ class TeacherIdentity:
 def default_root() -> Path:
     """The folder that DISTILL_STORE names, else ``responses`` under the user's cache."""
     chosen = os.environ.get(VARIABLE)
-    return Path(chosen).expanduser() if chosen else cache_home() / "responses"
+    return Path(os.path.expanduser(chosen)) if chosen else cache_home() / "responses"
 
 
 def root_of(chosen: str | None) -> Path:
     """The folder of the store that a run's setting ``store`` means."""
-    return Path(chosen).expanduser() if chosen else default_root()
+    return Path(os.path.expanduser(chosen)) if chosen else default_root()
 
 
 def response_key(teacher: TeacherIdentity, request: Request) -> str:

@@ -11,11 +11,12 @@ import jsonschema
 import pytest
 
 from distill import cli
+from distill.comparison import ComparisonConfig
 from distill.config import RunConfig, TaskSettings
 from distill.documented import documented_yaml
 from distill.errors import UserError
-from distill.recipe import parse_yaml, recipe_schema, validate
-from pipelines.resolution import check_names, copy_recipe, recipe_names, recipe_text, resolve_run
+from distill.recipe import parse_yaml, recipe_schema, validate, validate_as
+from pipelines.resolution import check_names, copy_recipe, recipe_names, recipe_text, resolve_comparison, resolve_run
 
 
 @pytest.fixture
@@ -105,6 +106,22 @@ def test_validate_names_what_is_wrong_and_opens_nothing(typed: Any, tmp_path: Pa
         assert sentence in document["problem"]
     with pytest.raises(UserError):
         check_names(resolve_run(assignments=["teacher.model=5B"]))
+
+
+def test_a_comparison_is_shown_and_validated_too(typed: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    assert typed("init", str(own), "--recipe", "table21")[0] == 0
+    for more in ((), ("--docs",), ("--json",)):
+        code, out, _ = typed("config", "show", "--recipe", str(own), *more)
+        shown = validate_as(ComparisonConfig, parse_yaml(out, where="what was shown"), where="it")
+        assert code == 0 and shown == resolve_comparison("table21"), more
+    code, out, _ = typed("config", "validate", str(own))
+    assert (code, out) == (0, f"{own} is valid: a comparison of 24 runs\n")
+    for wrong, sentence in (("common.teacher.model=5B", "nearest: 235B"), ("sed=1", "did you mean seeds?")):
+        code, _, err = typed("config", "validate", str(own), "--set", wrong)
+        assert code == 2 and sentence in err
+    code, _, err = typed("config", "show", "--recipe", str(own), "--teacher", "4B")
+    assert code == 2 and "--set common." in err
 
 
 def test_the_schema_says_what_a_recipe_may_hold(typed: Any) -> None:

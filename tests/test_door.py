@@ -112,3 +112,49 @@ def test_a_document_is_all_of_standard_output(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "distill.cli", *words, "--json"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert isinstance(json.loads(done.stdout), dict) and done.stdout.count("\n") == 1
+
+
+DOCS = (ROOT / "docs" / "commands.md").read_text()
+
+
+def documented(path: tuple[str, ...]) -> str:
+    """What docs/commands.md says of a command."""
+    found: str = DOCS.partition(f"\n## `distill {' '.join(path)}`\n")[2]
+    return found.partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_is_documented_with_a_command_that_is_one(path: tuple[str, ...]) -> None:
+    text = documented(path)
+    found = re.search(rf"```\n(distill {' '.join(path)}.*)\n```", text)
+    assert found, f"docs/commands.md has no example of distill {' '.join(path)}"
+    words = shlex.split(found[1].partition(" > ")[0])[1 + len(path) :]
+    COMMANDS[path].make_context("distill", words)
+    for shown in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL):
+        assert isinstance(json.loads(shown), dict)
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments"),
+    [
+        (("init",), ["new.yaml"]),
+        (("config", "validate"), ["embedded"]),
+        (("preview",), ["--first", "1"]),
+        (("responses", "ls"), []),
+        (("responses", "show"), []),
+        (("responses", "stats"), []),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_documents_have_the_keys_that_are_documented(
+    path: tuple[str, ...],
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTILL_STORE", str(tmp_path / "store"))
+    app([*path, *arguments, "--json"], standalone_mode=False)
+    (shown,) = re.findall(r"```json\n(.*?)```", documented(path), flags=re.DOTALL)
+    assert set(json.loads(capfd.readouterr().out)) == set(json.loads(shown))

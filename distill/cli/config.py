@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distill.cli.options import Assignments, Json, Prompts, Recipe, Seed, Student, Teacher
 from distill.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.config import Settings
 
 app = typer.Typer(help="A run's configuration, without running it.", no_args_is_help=True)
 
@@ -36,11 +39,17 @@ def config_show(
     """
     from distill.documented import documented_yaml
     from distill.recipe import dump_yaml
-    from pipelines.resolution import resolve_run
+    from pipelines.resolution import is_comparison, resolve_comparison, resolve_run
 
-    config = resolve_run(
-        recipe=recipe, teacher=teacher, student=student, prompts=prompts, seed=seed, assignments=assignments or ()
-    )
+    config: Settings
+    if recipe is not None and is_comparison(recipe):
+        if teacher or student or prompts:
+            raise UserError(f"the recipe {recipe} compares several runs; say it for all with --set common.KEY=VALUE")
+        config = resolve_comparison(recipe, seed=seed, assignments=assignments or ())
+    else:
+        config = resolve_run(
+            recipe=recipe, teacher=teacher, student=student, prompts=prompts, seed=seed, assignments=assignments or ()
+        )
     if as_json:
         print(json.dumps(config.model_dump(mode="json")))
     else:
@@ -63,11 +72,10 @@ def config_validate(
 
       distill config validate my.yaml --set student.model=0.6B --json
     """
-    from pipelines.resolution import check_names, resolve_run
+    from pipelines.resolution import check_recipe
 
     try:
-        config = resolve_run(recipe=recipe, assignments=assignments or ())
-        check_names(config)
+        found = check_recipe(recipe, assignments or ())
     except UserError as error:
         if as_json:
             print(json.dumps({"recipe": recipe, "valid": False, "problem": str(error)}))
@@ -75,8 +83,7 @@ def config_validate(
     if as_json:
         print(json.dumps({"recipe": recipe, "valid": True, "problem": None}))
     else:
-        stages = ", ".join(config.stages)
-        print(f"{recipe} is valid: {config.teacher.model} to {config.student.model}, stages {stages}")
+        print(f"{recipe} is valid: {found}")
 
 
 @app.command("schema")
