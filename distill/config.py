@@ -136,6 +136,27 @@ class StudentSettings(Settings):
     """Keep masters, gradients and moments in the machine's memory and step there; shards the student."""
 
 
+class SamplerSettings(Settings):
+    """Who draws the student's responses."""
+
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """``transformers``: the trained model itself, in this process. ``vllm``: a vLLM server of the run's own, which gets
+    the student's weights before it speaks, and is checked to have got them."""
+    sync: Literal["auto", "file", "nccl", "ipc"] = "auto"
+    """How the weights get to the server. ``file``: through memory or disk, for a server on a CPU. ``nccl``: to a server
+    with ``devices`` of its own. ``ipc``: within the GPU that trainer and server share. Auto takes the one that fits."""
+    devices: tuple[str, ...] = ()
+    """GPUs of the server's own, by number, or CPU cores; empty leaves the choice to vLLM, which on a GPU is the
+    trainer's."""
+    tolerance: PositiveFloat | None = None
+    """The largest difference in log-probability of a probe's token between server and trainer, beyond which the run
+    stops. Null means 1e-4 for float32 and 0.25 for bfloat16."""
+    server_args: tuple[str, ...] = ()
+    """Further arguments of the server, as vLLM takes them."""
+    patience_seconds: PositiveFloat = 600.0
+    """How long a server that does not answer is waited for; then the run stops with exit code 75."""
+
+
 class EmbeddedPrompts(Settings):
     """Fresh questions of the embedded arithmetic task."""
 
@@ -510,6 +531,7 @@ class RunConfig(Settings):
     preflight: PreflightSettings = PreflightSettings()
     max_prompt_tokens: PositiveInt = 2048
     """A longer prompt is refused, with the line it came from."""
+    sampler: SamplerSettings = SamplerSettings()
     sampler_batch: PositiveInt = 256
     """Most responses that are decoded together."""
     sampler_tokens: PositiveInt = 131072

@@ -78,16 +78,19 @@ class SlotCache:
         """The same places for rooms that are seen as one long list, once the first layer has said how many heads."""
 
     def reserve(self, num_slots: int, num_places: int, *, most_places: int) -> None:
-        """Room for so many slots of so many tokens, of which there will never be more than ``most_places``."""
+        """Room for so many slots of so many tokens, of which those that are in them will never have more than
+        ``most_places``."""
         if num_slots <= self._num_slots and num_places <= self._num_places:
             return
         if num_places > self._num_places:
-            self._num_places = max(num_places, min(most_places, max(num_places + ROOM, 2 * self._num_places)))
+            self._num_places = max(num_places + ROOM, 2 * self._num_places)
+        # Where the long rows have gone there is room for more of the short ones, in as many bytes.
+        self._num_places = max(num_places, min(most_places, self._num_places))
         self._num_slots = max(num_slots, self._num_slots)
         for rooms in (self.keys, self.values):
             for layer, room in enumerate(rooms):
                 rooms[layer] = self._room(room)
-                rooms[layer][: room.shape[0], :, : room.shape[2]] = room
+                rooms[layer][: room.shape[0], :, : room.shape[2]] = room[:, :, : self._num_places]
 
     def _room(self, like: Tensor) -> Tensor:
         # Zeros: what is masked out still takes part in the arithmetic, and memory as it comes may hold NaN.

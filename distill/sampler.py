@@ -13,7 +13,7 @@ Shapes: B rows decoded together, V vocabulary rows, T tokens of one pass, d the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -47,6 +47,19 @@ class Sampler(Protocol):
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
         """One rollout a request, in the order of the requests; ``on_finished`` sees each as soon as it ends."""
+        ...
+
+
+class StudentSampler(Sampler, Protocol):
+    """A sampler of the model that is trained. It speaks with the weights that the model has when it is asked.
+
+    ``weight_version`` counts the optimiser steps behind these weights, and is stamped on the rollouts.
+    """
+
+    weight_version: int
+
+    def facts(self) -> Mapping[str, float]:
+        """Metrics of its own, of the time since it was asked for them last."""
         ...
 
 
@@ -88,6 +101,10 @@ class TransformersSampler:
         finally:
             self.model.train(training)
         return [rollouts[index] for index in range(len(requests))]
+
+    def facts(self) -> Mapping[str, float]:
+        """None: there is one copy of the weights."""
+        return {}
 
     def _decode(self, requests: Sequence[Request]) -> Iterator[Response]:
         """Every request's response, as soon as it has ended."""

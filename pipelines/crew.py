@@ -13,7 +13,7 @@ from distill.config import GrpoStage, Mixture, OffPolicyStage, OnPolicyStage, Op
 from distill.encode import Encoder
 from distill.family import Shape
 from distill.prompts import PromptSource
-from distill.sampler import OnFinished, TransformersSampler
+from distill.sampler import OnFinished, StudentSampler
 from distill.seeding import derive, uniform
 from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
 from pipelines.faculty import Faculty, TeacherPart
@@ -33,7 +33,7 @@ class Crew:
     encoder: Encoder
     teachers: Faculty
     student: Student
-    student_sampler: TransformersSampler
+    student_sampler: StudentSampler
     student_shape: Shape
     start_of: Callable[[str], PreTrainedModel]
     """A copy of the student as it was when the stage of this name began."""

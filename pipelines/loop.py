@@ -102,6 +102,7 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, An
         **metrics,
         **_facts(crew.ranks.gather(judged.facts)),
         **_describe(crew.ranks.gather([_Response.of(rollout, crew.encoder) for rollout in rollouts])),
+        **crew.student_sampler.facts(),
         **_spent(before, crew.meter.account.of_stage(stage.name)),
         "seconds": time.perf_counter() - started,
         "seconds.sample": sampled - started,

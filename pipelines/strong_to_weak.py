@@ -29,7 +29,7 @@ from distill.family import EMBEDDED_NAMES, ModelSource, resolve
 from distill.journal import Journal, StoredTensors, read_json, write_json
 from distill.progress import be_silent, say
 from distill.prompts import load_prompts
-from distill.sampler import OnFinished, Sampler, TransformersSampler
+from distill.sampler import OnFinished, Sampler
 from distill.seeding import derive
 from distill.types import Mode, Prompt, Request, Rollout
 from eval.budget import budget_curves
@@ -50,6 +50,7 @@ from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
 from pipelines.specimens import Specimens
 from pipelines.stages import STAGES
+from pipelines.student_sampling import check_sampler, student_sampler
 from pipelines.tracker import TrackedRun, check_tracker, tracking
 from students.ranks import ALONE, Ranks
 from students.shared_sampler import with_all_samplers
@@ -99,10 +100,11 @@ class _Run:
     def __init__(
         self, config: RunConfig, journal: Journal, command: Sequence[str], stack: ExitStack, ranks: Ranks
     ) -> None:
-        self.config, self.journal, self.ranks = config, journal, ranks
+        self.config, self.journal, self.ranks, self.stack = config, journal, ranks, stack
         with ranks.together():
             candidates, student = self._open()
             _check_shared_servers(config, ranks)
+            check_sampler(config, student, ranks)
             self.engine = choose_engine(config, student.shape, ranks, candidates[0].checkpoint.shape)
             teachers = stack.enter_context(
                 hired_faculty(
@@ -221,12 +223,8 @@ class _Run:
             encoder=self.encoder,
             teachers=teachers,
             student=self.student,
-            student_sampler=TransformersSampler(
-                self.student.model,
-                self.encoder,
-                speaker="student",
-                batch=config.sampler_batch,
-                cache_tokens=config.sampler_tokens,
+            student_sampler=self.stack.enter_context(
+                student_sampler(config, student, self.student, self.encoder, ranks, logs=self.journal.path / "servers")
             ),
             student_shape=student.shape,
             start_of=start_of,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +93,8 @@ class Student:
             sharded(whole, self.model, self.dtype, ranks.device, offload=settings.cpu_offload)
         self._pass: nn.Module = replicated(whole) if engine == "replicated" else whole
         self.optimiser: MasterAdamW | None = None
+        self.num_changes = 0
+        """How often its weights have changed; who holds a copy of them knows by it whether the copy is old."""
 
     def begin(self, settings: Optimiser) -> None:
         """Forget the last stage's moments; train on with these settings."""
@@ -105,6 +107,7 @@ class Student:
 
     @torch.no_grad()
     def _round(self) -> None:
+        self.num_changes += 1
         for parameter in self.model.parameters():
             parameter.copy_(parameter.to(self.dtype))
 
@@ -198,6 +201,7 @@ class Student:
             raise
         rate = optimiser.learning_rate(step, num_steps)
         norm = optimiser.step(rate, where=where)
+        self.num_changes += 1
         return {
             **table.means(),
             "grad_norm": norm,
@@ -269,10 +273,29 @@ class Student:
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         return whole_on_main({name: value.detach().to(self.dtype) for name, value in trained.items()})
 
+    @torch.no_grad()
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name in a plain checkpoint, in the student's dtype, adapters merged into them; tied ones
+        once. Of a student that is whole in this process."""
+        adapters: dict[str, Any] = {}
+        if self.adapted is not None:
+            from peft.tuners.lora import LoraLayer
+
+            modules = self.model.named_modules()
+            adapters = {f"{path}.base_layer.weight": found for path, found in modules if isinstance(found, LoraLayer)}
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" in name:
+                continue
+            weight = parameter.detach()
+            if name in adapters:
+                weight = weight + adapters[name].get_delta_weight(adapters[name].active_adapter[0])
+            yield name.replace(".base_layer.", "."), weight.to(self.dtype)
+
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what ``weights`` gave."""
         parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         assert parameters.keys() == tensors.keys(), "the checkpoint's trained parameters are not this student's"
+        self.num_changes += 1
         with torch.no_grad():
             for name, value in tensors.items():
                 parameters[name].copy_(slice_like(value, parameters[name]))

@@ -7,6 +7,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from distill.draw import Draw, inverse_transform
+from distill.kv_cache import SlotCache
 from distill.sampler import TransformersSampler
 from distill.types import Prompt, Request, Sampling
 
@@ -100,6 +101,24 @@ def test_no_more_rows_than_the_cache_has_tokens_for(model: Qwen3ForCausalLM) -> 
         hook.remove()
     assert [one.response_ids for one in together] == [one.response_ids for one in sampler(model).generate(requests)]
     assert max(most) <= 3 * 5  # the prompts of three rows
+
+
+def test_the_cache_stays_within_its_tokens_when_short_ones_follow_long_ones(
+    model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms: list[int] = []
+
+    class Watched(SlotCache):
+        def reserve(self, num_slots: int, num_places: int, *, most_places: int) -> None:
+            super().reserve(num_slots, num_places, most_places=most_places)
+            rooms.append(self._num_slots * self._num_places)
+
+    monkeypatch.setattr("distill.sampler.SlotCache", Watched)
+    requests = [request(seed, max_new_tokens=95 if seed < 2 else 5) for seed in range(40)]
+    ours = TransformersSampler(model, TinyEncoder(), speaker="student", cache_tokens=200)  # type: ignore[arg-type]
+    together = ours.generate(requests)
+    assert max(rooms) <= 200
+    assert [one.response_ids for one in together] == [one.response_ids for one in sampler(model).generate(requests)]
 
 
 def test_samples_of_one_prompt_read_it_once(model: Qwen3ForCausalLM) -> None:

@@ -31,6 +31,8 @@ class RemoteSampler:
 
     def __init__(self, client: Client, encoder: Encoder, *, speaker: str, vocabulary: int) -> None:
         self.client, self.encoder, self.speaker, self.vocabulary = client, encoder, speaker, vocabulary
+        self.weight_version = 0
+        """Stamped on the rollouts."""
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
         """One rollout a request, in the order of the requests; ``on_finished`` sees each as soon as it ends.
@@ -67,7 +69,32 @@ class RemoteSampler:
             logprobs=tuple(response.logprobs),
             finish_reason=response.finish_reason,
             speaker=self.speaker,
+            weight_version=self.weight_version,
         )
+
+    def read(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The log-probability of each token but the first of each sequence, given those before it."""
+        found: dict[int, list[float]] = {}
+        jobs = [Job((place, sequence), 1) for place, sequence in enumerate(sequences)]
+        for (place, _), logprobs in self.client.each(jobs, self._read):
+            found[place] = logprobs
+        return [found[place] for place in range(len(sequences))]
+
+    async def _read(self, numbered: tuple[int, Sequence[int]]) -> list[float]:
+        _, sequence = numbered
+        body = {
+            "prompt": list(sequence),
+            "max_tokens": 1,
+            "prompt_logprobs": 0,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "add_special_tokens": False,
+            "temperature": 1.0,
+            "stop_token_ids": [],
+            "ignore_eos": True,
+        }
+        url, answer = await self.client.post("/v1/completions", body, load=len(sequence) + 1, is_broken_off=_is_aborted)
+        return _read_segment(answer.json(), body, url=url, vocabulary=self.vocabulary).prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,8 @@ class Launch:
     that it may use; without any vLLM chooses. ``quantization`` is vLLM's name for a way to quantise the weights as they
     are loaded. ``python`` is the interpreter of the environment that has vLLM. ``extra`` goes to vLLM as it stands,
     after all other flags. ``whose`` is the model's role in the run, for messages.
+    ``max_restarts`` is how often in a row a server that had been healthy is started again. ``variables`` of the
+    environment go before the user's own.
     """
 
     checkpoint: Checkpoint
@@ -86,6 +88,8 @@ class Launch:
     python: str = sys.executable
     extra: tuple[str, ...] = ()
     whose: str = "teacher"
+    max_restarts: int = MAX_RESTARTS
+    variables: tuple[tuple[str, str], ...] = ()
 
     @property
     def answers(self) -> bool:
@@ -173,7 +177,7 @@ class Launch:
             defaults["VLLM_CPU_KVCACHE_SPACE"] = str(self._cpu_cache_gib())
         # What the user has set stays, except the key, on which client and server have to agree, and the devices, which
         # were chosen among those that the user allows.
-        return defaults | dict(os.environ) | self._device_variables() | self._key_variable()
+        return defaults | dict(os.environ) | self._device_variables() | self._key_variable() | dict(self.variables)
 
     def _device_variables(self) -> dict[str, str]:
         if not self.devices:
@@ -244,7 +248,7 @@ class Service:
     """A server process with its supervisor.
 
     ``start`` returns at once; ``wait`` when the server answers. A server that was healthy and ends is started again
-    on the same port, at most ``MAX_RESTARTS`` times; clients wait for it. So is one that has hung: between two probes
+    on the same port, at most ``max_restarts`` times; clients wait for it. So is one that has hung: between two probes
     nothing of its engine moved, and it does not answer a request of one token either. ``check`` raises once the server
     is gone for good. It ends with ``stop``, and also when this process ends in any way, SIGKILL included.
     A part of a server that has no URL (another node's) counts as ready once it is started.
@@ -275,6 +279,13 @@ class Service:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._process = self._spawn()
         self._thread.start()
+
+    def ensure(self) -> None:
+        """Have it started and answering; nothing where it is already."""
+        if self._process is None:
+            self.start()
+        if not self._healthy.is_set():
+            self.wait()
 
     def wait(self) -> None:
         """Until the server answers. Raises DistillError with the log's last lines where it ends instead."""
@@ -342,17 +353,17 @@ class Service:
             was_healthy = was_healthy or self._healthy.is_set()
             self._healthy.clear()
             num_restarts = 0 if steady else num_restarts
-            if not was_healthy or num_restarts == MAX_RESTARTS:
+            if not was_healthy or num_restarts == self.launch.max_restarts:
                 self._failure = DistillError(
                     f"the {self.launch.whose}'s vLLM server ({self.launch.role}) "
-                    + ("ended again and again" if was_healthy else "ended before it was ready")
+                    + ("ended again and again" if num_restarts else end if was_healthy else "ended before it was ready")
                     + f"; the last lines of {self.log}:\n{_last_lines(self.log)}"
                 )
                 return
             num_restarts += 1
             say(
                 f"the {self.launch.whose}'s vLLM server ({self.launch.role}) {end}; starting it again "
-                f"({num_restarts} of {MAX_RESTARTS}), log in {self.log}"
+                f"({num_restarts} of {self.launch.max_restarts}), log in {self.log}"
             )
             self._process = self._spawn()
 

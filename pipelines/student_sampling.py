@@ -1,0 +1,101 @@
+"""Who draws the student's responses in a run: its own model in this process, or a vLLM server of the run's own.
+
+The server starts when the first responses are wanted, and ends with the run. It is never started again by itself: it
+would speak with the weights of its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill.checkpoint import Checkpoint
+from distill.config import RunConfig
+from distill.encode import Encoder
+from distill.errors import UserError
+from distill.sampler import StudentSampler, TransformersSampler
+from distill.vllm.client import Client
+from distill.vllm.remote_sampler import RemoteSampler
+from distill.vllm.service import Launch, Service
+from students.ranks import Ranks
+from students.student import Student
+from students.vllm_sampler import TOLERANCE, VllmSampler
+from students.weight_sync import EngineSync, FileSync, Way, WeightSync, choose_way, flags_of, variables_of
+
+
+@contextmanager
+def student_sampler(
+    config: RunConfig, checkpoint: Checkpoint, student: Student, encoder: Encoder, ranks: Ranks, *, logs: Path
+) -> Iterator[StudentSampler]:
+    """The run's sampler of ``student``, which began as ``checkpoint``; what it starts ends with the block."""
+    settings = config.sampler
+    if settings.backend == "transformers":
+        yield TransformersSampler(
+            student.model,
+            encoder,
+            speaker="student",
+            batch=config.sampler_batch,
+            cache_tokens=config.sampler_tokens,
+        )
+        return
+    way = _way(config, checkpoint, ranks)
+    service = Service(_launch(config, checkpoint, way, on_gpu=ranks.device.type == "cuda"), log=logs / "student.log")
+    client = Client(
+        [service.url],
+        width=config.sampler_batch,
+        whose="student",
+        patience=settings.patience_seconds,
+        before=service.ensure,
+        check=service.check,
+    )
+    try:
+        with client:
+            remote = RemoteSampler(client, encoder, speaker="student", vocabulary=checkpoint.shape.vocabulary)
+            sync: WeightSync = (
+                FileSync(client, student.merged_weights)
+                if way == "file"
+                else EngineSync(way, service.url, student.merged_weights)
+            )
+            tolerance = settings.tolerance or TOLERANCE[config.student.dtype]
+            yield VllmSampler(student, remote, sync, tolerance=tolerance)
+    finally:
+        service.stop()
+
+
+def check_sampler(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Raises UserError where the student cannot be sampled in the way that ``config`` wants, before anything starts."""
+    if config.sampler.backend == "vllm":
+        _launch(config, checkpoint, _way(config, checkpoint, ranks), on_gpu=ranks.device.type == "cuda").check()
+
+
+def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
+    if ranks.count > 1:
+        raise UserError(
+            f"sampler.backend=vllm is for one process, and the run has {ranks.count}; set it to transformers, which "
+            f"samples with all of them"
+        )
+    return choose_way(
+        config.sampler.sync,
+        on_gpu=ranks.device.type == "cuda",
+        own_devices=bool(config.sampler.devices),
+        num_experts=checkpoint.shape.num_experts,
+    )
+
+
+def _launch(config: RunConfig, checkpoint: Checkpoint, way: Way, *, on_gpu: bool) -> Launch:
+    # One more than prompt and response: forced tokens at the very end are scored by asking for one after them.
+    longest = config.max_prompt_tokens + config.longest_response + 1
+    return Launch(
+        checkpoint,
+        "generate",
+        dtype=config.student.dtype,
+        max_model_len=min(longest, checkpoint.max_positions),
+        on_gpu=on_gpu,
+        devices=config.sampler.devices,
+        extra=(*flags_of(way), *config.sampler.server_args),
+        whose="student",
+        max_restarts=0,
+        variables=variables_of(way, os.environ.get("PYTHONPATH")),
+    )

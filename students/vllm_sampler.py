@@ -1,0 +1,111 @@
+"""The student behind a vLLM server: new weights are sent before it speaks, and checked to have arrived.
+
+vLLM's own ways to take new weights have left wrong ones without a word, and a run on stale or broken weights looks like
+one that learns badly. So after each transfer a few probe sequences are scored by both, token by token, and a
+difference above the tolerance stops the run with both numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill.errors import DistillError
+from distill.sampler import OnFinished
+from distill.seeding import derive
+from distill.types import Prompt, Request, Rollout, Sampling
+from distill.vllm.remote_sampler import RemoteSampler
+from students.rescoring import rescore
+from students.student import Student
+from students.weight_sync import WeightSync, ask
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
+"""The largest difference in log-probability of one token between two implementations of the same weights."""
+NUM_PROBES, PROBE_TOKENS = 4, 32
+
+
+class WeightsError(DistillError):
+    """The sampler does not hold the trainer's weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Where trainer and sampler differ most: their log-probabilities of one token of one probe."""
+
+    probe: int
+    token: int
+    trainer: float
+    sampler: float
+
+    @property
+    def size(self) -> float:
+        return abs(self.trainer - self.sampler)
+
+
+class VllmSampler:
+    """Samples ``student`` through ``remote``, whose servers get its weights by ``sync``.
+
+    ``tolerance`` is in nats, for one token. The probes are sequences of random tokens: every row of the embeddings and
+    every layer counts, and a checkpoint that was not trained yet has no responses of its own.
+    """
+
+    def __init__(self, student: Student, remote: RemoteSampler, sync: WeightSync, *, tolerance: float) -> None:
+        self.student, self.remote, self.sync, self.tolerance = student, remote, sync, tolerance
+        self.weight_version = 0
+        self.probes = _probes(remote.vocabulary)
+        self._synced: int | None = None
+        self._facts: dict[str, float] = {}
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        """Raises WeightsError where the server does not hold the student's weights after they were sent."""
+        if self._synced != self.student.num_changes:
+            self._bring_up_to_date()
+        self.remote.weight_version = self.weight_version
+        return self.remote.generate(requests, on_finished)
+
+    def facts(self) -> Mapping[str, float]:
+        """The gap after the last transfer, in nats, and the transfer's seconds, the check among them."""
+        facts, self._facts = self._facts, {}
+        return facts
+
+    def _bring_up_to_date(self) -> None:
+        self.remote.client.before()  # the server's start is not the transfer's time
+        started = time.perf_counter()
+        self.sync.send()
+        # What the old weights made of a prompt is no use to the new ones.
+        ask(self.remote.client, "/reset_prefix_cache", {})
+        gap = self.gap()
+        if not gap.size <= self.tolerance:  # NaN is no agreement
+            raise WeightsError(
+                f"the sampler does not hold the student's weights after they were sent (step {self.weight_version}): "
+                f"it gives token {gap.token} of probe {gap.probe} the log-probability {gap.sampler:.6f}, the trainer "
+                f"gives it {gap.trainer:.6f}; the gap of {gap.size:.2g} is above sampler.tolerance {self.tolerance:g}"
+            )
+        self._synced = self.student.num_changes
+        self._facts = {"sampler.gap": gap.size, "sampler.sync_seconds": time.perf_counter() - started}
+
+    def gap(self) -> Gap:
+        """The largest difference between trainer and sampler on the probes."""
+        said = self.remote.read([probe.prompt_ids + probe.response_ids for probe in self.probes])
+        gaps = [
+            Gap(number, place, trainer, sampler)
+            for number, (scored, read) in enumerate(zip(rescore(self.student, self.probes), said, strict=True))
+            for place, (trainer, sampler) in enumerate(zip(scored.token_R.tolist(), read, strict=True), start=1)
+        ]
+        broken = [gap for gap in gaps if not np.isfinite(gap.size)]
+        return broken[0] if broken else max(gaps, key=lambda gap: gap.size)
+
+
+def _probes(vocabulary: int) -> list[Rollout]:
+    """Sequences as responses that begin after their first token: the shape in which the trainer scores."""
+    draw = np.random.default_rng(derive(0, "probes"))
+    found = []
+    for _ in range(NUM_PROBES):
+        first, *rest = draw.integers(vocabulary, size=PROBE_TOKENS).tolist()
+        request = Request(Prompt(()), "no_think", "hard", (first,), Sampling(PROBE_TOKENS), 0)
+        blank = (0.0,) * len(rest)
+        found.append(Rollout(request, tuple(rest), (False,) * len(rest), blank, "length", "probe"))
+    return found

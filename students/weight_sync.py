@@ -1,0 +1,151 @@
+"""Ways for the student's weights into a running vLLM server: a file that its worker reads, or vLLM's own transfer.
+
+    file   a server on a CPU: a safetensors file in a private folder in memory, read by ``distill.vllm.worker``
+    nccl   a server with GPUs of its own: broadcast (vLLM's NCCL engine)
+    ipc    a server on the trainer's GPU: handles of the trainer's memory (vLLM's IPC engine)
+
+Each is sent whole, adapters merged. That the weights arrived is not believed but checked, by whoever sends them.
+"""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+import distill
+from distill.errors import UserError
+from distill.vllm.client import Client, Job
+
+Way = Literal["file", "nccl", "ipc"]
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Gives every weight by its name in a plain checkpoint, as it is now."""
+
+WORKER = "distill.vllm.worker.WeightsFromFile"
+_MEMORY = Path("/dev/shm")
+
+
+class WeightSync(Protocol):
+    """Sends the weights as they are now; when it returns, the server has taken them."""
+
+    def send(self) -> None: ...
+
+
+class FileSync:
+    """Through a file that nobody else can read, and that is gone when the server has read it."""
+
+    def __init__(self, client: Client, weights: Weights) -> None:
+        self.client, self.weights = client, weights
+
+    def send(self) -> None:
+        # Tensors of a model are views here and there; a file holds each by itself.
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.weights()}
+        place = _MEMORY if _MEMORY.is_dir() else None
+        with tempfile.TemporaryDirectory(prefix="distill-", dir=place) as folder:
+            path = Path(folder) / "weights.safetensors"
+            save_file(tensors, path)
+            ask(self.client, "/collective_rpc", {"method": "take_weights", "args": [str(path)]})
+
+
+class EngineSync:
+    """Through one of vLLM's weight-transfer engines, which are made for GPUs.
+
+    ``num_workers`` are the server's processes that hold a part of the model.
+    """
+
+    def __init__(self, way: Literal["nccl", "ipc"], url: str, weights: Weights, *, num_workers: int = 1) -> None:
+        self.way, self.url, self.weights, self.num_workers = way, url, weights, num_workers
+        self._engine: Any = None
+
+    def send(self) -> None:
+        if self._engine is None:
+            self._engine = self._begin()
+        self._engine.send_weights()
+
+    def _begin(self) -> Any:
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        weights = self.weights
+
+        class Source(WeightSource):  # type: ignore[misc]
+            """The weights as they are whenever it is gone through."""
+
+            def metadata(self) -> list[Any]:
+                return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
+
+            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+                return iter(weights())
+
+        info: Any = IPCTrainerInitInfo(rank=0)
+        if self.way == "nccl":
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            info = NCCLTrainerInitInfo("127.0.0.1", port, 1 + self.num_workers, rank=0)
+        client = HTTPVLLMWeightSyncClient(self.url)
+        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())
+
+
+def choose_way(
+    wanted: Literal["auto", "file", "nccl", "ipc"], *, on_gpu: bool, own_devices: bool, num_experts: int
+) -> Way:
+    """The way that fits. Raises UserError where ``wanted`` cannot be gone on this machine."""
+    way: Way = wanted if wanted != "auto" else ("file" if not on_gpu else "nccl" if own_devices else "ipc")
+    if way != "file" and not on_gpu:
+        raise UserError(
+            f"sampler.sync={way} needs a GPU, and this machine has none (vLLM on a CPU has no weight transfer); set "
+            f"sampler.sync to file or auto"
+        )
+    if way == "file" and on_gpu:
+        raise UserError("sampler.sync=file is for vLLM on a CPU; set sampler.sync to auto, ipc or nccl")
+    if way == "nccl" and not own_devices:
+        raise UserError("sampler.sync=nccl needs GPUs of the server's own; name them in sampler.devices")
+    if way == "ipc" and own_devices:
+        raise UserError(
+            "sampler.sync=ipc is for a server on the trainer's GPU; leave sampler.devices empty, or set nccl"
+        )
+    if way == "file" and num_experts:
+        raise UserError(
+            "the vLLM sampler cannot take over a mixture of experts on a CPU; set sampler.backend to transformers"
+        )
+    return way
+
+
+def flags_of(way: Way) -> tuple[str, ...]:
+    """What a server has to be started with."""
+    if way == "file":
+        return ("--worker-extension-cls", WORKER)
+    return ("--weight-transfer-config", f'{{"backend": "{way}"}}')
+
+
+def variables_of(way: Way, inherited: str | None) -> tuple[tuple[str, str], ...]:
+    """Its environment; ``inherited`` is the PYTHONPATH of this process."""
+    # The routes that take weights are open in this mode alone.
+    variables = [("VLLM_SERVER_DEV_MODE", "1")]
+    if way == "file":
+        # The server imports the worker's extension from where this process has it.
+        here = str(Path(distill.__file__).resolve().parents[1])
+        variables.append(("PYTHONPATH", ":".join(filter(None, (here, inherited)))))
+    if way == "ipc":
+        # Handles of memory travel pickled; the server listens on the loopback device alone.
+        variables.append(("VLLM_ALLOW_INSECURE_SERIALIZATION", "1"))
+    return tuple(variables)
+
+
+def ask(client: Client, path: str, body: dict[str, Any]) -> None:
+    """A request whose answer says nothing but that it was done."""
+
+    async def one(path: str) -> None:
+        await client.post(path, body, load=1)
+
+    for _ in client.each([Job(path, 1)], one):
+        pass
