@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from distill import interrupt
 from distill.attention import PACKED, Packing, attention_keywords
@@ -108,35 +107,47 @@ class TransformersSampler:
 
     def _decode(self, requests: Sequence[Request]) -> Iterator[Response]:
         """Every request's response, as soon as it has ended."""
-        # Who may speak longest begins: what is left for the end, when few rows are decoded together, is short.
-        order = sorted(range(len(requests)), key=lambda place: -requests[place].sampling.max_new_tokens)
-        waiting = deque(Response(place, requests[place], self.encoder) for place in order)
+        responses = [Response(place, request, self.encoder) for place, request in enumerate(requests)]
+        queue = _Queue(responses, self.batch, self.cache_tokens)
         batch = _Batch(self.model, self.speaker)
         while True:
             interrupt.check()
-            batch.settle(lambda staying: self._joining(staying, waiting))
+            batch.settle(queue)
             if not batch.responses:
                 return
             yield from batch.step()
 
-    def _joining(self, staying: Sequence[Response], waiting: deque[Response]) -> list[Response]:
-        """Takes as many of those who wait as there is room for beside those who stay."""
-        joining: list[Response] = []
+
+class _Queue:
+    """The responses that wait for a place in the batch, of ``most_rows`` rows and ``most_tokens`` at their limits."""
+
+    def __init__(self, responses: Sequence[Response], most_rows: int, most_tokens: int) -> None:
+        # Who may speak longest begins: what is left for the end, when few rows are decoded together, is short.
+        self._waiting = deque(sorted(responses, key=lambda response: -response.request.sampling.max_new_tokens))
+        self._most_rows, self._most_tokens = most_rows, most_tokens
+        self.has_more = False
+        """Whether there was room for more of them than one pass should read."""
+
+    def take(self, staying: Sequence[Response]) -> list[Response]:
+        """As many as there is room for beside those who stay."""
+        taken: list[Response] = []
         longest = max((response.limit for response in staying), default=0)
         num_tokens = 0
-        while waiting and len(staying) + len(joining) < self.batch:
-            first = waiting[0]
+        self.has_more = False
+        while self._waiting and len(staying) + len(taken) < self._most_rows:
+            first = self._waiting[0]
             longest = max(longest, first.limit)
-            num_rows = len(staying) + len(joining) + 1
-            if num_rows > 1 and num_rows * longest > self.cache_tokens:
+            num_rows = len(staying) + len(taken) + 1
+            if num_rows > 1 and num_rows * longest > self._most_tokens:
                 break
-            if not (joining and first.request.prompt_ids == joining[-1].request.prompt_ids):
+            if not (taken and first.request.prompt_ids == taken[-1].request.prompt_ids):
                 num_tokens += len(first.request.prompt_ids)
-            if joining and num_tokens > PREFILL_TOKENS:
+            if taken and num_tokens > PREFILL_TOKENS:
+                self.has_more = True
                 break
-            joining.append(waiting.popleft())
+            taken.append(self._waiting.popleft())
         # The longest first, as the cache likes them; samples of one prompt stay beside each other.
-        return sorted(joining, key=lambda response: -len(response.request.prompt_ids))
+        return sorted(taken, key=lambda response: -len(response.request.prompt_ids))
 
 
 class _Batch:
@@ -145,7 +156,7 @@ class _Batch:
     def __init__(self, model: PreTrainedModel, speaker: str) -> None:
         self.speaker, self.responses = speaker, list[Response]()
         # Asked for once: looking these up takes longer than many an operation on a row.
-        self._body, self._head = cast(nn.Module, model.get_decoder()), cast(nn.Linear, model.get_output_embeddings())
+        self._body, self._head = cast(nn.Module, model.get_decoder()), cast(nn.Module, model.get_output_embeddings())
         self._device, self._dtype = model.device, model.dtype
         self._vocabulary = int(model.config.vocab_size)
         self._cache = SlotCache()
@@ -157,11 +168,11 @@ class _Batch:
         self._longest = 0
         """The most places that a response can come to need."""
 
-    def settle(self, joining: Callable[[Sequence[Response]], Sequence[Response]]) -> None:
-        """Lets those go that have ended and those join that ``joining`` finds room for, if it is worth it."""
+    def settle(self, queue: _Queue) -> None:
+        """Lets those go that have ended and others take their places, if it is worth it."""
         staying = [slot for slot, response in enumerate(self.responses) if not response.finished]
         num_ended = len(self.responses) - len(staying)
-        if self.responses and num_ended < max(1, SETTLE_SHARE * len(self.responses)):
+        if self.responses and not queue.has_more and num_ended < max(1, SETTLE_SHARE * len(self.responses)):
             return
         order = arranged([self._lengths[slot] for slot in staying], self._cache.worth())
         sources = [staying[place] for place in order]
@@ -170,7 +181,7 @@ class _Batch:
         source_B = torch.tensor(sources, dtype=torch.long, device=self._device)
         self._token_B, self._place_B = self._token_B[source_B], self._place_B[source_B]
         self.responses = [self.responses[slot] for slot in sources]
-        new = joining(self.responses)
+        new = queue.take(self.responses)
         self.responses += new
         self._lengths += [response.length for response in new]
         samplings = [response.request.sampling for response in self.responses]
@@ -212,9 +223,11 @@ class _Batch:
             use_cache=True,
             **attention_keywords(self._device, packing=tokens.packing, decoding=decoding),
         ).last_hidden_state[:, 0]
-        self._place_B = tokens.position_T[tokens.last_B] + 1
-        self._lengths = [length + 1 for length in self._lengths]
-        return linear(hidden_Td[tokens.last_B], self._head.weight).float()
+        # Those that have ended stay in the last place there is; no other row comes so far.
+        self._place_B = (tokens.position_T[tokens.last_B] + 1).clamp(max=self._longest - 1)
+        self._lengths = [min(length + 1, self._longest) for length in self._lengths]
+        logits_BV: Tensor = self._head(hidden_Td[tokens.last_B])
+        return logits_BV.float()
 
 
 @dataclass(frozen=True, slots=True)

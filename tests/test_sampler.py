@@ -22,6 +22,10 @@ class TinyEncoder:
     early_stop_ids = EARLY_STOP
 
 
+class Endless(TinyEncoder):
+    stop_ids = ()
+
+
 @pytest.fixture(scope="module")
 def model() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
@@ -42,6 +46,10 @@ def request(seed: int, length: int = 5, **sampling: object) -> Request:
     prompt = Prompt(({"role": "user", "content": str(seed)},))
     ids = tuple(1 + (seed + place) % 20 for place in range(length))
     return Request(prompt, "think", "hard", ids, Sampling(**{"max_new_tokens": 12, **sampling}), seed)
+
+
+def endless(model: Qwen3ForCausalLM, batch: int = 64) -> TransformersSampler:
+    return TransformersSampler(model, Endless(), speaker="student", batch=batch)  # type: ignore[arg-type]
 
 
 def sampler(model: Qwen3ForCausalLM, batch: int = 64) -> TransformersSampler:
@@ -76,13 +84,9 @@ def test_a_request_that_waits_takes_the_place_of_one_that_ended(model: Qwen3ForC
     def count(module: object, arguments: object, keywords: dict[str, torch.Tensor]) -> None:
         passes.append(len(keywords["input_ids"]))
 
-    class Endless(TinyEncoder):
-        stop_ids = ()
-
     hook = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
     try:
-        ours = TransformersSampler(model, Endless(), speaker="student", batch=8)  # type: ignore[arg-type]
-        rollouts = ours.generate(requests)
+        rollouts = endless(model, batch=8).generate(requests)
     finally:
         hook.remove()
     assert [len(rollout.response_ids) for rollout in rollouts] == [one.sampling.max_new_tokens for one in requests]
@@ -119,6 +123,42 @@ def test_the_cache_stays_within_its_tokens_when_short_ones_follow_long_ones(
     together = ours.generate(requests)
     assert max(rooms) <= 200
     assert [one.response_ids for one in together] == [one.response_ids for one in sampler(model).generate(requests)]
+
+
+def test_prompts_that_are_too_many_for_one_pass_join_in_the_next_ones(
+    model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.sampler.PREFILL_TOKENS", 12)
+    requests = [request(seed, max_new_tokens=30) for seed in range(8)]  # prompts of 5 tokens: two a pass
+    tokens: list[int] = []
+    hook = model.get_decoder().norm.register_forward_hook(lambda _, inputs, output: tokens.append(len(output)))
+    try:
+        together = endless(model).generate(requests)
+    finally:
+        hook.remove()
+    assert tokens[:4] == [10, 2 + 10, 4 + 10, 6 + 10]  # nobody has ended yet, and nobody waits for that
+    monkeypatch.undo()
+    assert [one.response_ids for one in together] == [one.response_ids for one in endless(model).generate(requests)]
+
+
+def test_a_row_that_has_ended_makes_no_room_for_itself(
+    model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long prompt's response ends at once, and stays in a batch that does not settle for one in forty."""
+    places: list[int] = []
+
+    class Watched(SlotCache):
+        def reserve(self, num_slots: int, num_places: int, *, most_places: int) -> None:
+            assert num_places <= most_places
+            places.append(num_places)
+            super().reserve(num_slots, num_places, most_places=most_places)
+
+    monkeypatch.setattr("distill.sampler.SlotCache", Watched)
+    requests = [request(0, length=50, max_new_tokens=2), *(request(seed, max_new_tokens=40) for seed in range(1, 41))]
+    together = endless(model).generate(requests)
+    assert max(places) == 52
+    apart = [endless(model).generate([one])[0] for one in requests]
+    assert [one.response_ids for one in together] == [one.response_ids for one in apart]
 
 
 def test_samples_of_one_prompt_read_it_once(model: Qwen3ForCausalLM) -> None:
