@@ -28,10 +28,10 @@ from distill.interrupt import deferred_signals
 from distill.journal import read_json
 from distill.progress import complain, say
 from distill.recipe import load_recipe, validate
+from distill.vllm.service import Role, Service
 from pipelines.hiring import devices_here, server_launches
 from pipelines.preparation import run_command
 from pipelines.signals import SIGNALS
-from teachers.service import Role, Service
 
 _POLL_SECONDS = 0.2
 _CLEAN_STOPS = (75, 130)

@@ -26,11 +26,11 @@ from distill.embedded import checkpoint_dir
 from distill.errors import UserError
 from distill.family import ModelSource, resolve
 from distill.recipe import load_recipe, validate
+from distill.vllm.service import Launch, Service
 from pipelines.export import export_run
 from pipelines.model_card import model_card
 from pipelines.resolution import resolve_run
 from pipelines.strong_to_weak import run
-from teachers.service import Launch, Service
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
