@@ -211,7 +211,7 @@ def differences(paired: Sequence[Document]) -> list[Document]:
     other arm is told as its lead."""
     turned = [_turned(entry) if entry["b"] == ON_POLICY else entry for entry in paired]
     turned.sort(key=lambda entry: MODES.index(entry["mode"]))
-    widest = max([*(abs(end) for entry in turned for end in entry["ci95"]), 0.01])
+    widest: float = max([*(abs(end) for entry in turned for end in entry["ci95"]), 0.01])
 
     def place(value: float) -> float:
         return float(50 + 50 * value / widest)
