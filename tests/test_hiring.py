@@ -18,8 +18,7 @@ from distill.family import resolve
 from distill.journal import Journal
 from distill.vllm.client import is_healthy
 from distill.vllm.service import Launch, Service
-from pipelines import hiring
-from pipelines.hiring import Shifts, found_servers, hired_teacher
+from pipelines.hiring import Shifts, found_servers, hired_teacher, server_launches
 from pipelines.resolution import resolve_run
 
 
@@ -64,9 +63,10 @@ def test_replicas_of_a_role_are_up_together_and_leave_together(tmp_path: Path, m
     program.write_text(FAKE.format(python=sys.executable, fails=False))
     program.chmod(0o755)
     teacher = open_checkpoint(resolve("tiny", role="teacher"))
-    monkeypatch.setattr(hiring, "devices_here", lambda: ["0", "1"])
     config = resolve_run(assignments=["teacher.backend=vllm", "teacher.replicas=2"])
-    launches = {role: hiring._launches(config, teacher, role, torch.device("cpu")) for role in ("score", "generate")}
+    launches = {
+        role: server_launches(config, teacher, role, on_gpu=False, devices=["0", "1"]) for role in ("score", "generate")
+    }
     assert [one.environment()["VLLM_CPU_OMP_THREADS_BIND"] for one in launches["score"]] == ["0", "1"]
     monkeypatch.setattr(Launch, "command", lambda launch, port: [str(program), "--port", str(port)])
     shifts = Shifts(launches, tmp_path / "logs")  # type: ignore[arg-type]

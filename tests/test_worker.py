@@ -61,7 +61,9 @@ from pipelines.queue import Queue
 from pipelines.worker import Worker
 queue, job = Queue(Path(sys.argv[1])), sys.argv[2]
 command = lambda folder: [sys.executable, "-I", job, str(folder)]
-Worker(queue, slots=sys.argv[3].split(","), command=command, poll_seconds=0.05, lease_seconds=1.0).work()
+worker = Worker(queue, slots=sys.argv[3].split(","), command=command, poll_seconds=0.05, lease_seconds=1.0)
+print("imported", flush=True)
+worker.work()
 """
 
 
@@ -130,8 +132,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
 
 
 def start(queue: Queue, slots: str = "0") -> subprocess.Popen[bytes]:
+    """A worker process, when it has been imported."""
     command = [sys.executable, "-c", WORKER, str(queue.folder), str(queue.folder.parent / "job.py"), slots]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    return process
 
 
 @pytest.mark.parametrize(
