@@ -25,18 +25,24 @@ def print_comparison(document: Document) -> None:
         console.print()
 
 
-def columns(document: Document) -> dict[tuple[str, str], list[str]]:
-    """Task and mode of each column, with its metrics: pass@1 first, pass@k in parentheses behind it.
+PASS = "-pass"
+"""Ends the name of a task that asks another one's first questions many times, for pass@k."""
 
-    A task that repeats another one's questions for pass@k (NAME-pass) shares its column.
-    """
-    found: dict[tuple[str, str], list[str]] = {}
+
+def columns(document: Document) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """Task and mode of each column, with the (task, metric) pairs that it shows: the mean score, and behind it pass@k,
+    from many samples to few questions where there are such."""
+    found: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
     for arm in document["arms"].values():
         for entry in arm["scores"]:
-            metrics = found.setdefault((entry["task"], entry["mode"]), [])
-            if entry["metric"] not in metrics:
-                metrics.append(entry["metric"])
-    return found
+            task, metric = entry["task"], entry["metric"]
+            shown = found.setdefault((task.removesuffix(PASS), entry["mode"]), {})
+            kind = metric.partition("@")[0]
+            if task.endswith(PASS) == (kind == "pass"):
+                shown[kind] = (task, metric)
+            elif kind == "pass":
+                shown.setdefault(kind, (task, metric))
+    return {column: [shown[kind] for kind in ("avg", "pass") if kind in shown] for column, shown in found.items()}
 
 
 def _arms(document: Document) -> Table:
@@ -44,27 +50,31 @@ def _arms(document: Document) -> Table:
     roles = list(dict.fromkeys(role for arm in document["arms"].values() for role in arm["device_seconds"]))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("arm", no_wrap=True)
-    for task, mode in shown:
-        table.add_column(f"{task}\n{mode}\n{_heading(shown[task, mode])}", justify="right", no_wrap=True)
+    for (task, mode), metrics in shown.items():
+        heading = _with_others([metric for _, metric in metrics])
+        table.add_column(f"{task}\n{mode}\n{heading}", justify="right", no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
     for role in roles:
         table.add_column(f"{role}\nseconds".replace("_", "\n", 1), justify="right", no_wrap=True)
     for name, arm in document["arms"].items():
-        by_key = {(entry["task"], entry["mode"], entry["metric"]): entry["mean"] for entry in arm["scores"]}
-        cells = [_cell([by_key.get((*column, metric)) for metric in metrics]) for column, metrics in shown.items()]
+        means = {(entry["task"], entry["mode"], entry["metric"]): entry["mean"] for entry in arm["scores"]}
+        cells = [
+            _with_others([_points(means.get((task, mode, metric))) for task, metric in metrics])
+            for (_, mode), metrics in shown.items()
+        ]
         seconds = [f"{arm['device_seconds'].get(role, 0.0):,.0f}" for role in roles]
         table.add_row(name, *cells, f"{arm['flops']:.1e}", *seconds)
     return table
 
 
-def _heading(metrics: Sequence[str]) -> str:
-    first, *others = metrics
-    return first + "".join(f" ({metric})" for metric in others)
+def _points(mean: float | None) -> str:
+    return "-" if mean is None else f"{100 * mean:.1f}"
 
 
-def _cell(means: Sequence[float | None]) -> str:
-    first, *others = ("-" if mean is None else f"{100 * mean:.1f}" for mean in means)
-    return first + "".join(f" ({mean})" for mean in others)
+def _with_others(texts: Sequence[str]) -> str:
+    """The first of ``texts``, the others in parentheses, as the report prints pass@64."""
+    first, *others = texts
+    return first + "".join(f" ({other})" for other in others)
 
 
 def _differences(paired: Sequence[Mapping[str, Any]]) -> Table:

@@ -17,7 +17,7 @@ import yaml
 from distill.errors import UserError
 from distill.recipe import dump_yaml
 from eval.compare import Arm, _compute_at_equal_score, _goal, _up_to, compare, read_curve, stage_flops
-from eval.comparison_table import headlines, print_comparison
+from eval.comparison_table import columns, headlines, print_comparison
 from eval.curves import Point
 from pipelines.comparison import ARMS, check, compare_folders, members
 from pipelines.resolution import comparison_names, is_comparison, resolve_comparison, resolve_run
@@ -187,3 +187,22 @@ def test_unfinished_runs_are_not_compared(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match="holds no finished run"):
         compare(arms)
+
+
+def test_a_column_shows_the_mean_and_pass_at_k_of_many_samples() -> None:
+    def entry(task: str, mode: str, metric: str, mean: float) -> dict[str, Any]:
+        return {"task": task, "mode": mode, "metric": metric, "mean": mean}
+
+    scores = [
+        entry("embedded", "think", "avg@4", 0.5),
+        entry("embedded", "think", "pass@4", 0.7),
+        entry("embedded-pass", "think", "avg@128", 0.51),
+        entry("embedded-pass", "think", "pass@64", 0.9),
+        entry("embedded", "no_think", "avg@4", 0.2),
+        entry("embedded", "no_think", "pass@4", 0.4),
+    ]
+    found = columns({"arms": {"a": {"scores": scores}, "b": {"scores": scores[::-1]}}})
+    assert found == {
+        ("embedded", "think"): [("embedded", "avg@4"), ("embedded-pass", "pass@64")],
+        ("embedded", "no_think"): [("embedded", "avg@4"), ("embedded", "pass@4")],
+    }
