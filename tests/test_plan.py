@@ -742,6 +742,7 @@ def test_a_plan_says_that_its_figures_were_measured() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_plan_of_the_embedded_pair_is_within_a_factor_of_two(home: Path) -> None:
     """Calibrate, plan, run, and compare phase by phase; all on this machine as it is now."""
     short = ["stages.off_policy.num_prompts=512", "stages.on_policy.steps=40", "evaluation.num_questions=256"]
