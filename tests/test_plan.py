@@ -676,7 +676,8 @@ def test_a_plan_and_a_dry_run_import_no_torch() -> None:
 def test_a_dry_run_shows_the_plan() -> None:
     code, out, _ = typed("run", "--dry-run", "--teacher", "235B", "--student", "4B", "--json")
     found = json.loads(out)
-    assert code == 0 and found["estimate"]["layout"]["gpus"] == 16 and found["no_estimate"] is None
+    same = document(plan_for("235B", "4B"))
+    assert code == 0 and found["estimate"]["layout"] == same["layout"] and found["no_estimate"] is None
     code, out, _ = typed("run", "--dry-run")
     assert code == 0 and "#   tiny -> nano on 1xCPU" in out and "limited by" in out
     config = out[: out.index("# into")]
@@ -742,6 +743,7 @@ def test_a_plan_says_that_its_figures_were_measured() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_plan_of_the_embedded_pair_is_within_a_factor_of_two(home: Path) -> None:
     """Calibrate, plan, run, and compare phase by phase; all on this machine as it is now."""
     short = ["stages.off_policy.num_prompts=512", "stages.on_policy.steps=40", "evaluation.num_questions=256"]
