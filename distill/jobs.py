@@ -1,7 +1,8 @@
 """A job file: a run's configuration, when it runs (``schedule``) and, where it is several runs, which (``sweep``).
 
-Everything beside the two blocks is a recipe as ``distill run --recipe`` takes it. The words of ``schedule`` are those
-of a Kubernetes CronJob and Job in this project's spelling, so that one file says the same to a worker and to a cluster.
+What a cluster has to know about it (``launch``) is in ``distill.clusters``. Everything beside the blocks is a recipe
+as ``distill run --recipe`` takes it. The words of ``schedule`` are those of a Kubernetes CronJob and Job in this
+project's spelling, so that one file says the same to a worker and to a cluster.
 Pure configuration: what comes due and what is done about it is in ``pipelines``.
 
 Left out on purpose: the run's own settings under other names. What a run is, its recipe says.
@@ -21,11 +22,12 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from distill.clusters import LaunchSettings
 from distill.config import PositiveFloat, Settings
 from distill.errors import UserError
 from distill.recipe import load_recipe, merge, validate_as
 
-BLOCKS = ("schedule", "sweep")
+BLOCKS = ("schedule", "sweep", "launch")
 """The keys of a job file that a recipe does not have."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -128,6 +130,7 @@ class JobFile:
     recipe: Mapping[str, Any]
     schedule: ScheduleSettings
     sweep: SweepSettings | None
+    launch: LaunchSettings
 
     def recipes(self) -> list[dict[str, Any]]:
         """The recipe of each of the job's runs."""
@@ -137,17 +140,18 @@ class JobFile:
 
 
 def read_job(path: Path) -> JobFile:
-    """The job file at ``path``; a recipe without the two blocks is one too. Raises UserError for what is wrong."""
+    """The job file at ``path``; a recipe without the blocks is one too. Raises UserError for what is wrong."""
     return split_job(load_recipe(path), where=f"the job file {path}")
 
 
 def split_job(tree: Mapping[str, Any], *, where: str) -> JobFile:
     """A job file's blocks, checked, apart from its recipe, which is checked when it is resolved."""
-    schedule, sweep = tree.get("schedule"), tree.get("sweep")
+    schedule, sweep, launch = (tree.get(block) for block in BLOCKS)
     return JobFile(
         recipe={key: value for key, value in tree.items() if key not in BLOCKS},
         schedule=validate_as(ScheduleSettings, {} if schedule is None else schedule, where=f"{where}, schedule"),
         sweep=None if sweep is None else validate_as(SweepSettings, sweep, where=f"{where}, sweep"),
+        launch=validate_as(LaunchSettings, {} if launch is None else launch, where=f"{where}, launch"),
     )
 
 

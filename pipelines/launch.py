@@ -3,7 +3,8 @@
 ``distill run --processes N`` starts N copies of itself and waits. A signal that reaches it goes on to all of them; they
 stop at the same place, and the main one writes the checkpoint. When one fails, the others learn of it where they meet
 or lose the connection; who has not ended ``GRACE_SECONDS`` later is ended. Under torchrun, srun or Kubernetes the
-processes are there already, and each just joins.
+processes are there already, and each just joins. Where nothing but machines is there, each of them starts its own
+(``Machines``), and the exit code says how they ended, which torchrun's does not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -35,11 +37,28 @@ POLL_SECONDS = 0.1
 CLEAN_STOPS = (0, 75, 130)
 
 
-def processes_to_start(wanted: int | None, environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes this one should start; 1 if it is to do the work itself, as one of several or alone."""
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """``count`` machines with equally many processes of one run; this one is number ``number``, and processes of all
+    meet at ``host``, which is number 0, and ``port``."""
+
+    count: int
+    number: int
+    host: str
+    port: int = 29500
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count:
+            raise UserError(f"--node-rank is {self.number}, and of {self.count} machines the last is {self.count - 1}")
+
+
+def processes_to_start(
+    wanted: int | None, environment: Mapping[str, str] = os.environ, *, num_machines: int = 1
+) -> int:
+    """How many processes this one should start here; 1 if it is to do the work itself, as one of several or alone."""
     place = place_in(environment)
     if place is not None:
-        if wanted is not None and wanted != place[1]:
+        if wanted is not None and wanted * num_machines != place[1]:
             raise UserError(f"--processes is {wanted}, and this is already one of {place[1]} processes; leave it out")
         return 1
     if wanted is None:
@@ -50,17 +69,24 @@ def processes_to_start(wanted: int | None, environment: Mapping[str, str] = os.e
     return wanted
 
 
-def run_processes(command: Sequence[str], count: int) -> int:
-    """Run ``command`` ``count`` times as one run; the exit code that says how it ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def run_processes(command: Sequence[str], count: int, machines: Machines | None = None) -> int:
+    """Run ``command`` ``count`` times as one run, or as this one of ``machines``; the code that says how it ended."""
+    if machines is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            machines = Machines(1, 0, "127.0.0.1", free.getsockname()[1])
+    first = machines.number * count
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(machines.count * count),
+        "MASTER_ADDR": machines.host,
+        "MASTER_PORT": str(machines.port),
+    }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     # Sessions of their own: a Ctrl-C in the terminal reaches them through this process, once.
     processes = [
         subprocess.Popen(
-            command, env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)}, start_new_session=True
+            command, env={**environment, "RANK": str(first + number), "LOCAL_RANK": str(number)}, start_new_session=True
         )
         for number in range(count)
     ]

@@ -33,6 +33,7 @@ LIGHT_MODULES = (
     "distill.family",
     "distill.chat",
     "distill.errors",
+    "distill.clusters",
     "distill.jobs",
 )
 HEAVY_MODULES = ("torch", "transformers", "vllm", "datasets", "pandas", "pyarrow")

@@ -20,6 +20,7 @@ from distill.cli.doctor import doctor
 from distill.cli.evaluate import evaluate
 from distill.cli.export import export
 from distill.cli.init import init
+from distill.cli.launch import launch
 from distill.cli.plan import plan
 from distill.cli.preview import preview
 from distill.cli.report import report
@@ -56,6 +57,7 @@ app.add_typer(responses.app, name="responses")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(queue.app, name="queue")
 app.command()(worker)
+app.command()(launch)
 
 
 def main() -> None:

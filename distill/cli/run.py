@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ from distill.progress import say
 
 if TYPE_CHECKING:
     from distill.config import RunConfig
+    from pipelines.launch import Machines
 
 
 def run(
@@ -33,6 +35,11 @@ def run(
     ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that share the work; default one a GPU, else one.")
+    ] = None,
+    num_nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines with as many processes each.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="This machine's number among them, from 0 on.")] = 0,
+    node_address: Annotated[
+        str | None, typer.Option("--node-address", help="Where machine 0 is for the others, as HOST or HOST:PORT.")
     ] = None,
     skip_preflight: Annotated[
         list[str] | None, typer.Option("--skip-preflight", metavar="NAME", help="Leave out one check; recorded.")
@@ -67,6 +74,7 @@ def run(
             "--prompts": prompts,
             "--teacher-url": teacher_urls,
             "--processes": processes,
+            "--nodes": None if num_nodes == 1 else num_nodes,
             "--store": store,
             "--skip-preflight": skip_preflight,
         }
@@ -98,9 +106,10 @@ def run(
         return
     from pipelines.launch import own_command, processes_to_start, run_processes
 
-    count = processes_to_start(processes)
-    if count > 1:
-        sys.exit(run_processes(own_command(sys.argv[1:]), count))
+    machines = _machines(num_nodes, node_rank, node_address)
+    count = processes_to_start(processes, num_machines=num_nodes)
+    if count > 1 or (machines is not None and "RANK" not in os.environ):
+        sys.exit(run_processes(own_command(sys.argv[1:]), count, machines))
     from distill.interrupt import deferred_signals
 
     with deferred_signals():
@@ -122,6 +131,19 @@ def run(
         from eval.table import print_summary
 
         print_summary(summary)
+
+
+def _machines(num: int, rank: int, address: str | None) -> Machines | None:
+    from pipelines.launch import Machines
+
+    if num == 1:
+        if rank or address:
+            raise UserError("--node-rank and --node-address belong to --nodes; say how many machines there are")
+        return None
+    if address is None:
+        raise UserError(f"--nodes {num} needs --node-address, the host name of machine 0 as the others see it")
+    host, _, port = address.rpartition(":") if address.rpartition(":")[2].isdigit() else (address, "", "")
+    return Machines(num, rank, host, int(port)) if port else Machines(num, rank, host)
 
 
 def _refuse(options: list[str], recipe: str) -> None:

@@ -1,0 +1,184 @@
+"""``distill launch``: a job file in, files for a cluster's engine out, and if asked the job in the cluster's hands."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.clusters import LaunchSettings
+from distill.config import RunConfig
+from distill.errors import DistillError, UserError
+from distill.jobs import ScheduleSettings, checked_name, split_job
+from distill.recipe import assign, load_recipe, merge, parse_assignment
+from pipelines.clusters.fleet import Fleet, make_fleet
+from pipelines.clusters.rendering import ENGINES, Engine
+from pipelines.planning import planned
+from pipelines.resolution import resolve_recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One run for one engine: the file and the command that submits it."""
+
+    fleet: Fleet
+    file: Path
+    text: str
+    command: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        best = self.fleet.plan.best
+        return {
+            "name": self.fleet.name,
+            "file": str(self.file),
+            "command": list(self.command),
+            "parts": [
+                {"name": part.name, "machines": part.machines, "processes": part.processes, "gpus": part.gpus}
+                for part in self.fleet.parts
+            ],
+            "gpus": self.fleet.gpus,
+            "device": self.fleet.student.device,
+            "seconds": best.seconds,
+            "notes": list(notes(self.fleet)),
+        }
+
+
+def order(
+    path: Path,
+    *,
+    on: str,
+    name: str | None = None,
+    folder: Path | None = None,
+    once: bool = False,
+    assignments: Sequence[str] = (),
+    hardware: Path | None = None,
+) -> list[Order]:
+    """What to write and submit for each run of the job file at ``path``; nothing is written.
+
+    Raises UserError for anything that is wrong, missing, or that the engine has no word for.
+    """
+    if on not in ENGINES:
+        raise UserError(f"--on {on!r} is none of {', '.join(ENGINES)}")
+    engine = ENGINES[on]
+    tree = load_recipe(path)
+    for text in assignments:
+        key, value = parse_assignment(text)
+        over: dict[str, Any] = {}
+        assign(over, key, value)
+        tree = merge(tree, over)
+    job = split_job(tree, where=f"the job file {path}")
+    schedule = job.schedule.model_copy(update={"cron": None}) if once else job.schedule
+    name = checked_name(path.stem if name is None else name)
+    _refuse(schedule, engine)
+    recipes = [resolve_recipe(recipe, where=f"the job file {path}") for recipe in job.recipes()]
+    if job.sweep is not None:
+        _check_sweep(recipes, shares_teacher=job.sweep.share_teacher)
+    folder = Path("launch") if folder is None else folder
+    orders = []
+    for config in recipes:
+        called = name if job.sweep is None else f"{name}-{config.name}"
+        fleet = make_fleet(called, _plan(config, job.launch, hardware), job.launch, schedule)
+        file = (folder / f"{called}{engine.suffix}").absolute()
+        orders.append(Order(fleet, file, engine.render(fleet), tuple(engine.command(fleet, file))))
+    return orders
+
+
+def _refuse(schedule: ScheduleSettings, engine: Engine) -> None:
+    if schedule.cron is not None and not engine.has_cron:
+        raise UserError(
+            f"schedule.cron is {schedule.cron!r}, and {engine.title} starts nothing by the clock; --once launches the "
+            "job one time, now (a worker, or Kubernetes, keeps the schedule)"
+        )
+    for key, usual in (("when", "always"), ("start_from", "configured")):
+        if (value := getattr(schedule, key)) != usual:
+            raise UserError(
+                f"schedule.{key} is {value}, and a cluster does not know what earlier runs left; set it to {usual}, or "
+                "have a worker run the job"
+            )
+
+
+def _check_sweep(configs: Sequence[RunConfig], *, shares_teacher: bool) -> None:
+    names = [str(config.name) for config in configs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two runs of the sweep are called {twice[0]}; give each its own name")
+    teacher = configs[0].teacher
+    if shares_teacher and teacher.backend == "vllm" and not (teacher.urls.generate or teacher.urls.score):
+        raise UserError(
+            "sweep.share_teacher is true, and on a cluster each run is a job with servers of its own; set it to false, "
+            "or start the servers apart and name them in teacher.urls"
+        )
+
+
+def _plan(config: RunConfig, settings: LaunchSettings, hardware: Path | None) -> Any:
+    pools: Mapping[str, str | None] = {key: getattr(settings, key) for key in ("gpus", "gpus_teacher", "gpus_student")}
+    if not any(pools.values()):
+        raise UserError(
+            "launch.gpus is missing: what the cluster has for the job; write it into the job file, or add "
+            "--set launch.gpus=8xH100 (2x8xH100 for two machines of eight)"
+        )
+    return planned(config, **pools, hardware=hardware)
+
+
+def notes(fleet: Fleet) -> list[str]:
+    """What to see to before the job is submitted."""
+    found = []
+    config = fleet.config
+    if config.prompts.kind == "file":
+        found.append(f"the prompts {config.prompts.path} have to be there on the cluster too")
+    models = (config.teacher.model, config.student.model)
+    found += [f"the model {model} has to be there on the cluster too" for model in models if Path(model).is_dir()]
+    if config.store is None and "DISTILL_STORE" not in fleet.settings.environment:
+        found.append(
+            "the store of the teacher's responses is in the cluster user's cache; set launch.environment.DISTILL_STORE "
+            "to a folder that stays, or an attempt that begins anew pays for them again"
+        )
+    if len(fleet.servers) > 1:
+        found.append(
+            "the servers of both roles are up at once, each on GPUs of its own, so that the teacher takes twice what "
+            "the plan says"
+        )
+    return found
+
+
+def write(orders: Sequence[Order], *, replace: bool) -> None:
+    """Write the files, all or none. Raises UserError where one is there already and says something else."""
+    for one in orders:
+        try:
+            there = one.file.read_text(encoding="utf-8") if one.file.exists() else one.text
+        except (OSError, UnicodeDecodeError):
+            there = ""
+        if there != one.text and not replace:
+            raise UserError(f"{one.file} is there already and says something else; add --replace, or another --out")
+    for one in orders:
+        try:
+            one.file.parent.mkdir(parents=True, exist_ok=True)
+            one.file.write_text(one.text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{one.file} cannot be written: {error.strerror}; name another folder with --out") from None
+
+
+def check_tool(orders: Sequence[Order], title: str) -> None:
+    """Raises UserError where the tool that submits is not on this machine."""
+    tool = orders[0].command[0]
+    if shutil.which(tool) is None:
+        raise UserError(
+            f"--submit needs {tool}, which is not on this machine; submit from where {title}'s tools are: "
+            f"{shlex.join(orders[0].command)}"
+        )
+
+
+def submit(one: Order) -> str:
+    """Hand the job over; what the tool said. Raises DistillError where the tool refuses."""
+    done = subprocess.run(one.command, capture_output=True, text=True, errors="replace", check=False)
+    sys.stderr.write(done.stderr)
+    if done.returncode != 0:
+        raise DistillError(
+            f"{shlex.join(one.command)} ended with exit code {done.returncode}: "
+            f"{' '.join((done.stderr or done.stdout).split())[-500:]}"
+        )
+    return done.stdout.strip()

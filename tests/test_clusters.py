@@ -1,0 +1,402 @@
+"""``distill launch``: what each engine is given, word for word (tests/golden/launch), read by real shells and schemas.
+
+``python -m tests.test_clusters`` writes the golden files anew; the difference is then for a person to read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import string
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distill import cli
+from distill.clusters import LaunchSettings
+from distill.errors import UserError
+from distill.jobs import read_job
+from pipelines.clusters import shell
+from pipelines.clusters.fleet import Fleet
+from pipelines.clusters.order import Order, order, write
+from pipelines.clusters.slurm import _seconds
+from pipelines.launch import Machines, run_processes
+
+GOLDEN = Path(__file__).parent / "golden" / "launch"
+
+COMMON: dict[str, Any] = {
+    "out": "/data/runs",
+    "image": "registry.example/distill:1",
+    "environment": {"DISTILL_STORE": "/data/store"},
+    "slurm": {"time": "1-12", "partition": "gpu", "secret_files": {"HF_TOKEN": "/home/me/.hf token"}},
+    "kubernetes": {
+        "namespace": "research",
+        "volumes": [{"claim": "runs", "path": "/data"}],
+        "secrets": {"HF_TOKEN": {"name": "hub", "key": "token"}},
+    },
+    "skypilot": {"volumes": {"/data": "runs"}, "secrets": ["DISTILL_TEACHER_API_KEY", "HF_TOKEN"]},
+}
+
+JOBS: dict[str, dict[str, Any]] = {
+    # The teacher's servers fit beside the student.
+    "beside": {
+        "extends": "qwen3",
+        "teacher": {"model": "32B", "backend": "vllm"},
+        "student": {"model": "4B"},
+        "schedule": {"backoff_limit": 2, "termination_grace_period_seconds": 300},
+        "launch": {"gpus": "8xH100", "cpus_per_gpu": 12, "memory_gb_per_gpu": 100},
+    },
+    # A student over two machines, and somebody else's servers.
+    "wide": {
+        "extends": "qwen3",
+        "teacher": {
+            "model": "32B",
+            "backend": "vllm",
+            "urls": {"generate": ["http://gpu-9:8001"], "score": ["http://gpu-9:8101"]},
+        },
+        "student": {"model": "14B"},
+        "launch": {
+            "gpus_teacher": "2xH100",
+            "gpus_student": "2x2xH100",
+            "workdir": "/home/me/my project",
+            "setup": ["source /venv/bin/activate"],
+            "kubernetes": {"queue": "team-a", "node_selector": {"gpu": "h100"}},
+        },
+    },
+    # Servers that are spread over machines.
+    "spread": {
+        "extends": "qwen3",
+        "teacher": {"model": "235B", "backend": "vllm"},
+        "student": {"model": "4B"},
+        "launch": {"gpus_teacher": "2x4xH100", "gpus_student": "4x4xH100"},
+    },
+    # A schedule, on processors.
+    "nightly": {
+        "extends": "embedded",
+        "schedule": {
+            "cron": "0 2 * * *",
+            "timezone": "Europe/Berlin",
+            "concurrency_policy": "replace",
+            "starting_deadline_seconds": 3600,
+            "active_deadline_seconds": 7200,
+        },
+        "launch": {"gpus": "1xCPU", "cpus_per_gpu": 2, "kubernetes": {"queue": "team-a"}},
+    },
+}
+
+CASES = {
+    "beside.sbatch": ("beside", "slurm"),
+    "beside.kubernetes.yaml": ("beside", "kubernetes"),
+    "beside.sky.yaml": ("beside", "skypilot"),
+    "wide.sbatch": ("wide", "slurm"),
+    "wide.kubernetes.yaml": ("wide", "kubernetes"),
+    "wide.sky.yaml": ("wide", "skypilot"),
+    "spread.sbatch": ("spread", "slurm"),
+    "spread.sky.yaml": ("spread", "skypilot"),
+    "nightly.kubernetes.yaml": ("nightly", "kubernetes"),
+}
+
+
+def laid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: laid(base[key], over[key]) for key in over if isinstance(over[key], dict) and key in base}
+    return {**base, **over, **both}
+
+
+def job_file(folder: Path, name: str, **launch: Any) -> Path:
+    job = JOBS[name]
+    tree = {**job, "launch": laid(laid(COMMON, job["launch"]), launch)}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def rendered(folder: Path, name: str, on: str, *assignments: str, **launch: Any) -> Order:
+    return order(job_file(folder, name, **launch), on=on, folder=folder, assignments=assignments)[0]
+
+
+@pytest.fixture
+def short_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe has tests of its own, and a line more with every setting that a run gets."""
+    monkeypatch.setattr(Fleet, "recipe", property(lambda self: f"name: {self.config.name}\n"))
+
+
+@pytest.mark.parametrize("file", CASES)
+@pytest.mark.usefixtures("short_recipe")
+def test_what_an_engine_is_given(file: str, tmp_path: Path) -> None:
+    assert rendered(tmp_path, *CASES[file]).text == (GOLDEN / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", [file for file in CASES if file.endswith(".sbatch")])
+def test_a_batch_script_is_one_to_a_shell(file: str, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text(rendered(tmp_path, *CASES[file]).text)
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def documents(one: Order) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(one.text) if document is not None]
+
+
+def test_the_recipe_that_travels_is_the_planned_run(tmp_path: Path) -> None:
+    one = rendered(tmp_path, "beside", "kubernetes")
+    recipe = yaml.safe_load(documents(one)[0]["data"]["recipe.yaml"])
+    assert recipe == one.fleet.config.model_dump(mode="json")
+    assert recipe["student"]["parallel"] == "sharded"  # the job file says auto; the plan has settled it
+    assert recipe["teacher"]["patience_seconds"] == 3600.0
+
+
+MISSING = {
+    "slurm": ("out", "slurm.time"),
+    "kubernetes": ("out", "image", "kubernetes.namespace"),
+    "skypilot": ("out",),
+}
+
+
+@pytest.mark.parametrize(("on", "key"), [(on, key) for on, keys in MISSING.items() for key in keys])
+def test_what_is_missing_is_a_sentence(on: str, key: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"launch\.{key} is missing.*--set launch\.{key}="):
+        rendered(tmp_path, "beside", on, f"launch.{key}=null")
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "assignments", "says"),
+    [
+        ("beside", "nomad", [], "none of slurm, kubernetes, skypilot"),
+        ("beside", "slurm", ["launch.gpus=null"], "launch.gpus is missing"),
+        ("beside", "slurm", ["launch.slurm.tiem=3"], "did you mean"),
+        ("beside", "slurm", ['launch.slurm.time="4"'], "asked to stop as it begins"),
+        ("beside", "slurm", ["launch.slurm.partition=a b"], "launch"),
+        ("beside", "slurm", ["launch.environment.HF_TOKEN=hf_abc"], "looks like a secret"),
+        ("beside", "slurm", ['launch.setup=["a\\nb"]'], "one line"),
+        ("beside", "slurm", ["launch.out=runs"], "full path"),
+        ("beside", "slurm", ['launch.out=/a"b'], "no path with quotes"),
+        ("beside", "slurm", ["schedule.active_deadline_seconds=60"], "launch.slurm.time"),
+        ("beside", "slurm", ["schedule.start_from=last"], "start_from is last"),
+        ("beside", "slurm", ["teacher.revision=abc"], "default branch"),
+        ("nightly", "slurm", [], "nothing by the clock; --once"),
+        ("nightly", "skypilot", [], "nothing by the clock; --once"),
+        ("nightly", "kubernetes", ["schedule.catch_up=none", "schedule.starting_deadline_seconds=null"], "deadline"),
+        ("beside", "kubernetes", ["launch.out=/elsewhere/runs"], "lies in no volume"),
+        ("beside", "kubernetes", ["launch.out=/data/../runs"], "lies in no volume"),
+        ("spread", "kubernetes", [], "does not fit beside the student"),
+        ("beside", "skypilot", ["launch.skypilot.secrets=[]"], "want a key"),
+        ("beside", "skypilot", ["launch.out=/elsewhere"], "lies in no volume or bucket"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_a_sentence(
+    name: str, on: str, assignments: list[str], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        rendered(tmp_path, name, on, *assignments)
+
+
+def test_a_plan_that_changes_the_result_is_not_launched(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"only with .* which is another result"):
+        rendered(tmp_path, "beside", "slurm", "launch.gpus=2xH100", "teacher.model=14B")
+
+
+def test_one_run_of_a_schedule_leaves_its_cron_out(tmp_path: Path) -> None:
+    found = order(job_file(tmp_path, "nightly"), on="kubernetes", folder=tmp_path, once=True)
+    assert [document["kind"] for document in documents(found[0])] == ["ConfigMap", "Job"]
+
+
+def test_each_run_of_a_sweep_is_a_job(tmp_path: Path) -> None:
+    path = job_file(tmp_path, "nightly")
+    tree = yaml.safe_load(path.read_text())
+    tree["sweep"] = {"runs": [{"student": {"model": "nano"}}, {"name": "other", "seed": 1}]}
+    path.write_text(yaml.safe_dump(tree))
+    found = order(path, on="kubernetes", folder=tmp_path)
+    assert [one.file.name for one in found] == ["nightly-tiny-to-nano.kubernetes.yaml", "nightly-other.kubernetes.yaml"]
+
+
+def test_a_worker_passes_over_what_is_the_cluster_s(tmp_path: Path) -> None:
+    job = read_job(job_file(tmp_path, "nightly"))
+    assert "launch" not in job.recipe
+    assert job.launch.gpus == "1xCPU"
+
+
+@pytest.mark.parametrize(
+    ("wall", "seconds"),
+    [("30", 1800), ("30:10", 1810), ("2:30:10", 9010), ("2-12", 216000), ("1-2:30", 95400), ("1-0:0:5", 86405)],
+)
+def test_wall_times_as_sbatch_reads_them(wall: str, seconds: int) -> None:
+    assert _seconds(wall) == seconds
+
+
+# What a shell, a YAML reader or Kubernetes might read something into.
+TEXTS = st.text(
+    st.sampled_from(string.ascii_letters + string.digits + " '\"`$(){}[]<>|&;*?!~#\\%=,:@^+-_" + "\u00fc\u65e5"),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(words=st.lists(TEXTS, min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_a_shell_reads_the_words_that_were_given(words: list[str]) -> None:
+    inner = shell.joined("<", shell.Read('"$mark"'), *words, ">")
+    script = f"mark='a  b'; printf '%s\\0' {shell.line([*words, inner])}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    assert done.stdout.decode().split("\0")[:-1] == [*words, f"<a  b{''.join(words)}>"]
+
+
+STUB = """#!/bin/bash
+printf '%s\\0' "$PWD" "$VALUE" "$@" > "$SEEN"
+exit 75
+"""
+
+
+def seen_by(script: str, folder: Path, environment: dict[str, str]) -> tuple[list[str], int]:
+    """What the command in a script was given, with a stub in its place: its folder, $VALUE, its words."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "distill").write_text(STUB)
+    (tools / "distill").chmod(0o755)
+    seen = folder / "seen"
+    path = f"{tools}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": path, "SEEN": str(seen), "HOME": str(folder), **environment},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert seen.exists(), done.stderr
+    return seen.read_text().split("\0")[:-1], done.returncode
+
+
+@given(value=TEXTS, name=TEXTS, folder=TEXTS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_strange_texts_reach_the_command_as_they_are(value: str, name: str, folder: str, tmp_path: Path) -> None:
+    work, out = tmp_path / "w" / folder / "work", tmp_path / "o" / folder
+    work.mkdir(parents=True, exist_ok=True)
+    launch = {
+        "workdir": str(work),
+        "out": str(out),
+        "environment": {"VALUE": value},
+        "kubernetes": {"volumes": [{"claim": "runs", "path": str(tmp_path)}]},
+        "skypilot": {"volumes": {str(tmp_path): "runs"}},
+    }
+    path = job_file(tmp_path, "nightly", **launch)
+    tree = {**yaml.safe_load(path.read_text()), "name": name, "schedule": {}}
+    path.write_text(yaml.safe_dump(tree))
+    (kubernetes,) = order(path, on="kubernetes", folder=tmp_path)
+    script = documents(kubernetes)[0]["data"]["student.sh"]
+    words, code = seen_by(script, tmp_path, {})
+    assert code == 75
+    assert words[:2] == [str(work), value]
+    assert words[words.index("--out") + 1] == f"{out}/nightly"
+    assert yaml.safe_load(documents(kubernetes)[0]["data"]["recipe.yaml"])["name"] == name
+
+    (sky,) = order(path, on="skypilot", folder=tmp_path)
+    words, code = seen_by(documents(sky)[0]["run"], tmp_path, {"SKYPILOT_NODE_IPS": "10.0.0.1"})
+    assert code == 75
+    assert words[:2] == [str(work), value]
+    assert words[words.index("--out") + 1] == f"{out}/nightly"
+    recipe = words[words.index("--recipe") + 1]
+    assert yaml.safe_load(Path(recipe).read_text())["name"] == name
+
+
+@given(
+    tree=st.recursive(
+        st.none() | st.booleans() | st.integers() | TEXTS,
+        lambda leaf: (
+            st.dictionaries(st.sampled_from([*LaunchSettings.model_fields, "x"]), leaf, max_size=3)
+            | st.lists(leaf, max_size=2)
+        ),
+        max_leaves=6,
+    )
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_launch_block_is_settings_or_a_sentence(tree: Any, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({"extends": "embedded", "launch": tree}))
+    try:
+        read_job(path)
+    except UserError as error:
+        assert "launch" in str(error)
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0), *capfd.readouterr()
+
+    return run
+
+
+def test_the_command_writes_submits_and_keeps_what_is_there(
+    typed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_file(tmp_path, "beside")
+    code, said, _ = typed("launch", "beside.yaml", "--on", "slurm", "--json")
+    (job,) = yaml.safe_load(said)["jobs"]
+    assert (code, job["submitted"], job["gpus"]) == (0, None, 8)
+    file = tmp_path / "launch" / "beside.sbatch"
+    assert job["command"] == ["sbatch", str(file)]
+    file.write_text("mine")
+    code, _, complaint = typed("launch", "beside.yaml", "--on", "slurm")
+    assert (code, file.read_text()) == (2, "mine")
+    assert "--replace" in complaint
+
+    monkeypatch.setenv("PATH", str(tmp_path / "tools"))
+    code, _, complaint = typed("launch", "beside.yaml", "--on", "slurm", "--submit", "--replace")
+    assert (code, file.read_text()) == (2, "mine")
+    assert "needs sbatch, which is not on this machine" in complaint
+    tool = tmp_path / "tools" / "sbatch"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "Submitted batch job 7"\n')
+    tool.chmod(0o755)
+    code, said, _ = typed("launch", "beside.yaml", "--on", "slurm", "--submit", "--replace")
+    assert (code, said) == (0, "Submitted batch job 7\n")
+    tool.write_text('#!/bin/sh\necho "sbatch: error: invalid partition" >&2\nexit 1\n')
+    code, _, complaint = typed("launch", "beside.yaml", "--on", "slurm", "--submit", "--replace")
+    assert code == 1
+    assert "invalid partition" in complaint
+
+
+def test_machines_share_the_numbers_of_their_processes(tmp_path: Path) -> None:
+    write = f"open('{tmp_path}/' + e['RANK'], 'w').write(' '.join(e[k] for k in names))"
+    names = "names = ('LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')"
+    command = [sys.executable, "-c", f"import os; e = os.environ; {names}; {write}; raise SystemExit(75)"]
+    assert run_processes(command, 2, Machines(3, 1, "first", 29500)) == 75
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "2": "0 6 first 29500",
+        "3": "1 6 first 29500",
+    }
+    with pytest.raises(UserError, match="the last is 2"):
+        Machines(3, 3, "first")
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm's tools are not here")
+@pytest.mark.parametrize("file", [file for file in CASES if file.endswith(".sbatch")])
+def test_sbatch_takes_the_script(file: str, tmp_path: Path) -> None:
+    if subprocess.run(["sinfo"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no Slurm controller answers")
+    one = rendered(tmp_path, *CASES[file])
+    write([one], replace=False)
+    done = subprocess.run(["sbatch", "--test-only", str(one.file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    Fleet.recipe = property(lambda self: f"name: {self.config.name}\n")  # type: ignore[method-assign, assignment]
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, case in CASES.items():
+            (GOLDEN / name).write_text(rendered(Path(temporary), *case).text, encoding="utf-8")
