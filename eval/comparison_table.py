@@ -18,8 +18,8 @@ def print_comparison(document: Document) -> None:
     for start, found in document.get("starts", {"": document}).items():
         if start:
             console.print(f"Start: {start}", style="bold")
-        console.print(_arms(found))
-        console.print(_differences(found["paired"]))
+        for table in (_scores(found), _seconds(found), _differences(found)):
+            console.print(table)
         for line in headlines(found):
             console.print(line, soft_wrap=True)
         console.print()
@@ -45,25 +45,38 @@ def columns(document: Document) -> dict[tuple[str, str], list[tuple[str, str]]]:
     return {column: [shown[kind] for kind in ("avg", "pass") if kind in shown] for column, shown in found.items()}
 
 
-def _arms(document: Document) -> Table:
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    # Without frames it fits into 80 columns; a cut-off figure would be worse than no table.
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, no_wrap=True, justify="right")
+    return table
+
+
+def _scores(document: Document) -> Table:
     shown = columns(document)
-    roles = list(dict.fromkeys(role for arm in document["arms"].values() for role in arm["device_seconds"]))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("arm", no_wrap=True)
-    for (task, mode), metrics in shown.items():
-        heading = _with_others([metric for _, metric in metrics])
-        table.add_column(f"{task}\n{mode}\n{heading}", justify="right", no_wrap=True)
-    table.add_column("FLOPs", justify="right", no_wrap=True)
-    for role in roles:
-        table.add_column(f"{role}\nseconds".replace("_", "\n", 1), justify="right", no_wrap=True)
+    headings = [
+        f"{task}\n{mode}\n{_with_others([metric for _, metric in metrics])}" for (task, mode), metrics in shown.items()
+    ]
+    table = _table(f"scores in per cent, {document['seeds']} seeds", ["arm"], [*headings, "FLOPs", "seconds"])
     for name, arm in document["arms"].items():
         means = {(entry["task"], entry["mode"], entry["metric"]): entry["mean"] for entry in arm["scores"]}
         cells = [
             _with_others([_points(means.get((task, mode, metric))) for task, metric in metrics])
             for (_, mode), metrics in shown.items()
         ]
-        seconds = [f"{arm['device_seconds'].get(role, 0.0):,.0f}" for role in roles]
-        table.add_row(name, *cells, f"{arm['flops']:.1e}", *seconds)
+        table.add_row(name, *cells, f"{arm['flops']:.1e}", f"{sum(arm['device_seconds'].values()):,.0f}")
+    return table
+
+
+def _seconds(document: Document) -> Table:
+    roles = list(dict.fromkeys(role for arm in document["arms"].values() for role in arm["device_seconds"]))
+    table = _table("device-seconds by role", ["arm"], [role.replace("_", "\n", 1) for role in roles])
+    for name, arm in document["arms"].items():
+        spent = (arm["device_seconds"].get(role) for role in roles)
+        table.add_row(name, *("" if seconds is None else f"{seconds:,.1f}" for seconds in spent))
     return table
 
 
@@ -77,20 +90,16 @@ def _with_others(texts: Sequence[str]) -> str:
     return first + "".join(f" ({other})" for other in others)
 
 
-def _differences(paired: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="paired differences, points", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("a - b", "task", "mode", "metric"):
-        table.add_column(name, no_wrap=True)
-    for name in ("difference", "95 % interval"):
-        table.add_column(name, no_wrap=True, justify="right")
-    for entry in paired:
-        low, high = entry["ci95"]
-        table.add_row(
-            f"{entry['a']} - {entry['b']}",
-            *(entry[name] for name in ("task", "mode", "metric")),
-            f"{100 * entry['difference']:+.1f}",
-            f"{100 * low:+.1f} to {100 * high:+.1f}",
-        )
+def _differences(document: Document) -> Table:
+    """The paired differences in the scores that the first table shows."""
+    wanted = {(*metric, mode) for (_, mode), metrics in columns(document).items() for metric in metrics}
+    table = _table("paired differences in points, 95 % intervals", ["a - b", "score"], ["difference"])
+    for entry in document["paired"]:
+        task, metric, mode = entry["task"], entry["metric"], entry["mode"]
+        if (task, metric, mode) in wanted:
+            low, high = (100 * end for end in entry["ci95"])
+            difference = f"{100 * entry['difference']:+.1f} ({low:+.1f}, {high:+.1f})"
+            table.add_row(f"{entry['a']} - {entry['b']}", f"{task.removesuffix(PASS)} {mode} {metric}", difference)
     return table
 
 

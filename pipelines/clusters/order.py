@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,18 @@ def _check_sweep(configs: Sequence[RunConfig], *, shares_teacher: bool) -> None:
 
 
 def _plan(config: RunConfig, settings: LaunchSettings, hardware: Path | None) -> Any:
-    pools: Mapping[str, str | None] = {key: getattr(settings, key) for key in ("gpus", "gpus_teacher", "gpus_student")}
-    if not any(pools.values()):
+    if not (settings.gpus or settings.gpus_teacher or settings.gpus_student):
         raise UserError(
             "launch.gpus is missing: what the cluster has for the job; write it into the job file, or add "
             "--set launch.gpus=8xH100 (2x8xH100 for two machines of eight)"
         )
-    return planned(config, **pools, hardware=hardware)
+    return planned(
+        config,
+        gpus=settings.gpus,
+        gpus_teacher=settings.gpus_teacher,
+        gpus_student=settings.gpus_student,
+        hardware=hardware,
+    )
 
 
 def notes(fleet: Fleet) -> list[str]:
