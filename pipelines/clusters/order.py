@@ -18,6 +18,7 @@ from distill.jobs import ScheduleSettings, checked_name, split_job
 from distill.recipe import assign, load_recipe, merge, parse_assignment
 from pipelines.clusters.fleet import Fleet, make_fleet
 from pipelines.clusters.rendering import ENGINES, Engine
+from pipelines.plan import Plan
 from pipelines.planning import planned
 from pipelines.resolution import resolve_recipe
 
@@ -114,7 +115,7 @@ def _check_sweep(configs: Sequence[RunConfig], *, shares_teacher: bool) -> None:
         )
 
 
-def _plan(config: RunConfig, settings: LaunchSettings, hardware: Path | None) -> Any:
+def _plan(config: RunConfig, settings: LaunchSettings, hardware: Path | None) -> Plan:
     if not (settings.gpus or settings.gpus_teacher or settings.gpus_student):
         raise UserError(
             "launch.gpus is missing: what the cluster has for the job; write it into the job file, or add "

@@ -19,21 +19,26 @@ _LONGEST_SIGNAL = 65535
 """Seconds before the end at which Slurm can send a signal."""
 
 _SOME_GPUS = (
-    'IFS=, read -r -a gpus <<< "$CUDA_VISIBLE_DEVICES"; chosen=("${gpus[@]:$1:$2}"); shift 2; '
-    'CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${chosen[*]}") exec "$@"'
+    'IFS=, read -r -a gpus <<< "${CUDA_VISIBLE_DEVICES-}"; chosen=("${gpus[@]:$1:$2}"); '
+    '[ "${#chosen[@]}" = "$2" ] || { echo "too few GPUs in CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES" >&2; exit 2; }; '
+    'shift 2; CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${chosen[*]}") exec "$@"'
 )
 """Runs a command on so many of a machine's GPUs, from so far on."""
 
 _WAIT = """\
 # TERM comes before the wall time ends: the run writes a checkpoint and leaves with 75.
-trap 'kill -TERM "$student" 2> /dev/null' TERM
+# srun would end the step at once if it got the signal itself.
+stop() {
+  scancel --signal=TERM "$(squeue --steps --job "$SLURM_JOB_ID" --noheader --format='%i %j' | sed -n 's/ student$//p')"
+}
+trap stop TERM
 broken=
 while kill -0 "$student" 2> /dev/null; do
   for server in "${servers[@]}"; do
     if [ -z "$broken" ] && ! kill -0 "$server" 2> /dev/null; then
       echo "a server of the teacher has ended; its log is beside $run" >&2
       broken=yes
-      kill -TERM "$student" 2> /dev/null
+      stop
     fi
   done
   sleep 2 &
@@ -42,7 +47,7 @@ done
 wait "$student"
 code=$?
 if [ "${#servers[@]}" -gt 0 ]; then
-  kill -TERM "${servers[@]}" 2> /dev/null
+  scancel --signal=TERM "$SLURM_JOB_ID"
   wait "${servers[@]}"
 fi
 """
@@ -213,7 +218,13 @@ def _step(
 ) -> str:
     """A step's command: ``tasks`` tasks on the part's machines, or on one of them, with its GPUs of them."""
     first, machines = (place.first, part.machines) if machine is None else (place.first + machine, 1)
-    words = ["srun", f"--nodes={machines}", f"--ntasks={tasks}", f"--ntasks-per-node={tasks // machines}"]
+    words = [
+        "srun",
+        f"--job-name={part.name}",
+        f"--nodes={machines}",
+        f"--ntasks={tasks}",
+        f"--ntasks-per-node={tasks // machines}",
+    ]
     # Steps share the machines' processors and memory; their GPUs are told apart below.
     words += ["--overlap", "--cpu-bind=none", "--kill-on-bad-exit=0"]
     words += ["--nodelist", Read(f'"$(IFS=,; echo "${{nodes[*]:{first}:{machines}}}")"')]
