@@ -34,6 +34,7 @@ from distill.journal import Journal
 from distill.sampler import TransformersSampler
 from distill.types import Prompt, Request, Rollout, Sampling
 from pipelines.crew import Crew
+from pipelines.faculty import Faculty
 from pipelines.guards import Guards
 from pipelines.loop import run_stage
 from pipelines.meter import Meter
@@ -102,12 +103,19 @@ def ours(steps: int, warmup: int) -> dict[str, Any]:
     encoder = cast(Any, Ids())
     judge = LocalTeacher(teacher, name="teacher", batch_tokens=65536)
     sampler = TransformersSampler(learner, encoder, speaker="student")
+    tutor = SimpleNamespace(
+        name="teacher",
+        shape=Shape.from_config(teacher.config.to_dict()),
+        role=lambda role: role,
+        hired=SimpleNamespace(judge=judge),
+        candidate=SimpleNamespace(domains=()),
+    )
     crew = cast(
         Crew,
         SimpleNamespace(
             encoder=encoder,
-            teacher=judge,
-            teacher_shape=Shape.from_config(teacher.config.to_dict()),
+            teachers=Faculty(cast(Any, [tutor])),
+            student=student,
             student_shape=Shape.from_config(learner.config.to_dict()),
             student_sampler=sampler,
             meter=Meter(),
