@@ -143,6 +143,8 @@ class _Response:
             "repetition_penalty": 1.0,
             "seed": self.request.seed if self.num_segments == 0 else derive(self.request.seed, self.num_segments),
             "stop_token_ids": stops,
+            # These alone: what the model's own files say of its end is no part of a request.
+            "ignore_eos": True,
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,
