@@ -162,9 +162,10 @@ def test_the_ratio_over_seeds_is_a_geometric_mean_with_students_interval() -> No
     assert (missed.ratio, missed.ci95, missed.num_reached) == (None, None, 1)
 
 
-def test_score_at_equal_compute_is_the_last_checkpoint_that_could_be_paid() -> None:
-    assert score_at_compute(RL, 35) == Point(30, 0.60, 0.59)
-    assert score_at_compute(RL, 20) == RL[2]
+def test_score_at_equal_compute_is_the_best_checkpoint_that_could_be_paid() -> None:
+    assert score_at_compute(RL, 35) == RL[2], "what came after it scored less"
+    assert score_at_compute(RL, 40) == RL[2], "the earliest of equals"
+    assert score_at_compute(RL, 19) == RL[1]
     assert score_at_compute(RL[1:], 5) is None
 
 
