@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,11 +69,10 @@ def test_what_a_server_is_started_with(tmp_path: Path) -> None:
     assert dict(variables_of("ipc", None)) == {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
 
+@pytest.mark.server  # no server starts, but vLLM has to be there
 @pytest.mark.parametrize("way", ["nccl", "ipc"])
 def test_vllms_engines_get_the_weights_as_they_are_when_sent(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With vLLM's own classes; the engine, which wants a GPU, is one of ours."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     sent: list[dict[str, Tensor]] = []
