@@ -84,7 +84,7 @@ def test_what_is_wrong_with_a_comparison_is_said_before_anything_runs(tmp_path: 
 def distill(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "distill.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,7 @@ def test_usage(arguments: list[str], said: str) -> None:
     assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.timeout(900)  # nine runs in turn
 def test_a_whole_comparison_stopped_and_resumed(tmp_path: Path) -> None:
     recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(TINY))
