@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from typing import Any
 
 from distill import interrupt
 from distill.comparison import ArmSettings, ComparisonConfig
-from distill.config import RunConfig
+from distill.config import OffPolicyStage, RunConfig
 from distill.errors import UserError
 from distill.journal import claim, read_json, refuse_other, write_atomically, write_json
 from distill.progress import say
@@ -87,7 +86,7 @@ def member_config(config: ComparisonConfig, member: Member, root: Path, *, learn
             # The teacher and the start are examined once, by the run that made the start; questions go on where it
             # stopped.
             "evaluation": {"references": False},
-            "first_prompt": off_policy.get("num_prompts", 0),
+            "first_prompt": validate_as(OffPolicyStage, off_policy, where=f"the start {member.start!r}").num_prompts,
         }
     where = f"the {member.arm} run from {member.start!r} (recipe {config.recipe})"
     return validate(merge(merge(merge(tree, overlay), arm.run), learned), where=where)
@@ -151,6 +150,10 @@ def compare_folders(folders: Sequence[Path]) -> dict[str, Any]:
     by_kind = {_last_stage(config)[1].kind: arm for arm, config in arms}
     headline = [by_kind[kind].name for kind in ("on_policy", "grpo") if kind in by_kind]
     with_curves = all((folder / "curve.jsonl").exists() for arm, _ in arms for folder in arm.folders)
+    seeds = [[config.seed for config in (_config_of(folder) for folder in arm.folders)] for arm, _ in arms]
+    if any(other != seeds[0] for other in seeds):
+        shown = "; ".join(f"{arm.name}: {found}" for (arm, _), found in zip(arms, seeds, strict=True))
+        raise UserError(f"arms are paired seed by seed, and their seeds differ ({shown}); name runs of the same seeds")
     return compare(
         [arm for arm, _ in arms],
         headline=(headline[0], headline[1]) if len(headline) == 2 == len(arms) and with_curves else None,
@@ -209,8 +212,6 @@ def _run_chains(config: ComparisonConfig, out: Path) -> None:
                 done, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                if done:
-                    time.sleep(_POLL_SECONDS)
         finally:
             stopping.set()
             for future in futures:

@@ -66,6 +66,15 @@ def test_arms_of_table21_see_the_same_prompts_in_the_same_modes(tmp_path: Path) 
     assert on_policy.mixture == rl.mixture and on_policy.sampling == rl.sampling
 
 
+def test_arms_begin_behind_the_questions_of_a_start_that_leaves_their_number_open(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("stages: {off_policy: {kind: off_policy}}\n")
+    assignments = [f"recipe={tmp_path / 'mine.yaml'}", "arms.on_policy.stage.kind=on_policy"]
+    config = resolve_comparison("table21", assignments=assignments)
+    found = {member.arm: run for member, run in check(config, tmp_path) if member.start == "low"}
+    asked = found["off_policy"].stages["off_policy"].num_prompts
+    assert {run.first_prompt for arm, run in found.items() if arm != "off_policy"} == {asked} and asked > 0
+
+
 def test_what_is_wrong_with_a_comparison_is_said_before_anything_runs(tmp_path: Path) -> None:
     for assignments, said in (
         (["seeds=[0, 0]"], "seed twice"),
@@ -146,6 +155,17 @@ def test_a_whole_comparison_stopped_and_resumed(tmp_path: Path) -> None:
         "b": "rl-seed0",
     }
     print_comparison(document)
+
+
+def test_runs_of_other_seeds_are_no_pairs(tmp_path: Path) -> None:
+    folders = []
+    for rate, seed in (("1e-3", 0), ("2e-3", 1)):
+        config = resolve_run(seed=seed, assignments=[f"stages.on_policy.optimiser.learning_rate={rate}"])
+        folders.append(tmp_path / f"rate{rate}-seed{seed}")
+        folders[-1].mkdir()
+        (folders[-1] / "config.yaml").write_text(dump_yaml(config))
+    with pytest.raises(UserError, match="their seeds differ"):
+        compare_folders(folders)
 
 
 def finished_run(folder: Path, *, stage: str, curve: list[tuple[float, float]], goal: float | None = None) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 
@@ -19,9 +19,9 @@ def _models(begun: str) -> list[str]:
 
 
 def _recipe_names(begun: str) -> list[str]:
-    from pipelines.resolution import recipe_names
+    from pipelines.resolution import comparison_names, recipe_names
 
-    return [name for name in recipe_names() if name.startswith(begun)]
+    return [name for name in (*recipe_names(), *comparison_names()) if name.startswith(begun)]
 
 
 Teacher = Annotated[
@@ -62,3 +62,24 @@ def one_of(value: str, option: str, known: tuple[Any, ...]) -> Any:
     if value not in known:
         raise UserError(f"{option} {value!r} is none of {', '.join(known)}")
     return value
+
+
+M = TypeVar("M", covariant=True)
+
+
+class OneOfMany(Protocol[M]):
+    """Makes what stands for this machine among ``num`` of them; ``port`` has a default of its own."""
+
+    def __call__(self, num: int, rank: int, host: str, port: int = ..., /) -> M: ...
+
+
+def one_of_many(make: OneOfMany[M], num: int, rank: int, address: str | None) -> M | None:
+    """What --nodes, --node-rank and --node-address (HOST or HOST:PORT) mean; None for a machine alone."""
+    if num == 1:
+        if rank or address:
+            raise UserError("--node-rank and --node-address belong to --nodes; say how many machines there are")
+        return None
+    if address is None:
+        raise UserError(f"--nodes {num} needs --node-address, the host name of machine 0 as the others see it")
+    host, _, port = address.rpartition(":")
+    return make(num, rank, host, int(port)) if port.isdigit() and host else make(num, rank, address)

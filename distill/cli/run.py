@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli.options import Assignments, Json, Prompts, Recipe, Seed, Student, Teacher
+from distill.cli.options import Assignments, Json, Prompts, Recipe, Seed, Student, Teacher, one_of_many
 from distill.cli.plan import words
 from distill.errors import DistillError, UserError
 from distill.progress import say
 
 if TYPE_CHECKING:
     from distill.config import RunConfig
-    from pipelines.launch import Machines
 
 
 def run(
@@ -104,25 +105,25 @@ def run(
         asked = words(prompts=prompts, recipe=recipe, assignments=assignments)
         _print_dry_run(config, folder, as_json, processes=processes, asked=asked)
         return
-    from pipelines.launch import own_command, processes_to_start, run_processes
+    from pipelines.launch import Machines, own_command, processes_to_start, run_processes
 
-    machines = _machines(num_nodes, node_rank, node_address)
+    machines = one_of_many(Machines, num_nodes, node_rank, node_address)
     count = processes_to_start(processes, num_machines=num_nodes)
     if count > 1 or (machines is not None and "RANK" not in os.environ):
         sys.exit(run_processes(own_command(sys.argv[1:]), count, machines))
+    _distil(config, folder, as_json)
+
+
+def _distil(config: RunConfig, folder: Path, as_json: bool) -> None:
+    """This process's part of a run, and its summary."""
     from distill.interrupt import deferred_signals
 
     with deferred_signals():
         from pipelines.strong_to_weak import run as run_pipeline
         from students.ranks import joined_ranks
 
-        with joined_ranks() as ranks:
-            try:
-                summary = run_pipeline(config, folder, command=["distill", *sys.argv[1:]], ranks=ranks)
-            except DistillError as error:
-                if error.exit_code in (75, 130):
-                    say(f"The run is safe in {folder}; the same command resumes it.")
-                raise
+        with joined_ranks() as ranks, _safe("run", folder):
+            summary = run_pipeline(config, folder, command=["distill", *sys.argv[1:]], ranks=ranks)
         if not ranks.is_main:
             return
     if as_json:
@@ -133,17 +134,15 @@ def run(
         print_summary(summary)
 
 
-def _machines(num: int, rank: int, address: str | None) -> Machines | None:
-    from pipelines.launch import Machines
-
-    if num == 1:
-        if rank or address:
-            raise UserError("--node-rank and --node-address belong to --nodes; say how many machines there are")
-        return None
-    if address is None:
-        raise UserError(f"--nodes {num} needs --node-address, the host name of machine 0 as the others see it")
-    host, _, port = address.rpartition(":") if address.rpartition(":")[2].isdigit() else (address, "", "")
-    return Machines(num, rank, host, int(port)) if port else Machines(num, rank, host)
+@contextmanager
+def _safe(what: str, folder: Path) -> Iterator[None]:
+    """Says of what was stopped on request that nothing is lost."""
+    try:
+        yield
+    except DistillError as error:
+        if error.exit_code in (75, 130):
+            say(f"The {what} is safe in {folder}; the same command resumes it.")
+        raise
 
 
 def _refuse(options: list[str], recipe: str) -> None:
@@ -179,12 +178,8 @@ def _compare(
     with deferred_signals():
         from pipelines.comparison import run_comparison
 
-        try:
+        with _safe("comparison", folder):
             document = run_comparison(config, folder)
-        except DistillError as error:
-            if error.exit_code in (75, 130):
-                say(f"The comparison is safe in {folder}; the same command resumes it.")
-            raise
     if as_json:
         print(json.dumps(document, allow_nan=False))
     else:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from distill.cli.options import Json, one_of
-from distill.errors import UserError
-
-if TYPE_CHECKING:
-    from distill.vllm.service import Nodes
+from distill.cli.options import Json, one_of, one_of_many
 
 app = typer.Typer(help="A teacher's vLLM server.", no_args_is_help=True)
 
@@ -60,6 +56,7 @@ def teacher_serve(
     from distill.interrupt import deferred_signals
 
     with deferred_signals():
+        from distill.vllm.service import Nodes
         from pipelines.serving import serve
 
         serve(
@@ -73,22 +70,9 @@ def teacher_serve(
             pipeline_parallel=pipeline_parallel,
             num_replicas=num_replicas,
             quantization=quantization,
-            nodes=_nodes(num_nodes, node_rank, node_address),
+            nodes=one_of_many(Nodes, num_nodes, node_rank, node_address),
             python=None if python is None else str(python),
             log=log,
             server_args=server_args or (),
             on_ready=lambda urls: print(json.dumps({"urls": urls}) if as_json else "\n".join(urls), flush=True),
         )
-
-
-def _nodes(num: int, rank: int, address: str | None) -> Nodes | None:
-    from distill.vllm.service import Nodes
-
-    if num == 1:
-        if rank or address:
-            raise UserError("--node-rank and --node-address belong to --nodes; say how many machines there are")
-        return None
-    if address is None:
-        raise UserError(f"--nodes {num} needs --node-address, the host name of machine 0 as the others see it")
-    host, _, port = address.rpartition(":") if address.rpartition(":")[2].isdigit() else (address, "", "")
-    return Nodes(num, rank, host, int(port)) if port else Nodes(num, rank, host)
