@@ -121,7 +121,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     for number, by in killed:
         why = "; the machine may have run out of memory" if by == signal.SIGKILL else ""
         say(f"distill: process {number} was ended by {signal.Signals(by).name}{why}")
-    return next(code for code in (2, 1, 130, 75, 0) if code in codes or (code == 1 and (killed or None in codes)))
+    # Killed ones, ones that had to be killed, and codes that mean nothing here (120, say, of an output that was lost).
+    has_failed = any(code not in (0, 2, *CLEAN_STOPS) for code in codes)
+    return next(code for code in (2, 1, 130, 75, 0) if code in codes or (code == 1 and has_failed))
 
 
 def own_command(arguments: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ to their last part: a card may be public.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,7 @@ from distill.journal import read_json
 from distill.types import MODES
 from eval.page import MODE_NAMES, count, duration, percent
 from eval.published import PUBLISHED
+from eval.run_files import read_lines
 from eval.switching import TASK as MODE_SWITCHING
 
 ENDS = 5
@@ -67,7 +68,7 @@ def model_card(run: Path, config: RunConfig, *, form: str, name: str) -> str:
         divergences=_divergences(run / "metrics.jsonl"),
         costs=summary["costs"],
         total={key: sum(cost[key] for cost in summary["costs"].values()) for key in ("tokens", "flops", "seconds")},
-        command=manifest["command"],
+        command=without_places(manifest["command"]),
         seed=config.seed,
         versions=manifest["versions"],
         percent=percent,
@@ -87,6 +88,14 @@ def _shown(source: ModelSource) -> str:
     return {"hub": source.location, "embedded": f"the embedded model {source.name}"}.get(
         source.kind, f"a local model ({Path(source.location).name})"
     )
+
+
+_PLACE = re.compile(r"""(?:[a-z]+://|(?<![\w.~-])(?:~|\.{1,2})?/)[^\s,\]}'"]+""")
+
+
+def without_places(command: str) -> str:
+    """A command without hosts, and of each path only the last part."""
+    return _PLACE.sub(lambda found: "..." if "://" in found[0] else Path(found[0]).name, command)
 
 
 def _front(config: RunConfig, summary: Document, base: ModelSource, *, form: str, name: str) -> Document:
@@ -141,7 +150,7 @@ def _score_table(entries: Sequence[Mapping[str, Any]]) -> list[Document]:
 
 def _divergences(path: Path) -> list[Document]:
     """Reverse KL to the teacher over a stage's first and last steps, for each stage and mode that has one."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_lines(path)
     found = []
     for stage in dict.fromkeys(row["stage"] for row in rows):
         for mode in MODES:

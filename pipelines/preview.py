@@ -48,7 +48,7 @@ def preview(config: RunConfig, *, num: int = 2, stage: str | None = None) -> Doc
         count_tokens=encoder.count_tokens,
     )
     stored = _Stored(config, encoder)
-    found, first = [], 0
+    found, first = [], config.first_prompt
     for name, settings in config.stages.items():
         num_prompts = positions_of(settings, prompts)
         if stage in (None, name):

@@ -63,7 +63,10 @@ def run_sweep(file: Path, command: Command = run_command) -> int:
             codes.append(_run(entry, command(entry), services, environment))
             if codes[-1] in _CLEAN_STOPS:
                 return codes[-1]
-    return next((code for code in (1, 2) if code in codes), 0)
+    # Whatever is neither success nor a fault of the configuration is a failure: 120, say, of an output that was lost.
+    if any(code not in (0, 2) for code in codes):
+        return 1
+    return 2 if 2 in codes else 0
 
 
 def is_teacher_ours(config: RunConfig) -> bool:

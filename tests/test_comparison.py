@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ def test_what_is_wrong_with_a_comparison_is_said_before_anything_runs(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def working_in(folder: Path) -> list[str]:
+    """Command lines of the processes that name ``folder``."""
+    lines = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                lines.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if str(folder) in line]
+
+
 def distill(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "distill.cli", *arguments]
@@ -121,6 +132,17 @@ def test_a_whole_comparison_stopped_and_resumed(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75 and not (metrics.parent / "summary.json").exists()
+
+    # Killed, it takes the member that is at work along; that one has a checkpoint to go on from.
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (out / "low" / "rl-seed0" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while (left := working_in(out)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
 
     result = distill("run", "--recipe", str(recipe), "--out", str(out), "--json")
     assert result.returncode == 0, result.stderr

@@ -28,7 +28,7 @@ from distill.family import ModelSource, resolve
 from distill.recipe import load_recipe, validate
 from distill.vllm.service import Launch, Service
 from pipelines.export import export_run
-from pipelines.model_card import model_card
+from pipelines.model_card import model_card, without_places
 from pipelines.resolution import resolve_run
 from pipelines.strong_to_weak import run
 
@@ -141,6 +141,28 @@ def test_the_card_of_a_real_pair(whole: Path) -> None:
     local = config.student.model_copy(update={"model": "/home/me/secret-project/base-model"})
     text = model_card(whole, config.model_copy(update={"student": local}), form="full", name="name")
     assert "a local model (base-model)" in text.lower() and "secret-project" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "public"),
+    [
+        ("distill run --out runs/mine --seed 1", "distill run --out runs/mine --seed 1"),
+        ("distill run --recipe /home/me/secret/my.yaml --out ../secret/a", "distill run --recipe my.yaml --out a"),
+        ("distill run --store '~/secret/store' --teacher 32B", "distill run --store 'store' --teacher 32B"),
+        ("distill run --teacher-url http://internal:8000 --seed 2", "distill run --teacher-url ... --seed 2"),
+        (
+            "distill run --set 'teacher.urls.score=[http://a:1,http://b:2]'",
+            "distill run --set 'teacher.urls.score=[...,...]'",
+        ),
+        ("distill run --set prompts.path=/data/secret/p.jsonl", "distill run --set prompts.path=p.jsonl"),
+        (
+            "distill run --prompts OWNER/SET@abc --teacher Qwen/Qwen3-4B",
+            "distill run --prompts OWNER/SET@abc --teacher Qwen/Qwen3-4B",
+        ),
+    ],
+)
+def test_a_cards_command_names_no_place(command: str, public: str) -> None:
+    assert without_places(command) == public
 
 
 def test_what_cannot_be_exported_is_said(whole: Path, adapted: Path, tmp_path: Path) -> None:

@@ -66,6 +66,12 @@ def test_a_stage_is_shown_with_what_it_will_read(tmp_path: Path) -> None:
     assert document["no_responses"] is None
 
 
+def test_a_run_that_begins_further_on_shows_its_own_prompts(tmp_path: Path) -> None:
+    config = asked(3, store=tmp_path)[0].model_copy(update={"first_prompt": 100})
+    off, on = preview(config, num=1)["stages"]
+    assert [off["prompts"][0]["position"], on["prompts"][0]["position"]] == [100, 1124]
+
+
 def test_a_stored_response_is_shown_with_its_mask(tmp_path: Path) -> None:
     config, requests = asked(1, store=tmp_path)
     ids = [*ENCODER.tokenizer.encode("3+4=7", add_special_tokens=False), ENCODER.stop_ids[0]]

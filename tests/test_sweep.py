@@ -66,6 +66,7 @@ def exiting(*codes: int, begun: list[str]) -> Callable[[dict[str, str]], list[st
         # One that fails does not keep the others from running; what a retry may help counts for the whole.
         ((2, 0, 0), 2, 3),
         ((1, 2, 0), 1, 3),
+        ((120, 0, 0), 1, 3),
         ((2, -9, 0), 1, 3),
         ((0, 75, 0), 75, 2),
         ((130, 0, 0), 130, 1),
