@@ -24,6 +24,7 @@ import torch
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import Shape
+from distill.interrupt import EXIT_CODES
 from distill.memory import student_memory
 from distill.progress import say
 from students.parallel import Engine
@@ -34,7 +35,7 @@ GRACE_SECONDS = 20.0
 
 POLL_SECONDS = 0.1
 
-CLEAN_STOPS = (0, 75, 130)
+CLEAN_STOPS = (0, *EXIT_CODES.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from distill.prompts import load_prompts
 from distill.types import MODES, Prompt, Request, Rollout
 from pipelines.crew import positions_of, student_requests, teacher_requests
 from pipelines.faculty import Candidate, find_teachers
+from pipelines.listing import output
 from teachers.store import ResponseStore, response_key, root_of
 
 SURVEYED = 256
@@ -165,7 +166,7 @@ def _part(text: str, *, trained: bool) -> Document:
 
 def print_preview(document: Document) -> None:
     """The document for a reader: what carries no loss is dim on a terminal, and stands behind a bar everywhere."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = output()
     train = document["num_train"]
     console.print(f"teacher {document['teacher']}")
     console.print(

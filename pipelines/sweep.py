@@ -24,7 +24,7 @@ from distill.checkpoint import open_checkpoint
 from distill.config import RunConfig
 from distill.errors import DistillError, UserError
 from distill.family import resolve
-from distill.interrupt import deferred_signals
+from distill.interrupt import EXIT_CODES, deferred_signals
 from distill.journal import read_json
 from distill.progress import complain, say
 from distill.recipe import load_recipe, validate
@@ -34,7 +34,6 @@ from pipelines.preparation import run_command
 from pipelines.signals import SIGNALS
 
 _POLL_SECONDS = 0.2
-_CLEAN_STOPS = (75, 130)
 
 Entry = dict[str, str]
 Command = Callable[[Entry], Sequence[str]]
@@ -61,7 +60,7 @@ def run_sweep(file: Path, command: Command = run_command) -> int:
         codes = []
         for entry in left:
             codes.append(_run(entry, command(entry), services, environment))
-            if codes[-1] in _CLEAN_STOPS:
+            if codes[-1] in EXIT_CODES.values():
                 return codes[-1]
     # Whatever is neither success nor a fault of the configuration is a failure: 120, say, of an output that was lost.
     if any(code not in (0, 2) for code in codes):

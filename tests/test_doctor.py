@@ -195,8 +195,22 @@ def test_who_is_an_orphan(process: Process, state: str | None, cure: str) -> Non
         assert str(found[0].cure).startswith(cure)
 
 
-def test_strays_of_this_machine_are_a_finding_either_way() -> None:
-    assert strays.find_strays()
+def test_strays_are_found_in_what_the_system_says(tmp_path: Path) -> None:
+    def process(pid: int, parent: int, name: str, state: str = "S") -> None:
+        folder = tmp_path / str(pid)
+        folder.mkdir()
+        (folder / "cmdline").write_bytes(name.encode() + b"\0")
+        (folder / "stat").write_text(f"{pid} (a (strange) name) {state} {parent} {pid} {pid} 0 -1")
+
+    process(1, 0, "init")
+    process(50, 1, "sleep 60")
+    process(60, 1, "VLLM::EngineCore", state="Z")
+    (tmp_path / "uptime").write_text("1 2")
+    assert [finding.state for finding in strays.find_strays(tmp_path)] == ["ok"]
+    process(70, 1, "VLLM::EngineCore")
+    (found,) = strays.find_strays(tmp_path)
+    assert (found.state, found.cure) == ("failed", "kill -- -70")
+    assert any(one.pid == os.getpid() and one.parent == os.getppid() for one in strays.processes())
 
 
 @contextmanager

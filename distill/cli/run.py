@@ -15,6 +15,7 @@ import typer
 from distill.cli.options import Assignments, Json, Prompts, Recipe, Seed, Student, Teacher, one_of_many
 from distill.cli.plan import words
 from distill.errors import DistillError, UserError
+from distill.interrupt import EXIT_CODES
 from distill.progress import say
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _safe(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except DistillError as error:
-        if error.exit_code in (75, 130):
+        if error.exit_code in EXIT_CODES.values():
             say(f"The {what} is safe in {folder}; the same command resumes it.")
         raise
 

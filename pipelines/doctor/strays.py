@@ -18,6 +18,9 @@ _PART = "VLLM::"
 _SERVERS = ("vllm.entrypoints.", "vllm serve")
 
 
+_PROC = Path("/proc")
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """What /proc says of one; ``command`` is its words joined by spaces."""
@@ -38,8 +41,8 @@ class Process:
         return self.is_part or any(word in self.command for word in _SERVERS)
 
 
-def find_strays() -> Sequence[Finding]:
-    return [*strays_among(list(processes()), os.getuid())] or [Finding("stray vLLM", "ok", "none")]
+def find_strays(proc: Path = _PROC) -> Sequence[Finding]:
+    return [*strays_among(list(processes(proc)), os.getuid())] or [Finding("stray vLLM", "ok", "none")]
 
 
 def strays_among(there: Sequence[Process], user: int) -> Iterator[Finding]:
@@ -66,7 +69,7 @@ def _ended(process: Process, there: Iterable[Process]) -> str:
     return f"kill -- -{process.group}" if all(one.is_vllm for one in group) else f"kill {process.pid}"
 
 
-def processes(proc: Path = Path("/proc")) -> Iterator[Process]:
+def processes(proc: Path = _PROC) -> Iterator[Process]:
     for folder in proc.iterdir():
         if not folder.name.isdigit():
             continue

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.text import Text
 
 from pipelines.doctor.finding import Finding
+from pipelines.listing import output
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = output()
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
         state = Text(f"{finding.state:<7}", style=_STYLES[finding.state])
