@@ -177,15 +177,15 @@ class Schedules:
             if _is_known(connection, name, window.last):
                 return []
             active = self.queue.jobs(states=ACTIVE, schedule=name)
-            reason_against = self._reason_against(schedule, window.last, now, active)
+            data, reason_against = None, self._reason_against(schedule, window.last, now, active)
+            if reason_against is None:
+                data, reason_against = self._data(schedule)
             if reason_against is not None:
                 _record(connection, name, Window(window.last, window.last, None, 1), reason_against)
                 return []
             if schedule.spec.settings.concurrency_policy == "replace":
                 self._end(connection, active)
-            return [
-                insert_job(connection, schedule.spec, now, schedule=name, due=window.last, data=_sizes(schedule.spec))
-            ]
+            return [insert_job(connection, schedule.spec, now, schedule=name, due=window.last, data=data)]
 
     def _reason_against(self, schedule: Schedule, due: int, now: float, active: list[Job]) -> str | None:
         """Why no job is made for the last due time."""
@@ -199,11 +199,18 @@ class Schedules:
             return f"no worker looked for {deadline} s after it came due (starting_deadline_seconds)"
         if active and settings.concurrency_policy == "forbid":
             return f"job {active[0].id} was {active[0].state} (concurrency_policy forbid)"
-        if settings.when == "new_data":
-            last = self.last_done(schedule.name)
-            if last is not None and last.data is not None and not _grew(last.data, _sizes(schedule.spec)):
-                return f"the prompts had not grown since job {last.id} (when: new_data)"
         return None
+
+    def _data(self, schedule: Schedule) -> tuple[dict[str, int] | None, str | None]:
+        """The sizes of the prompts where they matter, and why no job is made of them."""
+        try:
+            data = _sizes(schedule.spec)
+        except UserError as error:
+            return None, str(error)
+        last = self.last_done(schedule.name)
+        if data is not None and last is not None and last.data is not None and not _grew(last.data, data):
+            return data, f"the prompts had not grown since job {last.id} (when: new_data)"
+        return data, None
 
     def last_done(self, name: str) -> Job | None:
         """The job of a schedule that was done last."""
@@ -270,19 +277,22 @@ def _record(connection: sqlite3.Connection, name: str, window: Window, reason: s
 
 
 def _sizes(spec: JobSpec) -> dict[str, int] | None:
-    """The size of every file that the job's prompts come from; None where it does not matter."""
+    """The size of every file that the job's prompts come from; None where it does not matter.
+
+    Raises UserError where some are not there: that is no reason to say that they have not grown.
+    """
     if spec.settings.when != "new_data":
         return None
     found: dict[str, int] = {}
     for run in spec.runs:
         if run.prompts is not None:
+            place = spec.cwd / run.prompts
             try:
-                found |= {str(file): file.stat().st_size for file in prompt_files(spec.cwd / run.prompts)}
-            except (OSError, UserError):
-                # What is not there has not grown; the run itself says what is wrong with its prompts.
-                continue
+                found |= {str(file): file.stat().st_size for file in prompt_files(place)}
+            except OSError as error:
+                raise UserError(f"the prompts {place} cannot be read: {error.strerror}") from None
     return found
 
 
-def _grew(before: dict[str, int], now: dict[str, int] | None) -> bool:
-    return any(size > before.get(file, -1) for file, size in (now or {}).items())
+def _grew(before: dict[str, int], now: dict[str, int]) -> bool:
+    return any(size > before.get(file, -1) for file, size in now.items())

@@ -243,6 +243,31 @@ def test_new_data_is_a_file_that_grew_since_the_last_run_that_was_done(
     assert all("had not grown since job" in reason for *_, reason in reasons(schedules))
 
 
+@pytest.mark.parametrize("has_run", [True, False])
+def test_prompts_that_are_gone_are_the_reason(
+    schedules: Schedules, clock: SetClock, tmp_path: Path, has_run: bool
+) -> None:
+    prompts = tmp_path / "data" / "prompts"
+    prompts.mkdir(parents=True)
+    (prompts / "a.jsonl").write_text('{"prompt": "1+1="}\n')
+    add(schedules, prompts=prompts, when="new_data")
+    if has_run:
+        clock.moment += HOUR
+        end(schedules, schedules.consider()[0])
+    (prompts / "a.jsonl").unlink()
+    prompts.rmdir()
+    clock.moment += HOUR
+    assert schedules.consider() == []
+    assert [reason for *_, reason in reasons(schedules)] == [f"there is no file {prompts}; check the spelling"]
+    with pytest.raises(UserError, match="there is no file"):
+        schedules.run_now("job")
+    # When they are back it goes on.
+    prompts.mkdir()
+    (prompts / "b.jsonl").write_text('{"prompt": "1+1="}\n')
+    clock.moment += HOUR
+    assert len(schedules.consider()) == 1
+
+
 def test_random_histories_account_for_every_due_time(tmp_path: Path) -> None:
     """Whatever is done to a schedule, each due time up to the last one considered has one job or one record."""
     for seed in range(30):
