@@ -50,17 +50,39 @@ class _Held:
 
 
 def slots_here(gpus: Sequence[str] | None, num: int | None) -> tuple[tuple[str, ...], bool]:
-    """This machine's slots and whether they are GPUs: those named, or all there are; without any, ``num`` slots."""
-    if gpus is not None:
-        if not all(gpus) or len(set(gpus)) < len(gpus):
-            raise UserError(f"--gpus {','.join(gpus)!r} names no GPU, or one twice; write --gpus 0,1")
-        return tuple(gpus), True
+    """This machine's slots and whether they are GPUs: those named, or all there are; without any, ``num`` slots.
+
+    Raises UserError for names that are none, and for ``num`` where there are GPUs: jobs would not be told which.
+    """
+    if gpus is not None and num is not None:
+        raise UserError("--slots is for a machine without GPUs, and --gpus names some; give one of them")
+    found = _visible_gpus() if gpus is None else _checked(gpus, "--gpus", "0,1")
+    if found and num is not None:
+        raise UserError(
+            f"--slots is for a machine without GPUs, and this one has {','.join(found)}; leave it out, or hide them "
+            "with CUDA_VISIBLE_DEVICES=''"
+        )
+    if found:
+        return found, True
+    return tuple(str(number) for number in range(1 if num is None else num)), False
+
+
+def _visible_gpus() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    nodes = [entry for entry in Path("/dev").glob("nvidia*") if entry.name.removeprefix("nvidia").isdigit()]
-    found = visible.split(",") if visible else [str(number) for number in range(len(nodes))]
-    if found and num is None:
-        return tuple(found), True
-    return tuple(str(number) for number in range(num or 1)), False
+    if visible is None:
+        nodes = [entry for entry in Path("/dev").glob("nvidia*") if entry.name.removeprefix("nvidia").isdigit()]
+        return tuple(str(number) for number in range(len(nodes)))
+    # How one hides all of them from CUDA.
+    if visible.strip() in ("", "-1"):
+        return ()
+    return _checked(visible.split(","), "CUDA_VISIBLE_DEVICES", "0,1, or '' for none")
+
+
+def _checked(names: Sequence[str], source: str, example: str) -> tuple[str, ...]:
+    found = tuple(name.strip() for name in names)
+    if any(not name or name.startswith("-") for name in found) or len(set(found)) < len(found):
+        raise UserError(f"{source} {','.join(names)!r} names no GPU, or one twice; write {source} {example}")
+    return found
 
 
 def exit_code(jobs: Sequence[Job]) -> int:

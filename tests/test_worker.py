@@ -214,7 +214,33 @@ def test_slots_are_those_named_or_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert slots_here(["0", "3"], None) == (("0", "3"), True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert slots_here(None, None) == (("2", "5"), True)
-    assert slots_here(None, 3) == (("0", "1", "2"), False)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        # As if this machine had GPUs.
+        with monkeypatch.context() as there:
+            there.setattr(Path, "glob", lambda *_: [Path("/dev/nvidia0"), Path("/dev/nvidiactl")])
+            assert slots_here(None, None) == (("0",), False)
+            assert slots_here(None, 3) == (("0", "1", "2"), False)
+            there.delenv("CUDA_VISIBLE_DEVICES")
+            assert slots_here(None, None) == (("0",), True)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num", "visible", "sentence"),
+    [
+        (["0"], 2, "", "--gpus names some; give one of them"),
+        (None, 2, "2,5", "this one has 2,5; leave it out"),
+        (["-1"], None, "", "--gpus '-1' names no GPU"),
+        (["0", "0"], None, "", "or one twice"),
+        (None, None, "0,,1", "CUDA_VISIBLE_DEVICES '0,,1' names no GPU"),
+    ],
+)
+def test_slots_that_cannot_be_are_refused(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[str] | None, num: int | None, visible: str, sentence: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match=sentence):
+        slots_here(gpus, num)
 
 
 def test_two_workers_never_take_one_job(queue: Queue, mark: str, tmp_path: Path) -> None:
