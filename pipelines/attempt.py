@@ -143,8 +143,14 @@ class Attempt:
 
     @property
     def code(self) -> int | None:
-        """What the command ended with, once ``has_ended``; None where its keeper was killed."""
+        """What the command ended with, once ``has_ended``; None where its keeper left no word of it."""
         return read_code(self.exit_file)
+
+    @property
+    def keeper_code(self) -> int | None:
+        """What the keeper itself ended with, once ``has_ended``; negative where a signal killed it."""
+        assert self._process is not None
+        return self._process.returncode
 
 
 def read_code(exit_file: Path) -> int | None:

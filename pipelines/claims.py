@@ -137,11 +137,18 @@ class Claims:
         ]
 
     def settle(
-        self, claim: Claim, *, code: int | None, asked: Asked | None, seconds: float | None = None
+        self,
+        claim: Claim,
+        *,
+        code: int | None,
+        asked: Asked | None,
+        seconds: float | None = None,
+        keeper: int | None = None,
     ) -> Job | None:
         """An attempt has ended: what becomes of the job. None where somebody else has settled it.
 
-        ``seconds`` is how long it worked; None takes the time to its last heartbeat.
+        ``seconds`` is how long it worked; None takes the time to its last heartbeat. ``keeper`` is the keeper's own
+        exit code where it is known.
         """
         now = self.queue.clock.now()
         with self.queue.transaction() as connection:
@@ -160,6 +167,7 @@ class Claims:
                 failures=job.failures,
                 stops=job.stops,
                 settings=job.spec.settings,
+                keeper=keeper,
             )
             connection.execute(
                 "UPDATE attempts SET finished = ?, state = ?, exit_code = ?, reason = ? WHERE job = ? AND number = ?",

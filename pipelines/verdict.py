@@ -31,10 +31,19 @@ class Verdict:
     is_failure: bool = False
 
 
-def judge(code: int | None, *, asked: Asked | None, failures: int, stops: int, settings: ScheduleSettings) -> Verdict:
-    """What an attempt's exit code means. None: its keeper left none, it was killed.
+def judge(
+    code: int | None,
+    *,
+    asked: Asked | None,
+    failures: int,
+    stops: int,
+    settings: ScheduleSettings,
+    keeper: int | None = None,
+) -> Verdict:
+    """What an attempt's exit code means. None: its keeper left none, and ended with ``keeper`` itself, if that is known.
 
-    ``failures`` and ``stops`` count the job's earlier attempts that failed, and that stopped by themselves with 75.
+    A keeper that was killed is no failure of the job's; one that failed by itself, on a full disk for example, would do
+    so again at once, so the job waits and it is counted. ``failures`` and ``stops`` count the job's earlier attempts that failed, and that stopped by themselves with 75.
     """
     if code == 0:
         return Verdict("done")
@@ -44,19 +53,22 @@ def judge(code: int | None, *, asked: Asked | None, failures: int, stops: int, s
         return Verdict("replaced", "a newer run of its schedule took its place")
     if asked == "time_limit":
         return Verdict("failed", f"stopped after {settings.active_deadline_seconds} s (active_deadline_seconds)")
-    return _judge_unasked(code, asked == "stop", failures, stops, settings)
+    return _judge_unasked(code, keeper, asked == "stop", failures, stops, settings)
 
 
 def _judge_unasked(
-    code: int | None, worker_stops: bool, failures: int, stops: int, settings: ScheduleSettings
+    code: int | None, keeper: int | None, worker_stops: bool, failures: int, stops: int, settings: ScheduleSettings
 ) -> Verdict:
     if code == NEVER_RETRIED:
         return Verdict("failed", "its configuration or input is wrong (exit code 2); the log says what")
-    if worker_stops or code is None:
+    if worker_stops or (code is None and (keeper is None or keeper < 0)):
         return Verdict("interrupted", "its worker stopped" if worker_stops else "its keeper was killed")
     if code == ALWAYS_RETRIED:
         return Verdict("waiting", "it stopped with a checkpoint (exit code 75)", _backoff(stops, settings))
-    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    if code is None:
+        how = f"its keeper failed (exit code {keeper}) and left no exit code of the job"
+    else:
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     if failures >= settings.backoff_limit:
         after = f" after {failures} retries" if failures else ""
         return Verdict("failed", f"{how}{after}; the log says what", is_failure=True)

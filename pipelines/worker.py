@@ -210,7 +210,8 @@ class Worker:
         self._held.remove(held)
         seconds = self.clock.passed() - held.began
         if not held.is_lost:
-            self._note(self.claims.settle(held.claim, code=held.attempt.code, asked=held.asked, seconds=seconds))
+            code, keeper = held.attempt.code, held.attempt.keeper_code
+            self._note(self.claims.settle(held.claim, code=code, asked=held.asked, seconds=seconds, keeper=keeper))
 
     def _note(self, job: Job | None) -> None:
         if job is not None:

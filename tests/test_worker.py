@@ -168,7 +168,11 @@ def test_the_wait_before_a_retry_doubles_up_to_its_cap() -> None:
     delays = [judge(1, asked=None, failures=n, stops=0, settings=settings).delay for n in (0, 1, 2, 3, 4, 4000)]
     assert delays == [10, 20, 40, 60, 60, 60]
     assert judge(75, asked=None, failures=0, stops=9999, settings=settings).state == "waiting"
-    assert judge(None, asked=None, failures=9999, stops=0, settings=settings).state == "interrupted"
+    killed = judge(None, asked=None, failures=9999, stops=0, settings=settings, keeper=-9)
+    assert (killed.state, killed.delay, killed.is_failure) == ("interrupted", 0.0, False)
+    failed = judge(None, asked=None, failures=1, stops=0, settings=settings, keeper=1)
+    assert (failed.state, failed.delay, failed.is_failure) == ("waiting", 20, True)
+    assert judge(None, asked="stop", failures=0, stops=0, settings=settings, keeper=1).state == "interrupted"
 
 
 def test_a_command_that_cannot_start_is_a_failure_with_a_sentence(queue: Queue, mark: str) -> None:
@@ -321,6 +325,16 @@ def test_a_killed_keeper_takes_the_job_with_it(queue: Queue, mark: str) -> None:
     process.terminate()
     assert process.wait(20) == 0
     assert [attempt["state"] for attempt in queue.attempts(job.id)] == ["interrupted", "done"]
+
+
+def test_a_keeper_that_fails_by_itself_is_a_failure_and_not_tried_for_ever(queue: Queue, mark: str) -> None:
+    """It cannot write how the job ended: where the file would be written there is a folder."""
+    job = add(queue, "0", backoff_limit=1)
+    for number in range(1, 20):
+        (queue.job_folder(job.id) / f"attempt-{number}.exit.tmp").mkdir()
+    assert run_all(queue) == ["failed"]
+    assert [attempt["state"] for attempt in queue.attempts(job.id)] == ["waiting", "failed"]
+    assert "its keeper failed (exit code 1)" in (queue.job(job.id).reason or "")
 
 
 def test_worker_and_keeper_killed_at_once_leave_what_the_next_worker_ends(queue: Queue, mark: str) -> None:
