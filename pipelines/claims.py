@@ -46,7 +46,7 @@ class Claims:
         """Take the next job that may run and that the free ones of ``slots`` suffice for.
 
         Nothing overtakes a job for want of slots, so a large one is not starved by small ones; one that ``slots`` as a
-        whole are too few for is left for another worker.
+        whole are too few for is left for another worker (``too_large``).
         """
         now, passed = self.queue.clock.now(), self.queue.clock.passed()
         if not self.queue.jobs(states=WAITING, last=1):
@@ -73,6 +73,10 @@ class Claims:
                     claim = Claim(job, 0, uuid.uuid4().hex, held, worker, passed, passed + lease_seconds, None)
                     return self._write(connection, claim)
         return None
+
+    def too_large(self, num_slots: int) -> list[Job]:
+        """Jobs that wait for a worker with more slots than that."""
+        return [job for job in self.queue.jobs(states=WAITING) if job.spec.settings.gpu_slots > num_slots]
 
     def _write(self, connection: sqlite3.Connection, claim: Claim) -> Claim:
         now, job = self.queue.clock.now(), claim.job.id

@@ -111,12 +111,14 @@ class Worker:
         self._slots, self._on_gpu, self._command = tuple(slots), on_gpu, command
         self._poll_seconds, self._lease_seconds = poll_seconds, lease_seconds
         self._held: list[_Held] = []
-        self._settled: dict[int, Job] = {}
+        # By number, those in hand that are not held any more, and those that are too large to be.
+        self._seen: set[int] = set()
+        self._too_large: set[int] = set()
 
     def work(self, *, once: bool = False) -> list[Job]:
         """Work until a signal asks to stop; with ``once``, until nothing is left that can run now.
 
-        The jobs it had in hand, as they stand. Jobs that run when it is asked to stop write a checkpoint and are
+        The jobs it had in hand, lost ones too, and those that are too large for its slots, as they stand. Jobs that run when it is asked to stop write a checkpoint and are
         marked interrupted; a second Ctrl-C kills them instead. Whichever way it ends, none of their processes is left.
         """
         with deferred_signals():
@@ -135,7 +137,7 @@ class Worker:
             except BaseException:
                 self._end(kill=False)
                 raise
-        return list(self._settled.values())
+        return [self.queue.job(job) for job in sorted(self._seen | self._too_large)]
 
     def _look(self) -> None:
         """One look at the queue."""
@@ -145,6 +147,14 @@ class Worker:
         self._attend()
         while (claim := self.claims.take(self.name, self._slots, self._lease_seconds)) is not None:
             self._begin(claim)
+        self._say_what_is_too_large()
+
+    def _say_what_is_too_large(self) -> None:
+        for job in self.claims.too_large(len(self._slots)):
+            if job.id not in self._too_large:
+                self._too_large.add(job.id)
+                need = job.spec.settings.gpu_slots
+                say(f"job {job.id} ({job.name}) waits for another worker: gpu_slots is {need}, here {len(self._slots)}")
 
     def _begin(self, claim: Claim) -> None:
         attempt = Attempt(claim.token, self.claims.exit_file(claim), self.queue.log_file(claim.job.id, claim.number))
@@ -182,7 +192,7 @@ class Worker:
         with suppress(OSError):
             log.write_text(f"distill: {why}\n", encoding="utf-8")
         code = error.exit_code if isinstance(error, UserError) else 1
-        self._note(self.claims.settle(claim, code=code, asked=None, seconds=0.0))
+        self._note_own(claim.job, self.claims.settle(claim, code=code, asked=None, seconds=0.0))
 
     def _attend(self) -> None:
         """Look after the jobs in hand."""
@@ -209,13 +219,22 @@ class Worker:
     def _settle(self, held: _Held) -> None:
         self._held.remove(held)
         seconds = self.clock.passed() - held.began
+        settled = None
         if not held.is_lost:
             code, keeper = held.attempt.code, held.attempt.keeper_code
-            self._note(self.claims.settle(held.claim, code=code, asked=held.asked, seconds=seconds, keeper=keeper))
+            settled = self.claims.settle(held.claim, code=code, asked=held.asked, seconds=seconds, keeper=keeper)
+        self._note_own(held.claim.job, settled)
+
+    def _note_own(self, job: Job, settled: Job | None) -> None:
+        """A job that this worker had in hand; what was not settled here is somebody else's by now."""
+        self._seen.add(job.id)
+        if settled is None:
+            say(f"job {job.id} ({job.name}): another worker has taken it over")
+        self._note(settled)
 
     def _note(self, job: Job | None) -> None:
         if job is not None:
-            self._settled[job.id] = job
+            self._seen.add(job.id)
             say(f"job {job.id} ({job.name}): {job.state}" + (f", {job.reason}" if job.reason else ""))
 
     def _take_over(self) -> None:

@@ -479,6 +479,39 @@ def test_once_says_how_it_ended(queue: Queue, mark: str) -> None:
     assert exit_code(worker(queue).work(once=True)) == 0
 
 
+def test_a_job_that_is_too_large_is_said_once_and_left(
+    queue: Queue, mark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(queue, "wait 0", active_deadline_seconds=1)
+    large = add(queue, "0", gpu_slots=2)
+    jobs = worker(queue).work(once=True)
+    assert [(job.id, job.state) for job in jobs] == [(1, "failed"), (large.id, "queued")]
+    assert exit_code(jobs) == 75
+    assert capsys.readouterr().err.count("job 2 (job) waits for another worker: gpu_slots is 2, here 1") == 1
+    assert exit_code(worker(queue, slots=("0", "1")).work(once=True)) == 0
+
+
+@pytest.mark.parametrize("lost", ["before it begins", "while it runs", "before it is settled"])
+def test_a_claim_that_was_lost_counts_as_one_to_go_on_with(
+    queue: Queue, mark: str, lost: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(queue, "deaf" if lost == "while it runs" else "0")
+    looks = worker(queue, lease_seconds=0.4)
+    method = {"before it begins": "register", "while it runs": "beat", "before it is settled": "settle"}[lost]
+    own = getattr(Claims, method)
+
+    def beaten(claims: Claims, claim: Claim, *rest: Any, **more: Any) -> Any:
+        """Another worker has the job since just now."""
+        with queue.transaction() as connection:
+            connection.execute("UPDATE attempts SET finished = 1, state = 'interrupted'")
+        return own(claims, claim, *rest, **more)
+
+    monkeypatch.setattr(Claims, method, beaten)
+    jobs = looks.work(once=True)
+    assert [job.id for job in jobs] == [1] and exit_code(jobs) == 75
+    assert "another worker has taken it over" in capsys.readouterr().err
+
+
 def test_prompts_are_copied_when_the_job_begins_and_stay(queue: Queue, mark: str, tmp_path: Path) -> None:
     """A run that is resumed refuses prompts that grew meanwhile."""
     prompts = tmp_path / "prompts.jsonl"
