@@ -2,7 +2,7 @@
 
     FOLDER/NAME.yaml    the recipe of each run
     FOLDER/prompts/     a copy of the prompts, if they come from files: those that are there now
-    FOLDER/job.json     which recipe goes where; written last
+    FOLDER/job.json     which recipe goes where, and when the job was created; written last
 
 Prompts are copied because a run that is resumed refuses prompts that have changed meanwhile, and the files of a
 schedule that waits for new data do change.
@@ -28,10 +28,16 @@ from pipelines.queue import Job, Queue
 def prepare(queue: Queue, job: Job, *, last: Job | None) -> None:
     """Lay down what ``job`` runs with; ``last`` is the one of its schedule that was done last, if there is one.
 
-    Raises UserError where its prompts are gone, DistillError where the disk refuses.
+    Raises UserError where its prompts are gone or the folder is another job's, DistillError where the disk refuses.
     """
     folder = queue.job_folder(job.id)
     if (folder / "job.json").exists():
+        # A queue.db that was removed begins again at number 1, and the folders may have stayed.
+        if read_json(folder / "job.json").get("created") != job.created:
+            raise UserError(
+                f"{folder} holds what another job of this number runs with, of a queue.db that is no more; move it "
+                f"away, then distill queue retry {job.id}"
+            )
         return
     copies = _copy_prompts(job, folder / "prompts")
     entries = []
@@ -39,7 +45,8 @@ def prepare(queue: Queue, job: Job, *, last: Job | None) -> None:
         recipe = folder / f"{run.folder or 'run'}.yaml"
         write_atomically(recipe, yaml.safe_dump(_config(job, run, copies, last), sort_keys=False, allow_unicode=True))
         entries.append({"recipe": str(recipe), "out": str(job.out / run.folder)})
-    write_json(folder / "job.json", {"runs": entries, "share_teacher": job.spec.share_teacher})
+    document = {"created": job.created, "runs": entries, "share_teacher": job.spec.share_teacher}
+    write_json(folder / "job.json", document)
 
 
 def _config(job: Job, run: RunSpec, copies: dict[Path, Path], last: Job | None) -> dict[str, Any]:

@@ -372,6 +372,24 @@ def test_what_a_job_runs_with_is_laid_down_once(tmp_path: Path, monkeypatch: pyt
     assert [Path(entry["out"]) for entry in entries] == [sweep.out / run.folder for run in sweep.spec.runs]
 
 
+def test_a_folder_of_an_earlier_queue_is_no_jobs_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = resolve_job(written(tmp_path / "nightly.yaml", NIGHTLY))
+    before = Queue(tmp_path / "queue")
+    prepare(before, before.add(spec), last=None)
+    before.close()
+    for file in (tmp_path / "queue").glob("queue.db*"):
+        file.unlink()
+    queue = Queue(tmp_path / "queue")
+    job = queue.add(spec)
+    assert job.id == 1
+    with pytest.raises(UserError, match="jobs/1 holds what another job of this number runs with"):
+        prepare(queue, job, last=None)
+    queue.job_folder(1).rename(tmp_path / "away")
+    for _ in range(2):
+        prepare(queue, queue.job(1), last=None)
+
+
 def test_a_run_starts_from_the_last_runs_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     queue = Queue(tmp_path / "queue")
