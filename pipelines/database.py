@@ -57,13 +57,19 @@ def default_folder() -> Path:
 
 
 class Database:
-    """The database in a folder, made if need be. Raises UserError where the folder cannot be one."""
+    """The database in a folder, made if need be unless ``create`` is False. Raises UserError where it cannot be had."""
 
-    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
+    def __init__(self, folder: Path, clock: Clock | None = None, *, create: bool = True) -> None:
         self.folder = folder
         self.clock: Clock = SystemClock() if clock is None else clock
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if create:
+                folder.mkdir(parents=True, exist_ok=True)
+            elif not (folder / "queue.db").exists():
+                raise UserError(
+                    f"there is no queue in {folder}; distill queue add and distill schedule add make one, --queue or "
+                    f"{VARIABLE} names another"
+                )
             lock = (folder / ".lock").open("w")
         except OSError as error:
             raise UserError(

@@ -326,6 +326,25 @@ def test_a_worker_and_logs_as_documents(typed: Any, tmp_path: Path) -> None:
     }
     assert "is no size, embedded model, folder or hub id" in " ".join(document["text"].split())
     assert typed("queue", "logs", "1")[1] == document["text"]
+    Path(document["attempts"][0]["log"]).unlink()
+    for more in ((), ("--json",)):
+        code, out, err = typed("queue", "logs", "1", *more)
+        assert (code, out) == (2, "") and "the log of attempt 1 at job 1 is gone" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("queue", "list"), ("queue", "cancel", "1"), ("queue", "retry", "1"), ("queue", "logs", "1")),
+        *(("schedule", "list"), *(("schedule", word, "x") for word in ("show", "pause", "resume", "remove", "run-now"))),
+    ],
+)
+def test_a_mistyped_queue_is_not_made(typed: Any, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("mistyped", "empty"):
+        code, out, err = typed(*arguments, "--queue", folder)
+        assert (code, out) == (2, "") and f"there is no queue in {folder}" in " ".join(err.split()), err
+    assert not (tmp_path / "mistyped").exists() and list((tmp_path / "empty").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -341,7 +360,8 @@ def test_a_worker_and_logs_as_documents(typed: Any, tmp_path: Path) -> None:
         (("schedule", "pause", "nightly"), "there is no schedule nightly"),
         (("queue", "cancel", "7"), "there is no job 7"),
         (("queue", "retry", "99999999999999999999"), "9223372036854775807"),
-        (("queue", "list", "--queue", "plain.yaml"), "plain.yaml cannot be had"),
+        (("queue", "list", "--queue", "plain.yaml"), "there is no queue in plain.yaml"),
+        (("queue", "add", "plain.yaml", "--queue", "plain.yaml"), "plain.yaml cannot be had"),
         (("queue", "list", "--queue", "broken"), "cannot be used as a queue"),
         (("worker", "--once", "--gpus", ""), "--gpus"),
     ],
@@ -350,6 +370,7 @@ def test_wrong_commands_are_sentences(typed: Any, tmp_path: Path, arguments: tup
     written(tmp_path / "plain.yaml", "extends: embedded\n")
     (tmp_path / "broken").mkdir()
     written(tmp_path / "broken" / "queue.db", "years of work " * 100)
+    Queue(tmp_path / "queue").close()
     code, out, err = typed(*arguments)
     assert (code, out) == (2, ""), err
     assert sentence in " ".join(err.split()) and "Traceback" not in err, err

@@ -20,11 +20,11 @@ JobId = Annotated[int, typer.Argument(min=1, max=2**63 - 1, help="A job's number
 RECENT = 20
 
 
-def _queue(folder: Path | None) -> Queue:
+def _queue(folder: Path | None, *, create: bool = False) -> Queue:
     from pipelines.database import default_folder
     from pipelines.queue import Queue
 
-    return Queue(folder or default_folder())
+    return Queue(folder or default_folder(), create=create)
 
 
 @app.command("list")
@@ -73,7 +73,7 @@ def queue_add(
     """
     from pipelines.job import resolve_job
 
-    waiting = _queue(queue)
+    waiting = _queue(queue, create=True)
     job = waiting.add(resolve_job(file, name=name, out=out))
     print(json.dumps(job.to_json(), allow_nan=False) if as_json else f"job {job.id} ({job.name}) is queued")
 
@@ -127,7 +127,13 @@ def queue_logs(
         raise UserError(f"job {job} has had {len(attempts)} attempts, and --attempt is {attempt}")
     chosen = attempts[-1 if attempt is None else attempt - 1]
     log = Path(chosen["log"])
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise UserError(
+            f"the log of attempt {chosen['number']} at job {job} is gone: there is no file {log}; it was removed, or "
+            "the attempt is only just beginning"
+        ) from None
     if as_json:
         print(json.dumps({"job": job, "attempts": attempts, "attempt": chosen["number"], "text": text}))
     else:

@@ -20,12 +20,12 @@ RECENT = 20
 Name = Annotated[str, typer.Argument(help="A schedule's name.")]
 
 
-def _schedules(folder: Path | None) -> Schedules:
+def _schedules(folder: Path | None, *, create: bool = False) -> Schedules:
     from pipelines.database import default_folder
     from pipelines.queue import Queue
     from pipelines.schedule import Schedules
 
-    return Schedules(Queue(folder or default_folder()))
+    return Schedules(Queue(folder or default_folder(), create=create))
 
 
 @app.command("add")
@@ -52,7 +52,7 @@ def schedule_add(
     from pipelines.board import print_schedule
     from pipelines.job import resolve_job
 
-    schedules = _schedules(queue)
+    schedules = _schedules(queue, create=True)
     spec = resolve_job(file, name=name, out=out, schedule={"cron": cron, "timezone": timezone})
     added = schedules.add(spec, replace=replace)
     document = {**added.to_json(), "upcoming": schedules.upcoming(added)}
