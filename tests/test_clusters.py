@@ -188,6 +188,7 @@ def test_what_is_missing_is_a_sentence(on: str, key: str, tmp_path: Path) -> Non
         ("spread", "kubernetes", [], "does not fit beside the student"),
         ("beside", "skypilot", ["launch.skypilot.secrets=[]"], "want a key"),
         ("beside", "skypilot", ["launch.out=/elsewhere"], "lies in no volume or bucket"),
+        ("beside", "skypilot", ["launch.out=/data/../tmp/runs"], "lies in no volume or bucket"),
     ],
 )
 def test_what_an_engine_cannot_do_is_a_sentence(

@@ -126,6 +126,12 @@ class Fleet:
         return str(value)
 
 
+def lies_in(path: str, folder: str) -> bool:
+    """Whether ``path`` is below ``folder`` or is it; one that climbs (``..``) is taken to leave it."""
+    parts, above = path.rstrip("/").split("/"), folder.rstrip("/").split("/")
+    return ".." not in parts and parts[: len(above)] == above
+
+
 def make_fleet(name: str, plan: Plan, settings: LaunchSettings, schedule: ScheduleSettings) -> Fleet:
     """The parts of the plan's layout. Raises UserError for a plan that changes the result, or that no parts make."""
     layout = plan.best.layout

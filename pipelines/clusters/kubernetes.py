@@ -19,7 +19,7 @@ from typing import Any
 
 from distill.errors import UserError
 from pipelines.clusters.documents import dump
-from pipelines.clusters.fleet import STUDENT_PORT, Fleet, Part, Server
+from pipelines.clusters.fleet import STUDENT_PORT, Fleet, Part, Server, lies_in
 from pipelines.clusters.shell import Read, joined, line, opening
 
 _SCRIPTS = "/etc/distill"
@@ -65,7 +65,7 @@ def _refuse(fleet: Fleet) -> None:
         )
     out = fleet.needed("out", "Kubernetes", example="/data/runs")
     volumes = fleet.settings.kubernetes.volumes
-    if not any(_lies_in(out, volume.path) for volume in volumes):
+    if not any(lies_in(out, volume.path) for volume in volumes):
         mounted = ", ".join(volume.path for volume in volumes) or "none"
         raise UserError(
             f"launch.out is {out}, which lies in no volume, so that checkpoints would be lost with the pod; mounted: "
@@ -90,11 +90,6 @@ def _refuse(fleet: Fleet) -> None:
             "schedule.catch_up is none, and a CronJob runs the latest that it missed unless it has a deadline; set "
             "schedule.starting_deadline_seconds, or schedule.catch_up to latest"
         )
-
-
-def _lies_in(path: str, folder: str) -> bool:
-    parts = path.rstrip("/").split("/")
-    return ".." not in parts and parts[: len(folder.rstrip("/").split("/"))] == folder.rstrip("/").split("/")
 
 
 def _labels(fleet: Fleet, *, queue: bool = False) -> Object:

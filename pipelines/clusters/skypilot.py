@@ -15,7 +15,7 @@ from typing import Any
 
 from distill.errors import UserError
 from pipelines.clusters.documents import dump
-from pipelines.clusters.fleet import STUDENT_PORT, Fleet, Part, Server
+from pipelines.clusters.fleet import STUDENT_PORT, Fleet, Part, Server, lies_in
 from pipelines.clusters.shell import Read, joined, line, opening, written
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
@@ -50,9 +50,8 @@ def _refuse(fleet: Fleet) -> None:
         )
     if fleet.schedule.active_deadline_seconds is not None:
         raise UserError("schedule.active_deadline_seconds is set, and SkyPilot limits no job's time; leave it out")
-    fleet.needed("out", "SkyPilot", example="/checkpoints/runs")
-    out, kept = str(fleet.settings.out), [*settings.volumes, *settings.file_mounts]
-    if not any(out == path or out.startswith(f"{path.rstrip('/')}/") for path in kept):
+    out = fleet.needed("out", "SkyPilot", example="/checkpoints/runs")
+    if not any(lies_in(out, path) for path in (*settings.volumes, *settings.file_mounts)):
         raise UserError(
             f"launch.out is {out}, which lies in no volume or bucket, so that checkpoints would be lost with the "
             "machine; add one to launch.skypilot.volumes or launch.skypilot.file_mounts"
