@@ -85,22 +85,14 @@ def resolve_job(
     Without a name it has the file's. Raises UserError for anything that is wrong with it or with one of its runs.
     """
     from distill.recipe import validate_as
-    from pipelines.resolution import check_names, resolve_recipe
 
     job = read_job(path)
     given = {key: value for key, value in (schedule or {}).items() if value is not None}
     written = job.schedule.model_dump(exclude_unset=True)
     settings = validate_as(ScheduleSettings, {**written, **given}, where=f"the job file {path}, schedule")
     name = checked_name(path.stem if name is None else name)
-    where = [
-        f"the job file {path}" + ("" if job.sweep is None else f", sweep.runs.{number}") for number in _places(job)
-    ]
-    configs = [resolve_recipe(tree, where=at) for tree, at in zip(job.recipes(), where, strict=True)]
-    for config in configs:
-        check_names(config)
+    configs = resolve_runs(job, path)
     _check_prompts(settings, configs, path)
-    if job.sweep is not None:
-        _check_sweep(configs, where, job.sweep.share_teacher)
     return JobSpec(
         name=name,
         cwd=Path.cwd(),
@@ -113,8 +105,27 @@ def resolve_job(
     )
 
 
-def _places(job: JobFile) -> range:
-    return range(1 if job.sweep is None else len(job.sweep.runs))
+def resolve_runs(job: JobFile, path: Path, *, is_here: bool = True) -> list[RunConfig]:
+    """The configurations of the job's runs, each right in itself and all of them beside each other.
+
+    Files of runs that are not ``is_here`` are not looked for. Raises UserError for anything that is wrong.
+    """
+    from pipelines.resolution import check_names, resolve_recipe
+
+    places = [""] if job.sweep is None else [f", sweep.runs.{number}" for number in range(len(job.sweep.runs))]
+    where = [f"the job file {path}{place}" for place in places]
+    configs = [resolve_recipe(tree, where=at) for tree, at in zip(job.recipes(), where, strict=True)]
+    for config in configs:
+        check_names(config, is_here=is_here)
+    if job.sweep is not None:
+        _check_sweep(configs, where, job.sweep.share_teacher)
+    return configs
+
+
+def is_teacher_ours(config: RunConfig) -> bool:
+    """Whether the runs would start servers of their own."""
+    urls = config.teacher.urls
+    return config.teacher.backend == "vllm" and not urls.generate and not urls.score
 
 
 def _check_prompts(settings: ScheduleSettings, configs: Sequence[RunConfig], path: Path) -> None:

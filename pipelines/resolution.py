@@ -261,20 +261,22 @@ def check_recipe(recipe: str, assignments: Sequence[str] = ()) -> str:
     return f"a comparison of {len(runs)} runs"
 
 
-def check_names(config: RunConfig, *, has_student: bool = True) -> None:
+def check_names(config: RunConfig, *, has_student: bool = True, is_here: bool = True) -> None:
     """Raises UserError for a model's, task's or grader's name that nobody knows, and for prompts that are not there.
 
-    Without ``has_student`` the student is still to be made. Nothing is opened, and nothing is asked of the hub.
+    Without ``has_student`` the student is still to be made. Where the run is elsewhere, not ``is_here``, so are its
+    prompts and the models that are full paths. Nothing is opened, and nothing is asked of the hub.
     """
     from eval.graders import GRADERS
     from eval.switching import TASK as MODE_SWITCHING
     from eval.tasks import check_task
 
-    if has_student:
+    if has_student and (is_here or not os.path.isabs(config.student.model)):
         resolve(config.student.model, role="student", revision=config.student.revision)
     for teacher in (config.teacher, *config.specialists.values()):
-        resolve(teacher.model, role="teacher", revision=teacher.revision)
-    if config.prompts.kind == "file":
+        if is_here or not os.path.isabs(teacher.model):
+            resolve(teacher.model, role="teacher", revision=teacher.revision)
+    if is_here and config.prompts.kind == "file":
         prompt_files(Path(os.path.expanduser(config.prompts.path)))
     curve = config.evaluation.curve
     for task in (*(config.evaluation.tasks or ()), *([curve.task] if curve and curve.task else ())):

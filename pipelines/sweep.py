@@ -30,6 +30,7 @@ from distill.progress import complain, say
 from distill.recipe import load_recipe, validate
 from distill.vllm.service import Role, Service
 from pipelines.hiring import devices_here, server_launches
+from pipelines.job import is_teacher_ours
 from pipelines.preparation import run_command
 from pipelines.signals import SIGNALS
 
@@ -66,12 +67,6 @@ def run_sweep(file: Path, command: Command = run_command) -> int:
     if any(code not in (0, 2) for code in codes):
         return 1
     return 2 if 2 in codes else 0
-
-
-def is_teacher_ours(config: RunConfig) -> bool:
-    """Whether the runs would start servers of their own."""
-    urls = config.teacher.urls
-    return config.teacher.backend == "vllm" and not urls.generate and not urls.score
 
 
 @contextmanager

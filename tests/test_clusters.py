@@ -24,7 +24,7 @@ from distill.errors import UserError
 from distill.jobs import read_job
 from pipelines.clusters import shell
 from pipelines.clusters.fleet import Fleet
-from pipelines.clusters.order import Order, order
+from pipelines.clusters.order import Order, notes, order
 from pipelines.clusters.slurm import _seconds
 from pipelines.launch import Machines, run_processes
 
@@ -215,6 +215,33 @@ def test_each_run_of_a_sweep_is_a_job(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(tree))
     found = order(path, on="kubernetes", folder=tmp_path)
     assert [one.file.name for one in found] == ["nightly-tiny-to-nano.kubernetes.yaml", "nightly-other.kubernetes.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"sweep": {"runs": [{}, {"name": "b", "teacher": {"model": "nano"}}]}}, "runs.1 has another teacher"),
+        ({"sweep": {"runs": [{}, {"name": "b", "seed": "x"}]}}, r"sweep\.runs\.1"),
+        ({"sweep": {"runs": [{}, {}]}}, "give each its own name"),
+        ({"evaluation": {"tasks": ["embeded"]}}, "embedded"),
+        ({"stages": {"rl": {"kind": "grpo", "policy_gradient": {"grader": "vibes"}}}}, "no grader is called 'vibes'"),
+        ({"student": {"model": "5B"}}, "is no size, embedded model"),
+        ({"teacher": {"model": "tiny", "backend": "vllm"}, "sweep": {"runs": [{}]}}, "share_teacher is true"),
+    ],
+)
+def test_what_is_wrong_with_the_runs_is_known_before_the_cluster(over: Any, says: str, tmp_path: Path) -> None:
+    path = job_file(tmp_path, "nightly")
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **over}))
+    with pytest.raises(UserError, match=says):
+        order(path, on="kubernetes", folder=tmp_path)
+
+
+def test_prompts_may_be_on_the_cluster_alone(tmp_path: Path) -> None:
+    path = job_file(tmp_path, "nightly")
+    tree = {**yaml.safe_load(path.read_text()), "prompts": {"kind": "file", "path": "/data/prompts.jsonl"}}
+    path.write_text(yaml.safe_dump(tree))
+    (one,) = order(path, on="kubernetes", folder=tmp_path)
+    assert "the prompts /data/prompts.jsonl have to be there on the cluster too" in notes(one.fleet)
 
 
 def test_a_worker_passes_over_what_is_the_cluster_s(tmp_path: Path) -> None:

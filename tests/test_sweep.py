@@ -19,7 +19,7 @@ from distill.config import RunConfig
 from distill.interrupt import deferred_signals
 from distill.recipe import dump_yaml
 from pipelines import sweep
-from pipelines.job import resolve_job
+from pipelines.job import is_teacher_ours, resolve_job
 from pipelines.preparation import distill_run, prepare
 from pipelines.queue import Queue
 from pipelines.resolution import resolve_recipe
@@ -106,7 +106,7 @@ def test_a_signal_goes_on_to_the_run(tmp_path: Path) -> None:
 
 def test_whose_the_teacher_is() -> None:
     def is_ours(**teacher: Any) -> bool:
-        return sweep.is_teacher_ours(RunConfig.model_validate({"teacher": teacher}))
+        return is_teacher_ours(RunConfig.model_validate({"teacher": teacher}))
 
     assert is_ours(backend="vllm") and not is_ours(backend="local")
     assert not is_ours(backend="vllm", urls={"generate": ["http://a"], "score": ["http://b"]})

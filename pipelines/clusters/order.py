@@ -19,8 +19,8 @@ from distill.recipe import assign, load_recipe, merge, parse_assignment
 from pipelines.clusters.fleet import Fleet, make_fleet
 from pipelines.clusters.rendering import ENGINES, Engine
 from pipelines.plan import Plan
+from pipelines.job import is_teacher_ours, resolve_runs
 from pipelines.planning import planned
-from pipelines.resolution import resolve_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,15 @@ def order(
     schedule = job.schedule.model_copy(update={"cron": None}) if once else job.schedule
     name = checked_name(path.stem if name is None else name)
     _refuse(schedule, engine)
-    recipes = [resolve_recipe(recipe, where=f"the job file {path}") for recipe in job.recipes()]
-    if job.sweep is not None:
-        _check_sweep(recipes, shares_teacher=job.sweep.share_teacher)
+    configs = resolve_runs(job, path, is_here=False)
+    if job.sweep is not None and job.sweep.share_teacher and is_teacher_ours(configs[0]):
+        raise UserError(
+            "sweep.share_teacher is true, and on a cluster each run is a job with servers of its own; set it to false, "
+            "or start the servers apart and name them in teacher.urls"
+        )
     folder = Path("launch") if folder is None else folder
     orders = []
-    for config in recipes:
+    for config in configs:
         called = name if job.sweep is None else f"{name}-{config.name}"
         fleet = make_fleet(called, _plan(config, job.launch, hardware), job.launch, schedule)
         file = (folder / f"{called}{engine.suffix}").absolute()
@@ -101,18 +104,6 @@ def _refuse(schedule: ScheduleSettings, engine: Engine) -> None:
                 f"schedule.{key} is {value}, and a cluster does not know what earlier runs left; set it to {usual}, or "
                 "have a worker run the job"
             )
-
-
-def _check_sweep(configs: Sequence[RunConfig], *, shares_teacher: bool) -> None:
-    names = [str(config.name) for config in configs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two runs of the sweep are called {twice[0]}; give each its own name")
-    teacher = configs[0].teacher
-    if shares_teacher and teacher.backend == "vllm" and not (teacher.urls.generate or teacher.urls.score):
-        raise UserError(
-            "sweep.share_teacher is true, and on a cluster each run is a job with servers of its own; set it to false, "
-            "or start the servers apart and name them in teacher.urls"
-        )
 
 
 def _plan(config: RunConfig, settings: LaunchSettings, hardware: Path | None) -> Plan:
