@@ -395,6 +395,43 @@ def test_the_command_writes_submits_and_keeps_what_is_there(
     assert "invalid partition" in complaint
 
 
+def sweep_file(folder: Path) -> Path:
+    path = job_file(folder, "nightly")
+    tree = {**yaml.safe_load(path.read_text()), "schedule": {}, "sweep": {"runs": [{"name": "a"}, {"name": "b"}]}}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_no_file_is_written_before_all_may_be(typed: Callable[..., Any], tmp_path: Path) -> None:
+    sweep_file(tmp_path)
+    second = tmp_path / "launch" / "nightly-b.sbatch"
+    second.mkdir(parents=True)
+    code, _, complaint = typed("launch", "nightly.yaml", "--on", "slurm", "--replace")
+    assert code == 2
+    assert f"{second} cannot be written: Is a directory" in complaint
+    assert list(second.parent.iterdir()) == [second]
+    (tmp_path / "file").write_text("")
+    code, _, complaint = typed("launch", "nightly.yaml", "--on", "slurm", "--out", "file")
+    assert code == 2
+    assert "name another folder with --out" in complaint
+
+
+@pytest.mark.parametrize("json", [[], ["--json"]])
+def test_what_is_submitted_is_said_though_a_later_one_fails(
+    json: list[str], typed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep_file(tmp_path)
+    tool = tmp_path / "tools" / "sbatch"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\ncase "$1" in *-a.sbatch) echo "Submitted batch job 7";; *) exit 1;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    code, said, complaint = typed("launch", "nightly.yaml", "--on", "slurm", "--submit", *json)
+    assert code == 1
+    assert "Submitted batch job 7" in (complaint if json else said)
+    assert "nightly-b.sbatch ended with exit code 1" in complaint
+
+
 def test_machines_share_the_numbers_of_their_processes(tmp_path: Path) -> None:
     write = f"open('{tmp_path}/' + e['RANK'], 'w').write(' '.join(e[k] for k in names))"
     names = "names = ('LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')"

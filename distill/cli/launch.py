@@ -52,7 +52,10 @@ def launch(
             say(f"{one.fleet.name}: {note}")
         said = hand_over(one) if submit else None
         documents.append({**document, "submitted": said})
+        # At once: of several jobs a later one may fail, and this one is with the cluster all the same.
         if not as_json:
-            print(said if submit else f"{one.file}\n  {shlex.join(one.command)}")
+            print(said if submit else f"{one.file}\n  {shlex.join(one.command)}", flush=True)
+        elif submit:
+            say(f"{one.fleet.name} is submitted: {said}")
     if as_json:
         print(json.dumps({"on": on, "jobs": documents}, allow_nan=False))

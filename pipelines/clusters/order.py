@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import shutil
 import subprocess
@@ -15,11 +17,12 @@ from distill.clusters import LaunchSettings
 from distill.config import RunConfig
 from distill.errors import DistillError, UserError
 from distill.jobs import ScheduleSettings, checked_name, split_job
+from distill.journal import write_atomically
 from distill.recipe import assign, load_recipe, merge, parse_assignment
 from pipelines.clusters.fleet import Fleet, make_fleet
 from pipelines.clusters.rendering import ENGINES, Engine
-from pipelines.plan import Plan
 from pipelines.job import is_teacher_ours, resolve_runs
+from pipelines.plan import Plan
 from pipelines.planning import planned
 
 
@@ -143,8 +146,12 @@ def notes(fleet: Fleet) -> list[str]:
 
 
 def write(orders: Sequence[Order], *, replace: bool) -> None:
-    """Write the files, all or none. Raises UserError where one is there already and says something else."""
+    """Write the files, each whole or not at all, and none before all of them may be.
+
+    Raises UserError where one is there already and says something else, or cannot be written.
+    """
     for one in orders:
+        _check_folder(one.file)
         try:
             there = one.file.read_text(encoding="utf-8") if one.file.exists() else one.text
         except (OSError, UnicodeDecodeError):
@@ -152,11 +159,18 @@ def write(orders: Sequence[Order], *, replace: bool) -> None:
         if there != one.text and not replace:
             raise UserError(f"{one.file} is there already and says something else; add --replace, or another --out")
     for one in orders:
-        try:
-            one.file.parent.mkdir(parents=True, exist_ok=True)
-            one.file.write_text(one.text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{one.file} cannot be written: {error.strerror}; name another folder with --out") from None
+        write_atomically(one.file, one.text)
+
+
+def _check_folder(file: Path) -> None:
+    """Makes the folder of ``file``. Raises UserError where no file can be put there, or not under this name."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        code = errno.EISDIR if file.is_dir() else 0 if os.access(file.parent, os.W_OK | os.X_OK) else errno.EACCES
+    except OSError as error:
+        code = error.errno or errno.EIO
+    if code:
+        raise UserError(f"{file} cannot be written: {os.strerror(code)}; name another folder with --out")
 
 
 def check_tool(orders: Sequence[Order], title: str) -> None:
