@@ -89,7 +89,10 @@ def search(
     *,
     processes: int | None = None,
 ) -> Search:
-    """Every layout of ``devices`` that fits, and what the others lacked. ``processes`` fixes the student's number."""
+    """Every layout of ``devices`` that fits, and what the others lacked. ``processes`` fixes the student's number.
+
+    A run that samples its student in a vLLM server of its own is one process.
+    """
     found = Search()
     base, assignments = changed(config, changes)
     if base is None:
@@ -97,6 +100,7 @@ def search(
     if devices.student.device.kind == "cpu" and base.student.adamw == "8bit":
         return found
     seen = _Students(base, pair, devices.student, found)
+    most = 1 if config.sampler.backend == "vllm" else devices.student.count
 
     def add(teacher: TeacherLayout, student: tuple[RunConfig, StudentLayout]) -> None:
         config, held = student
@@ -105,12 +109,12 @@ def search(
 
     item = teacher_bytes(base)
     if devices.is_one and item > 1:
-        for count in _counts(devices.student.count, processes):
+        for count in _counts(most, processes):
             for student in seen.local(count):
                 add(TeacherLayout("local", item), student)
     for teacher in _servers(base, pair, devices, found):
         left = devices.count - teacher.gpus if devices.is_one else devices.student.count
-        for count in _counts(left, processes):
+        for count in _counts(min(left, most), processes):
             for student in seen.remote(count):
                 add(teacher, student)
     return found

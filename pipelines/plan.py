@@ -165,6 +165,11 @@ def make_plan(
     Raises UserError where nothing fits, with what would.
     """
     check_pair(pair, config)
+    if config.sampler.backend == "vllm" and processes is not None and processes > 1:
+        raise UserError(
+            f"sampler.backend=vllm is for one process, and the plan is asked for {processes}; set it to transformers, "
+            f"which samples with all of them"
+        )
     work = workload(config, lengths)
     if config.specialists:
         work = replace(work, notes=(*work.notes, "specialists are left out: the plan is that of the teacher alone"))

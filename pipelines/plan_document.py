@@ -221,6 +221,12 @@ def notes(plan: Plan) -> list[str]:
     if layout.config.student.cpu_offload:
         held = 12 * plan.pair.student.total_parameters / 1e9
         found.append(f"offload: the student's machines have to hold {held:,.0f} GB of it in their own memory together")
+    if layout.config.sampler.backend == "vllm":
+        found.append(
+            "sampler.backend=vllm: one process; its server's weights and cache and its speed are not planned, the "
+            "student is taken to speak in the trainer's process. Without sampler.devices the two share a GPU: leave room "
+            "by sampler.server_args"
+        )
     if not layout.is_shared and plan.config.teacher.signal != "hidden":
         found.append(
             f"teacher.signal={plan.config.teacher.signal} is timed as if it were read as fast as hidden states; "

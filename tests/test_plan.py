@@ -150,6 +150,16 @@ def test_reinforcement_learning_scores_with_no_teacher() -> None:
     assert [job.who for job in again if job.role == "student_score"] == ["student"]
 
 
+def test_a_student_that_a_server_speaks_for_is_one_process() -> None:
+    found = plan_for("4B", "0.6B", "8xH100", "sampler.backend=vllm")
+    every = [found.best, *(one for _, one in found.others)]
+    assert {one.layout.student.processes for one in every} == {1}
+    assert any("its server's weights and cache and its speed are not planned" in note for note in notes(found))
+    assert not any("sampler.backend" in note for note in notes(plan_for("4B", "0.6B", "8xH100")))
+    with pytest.raises(UserError, match="sampler.backend=vllm is for one process, and the plan is asked for 2"):
+        plan_for("4B", "0.6B", "8xH100", "sampler.backend=vllm", processes=2)
+
+
 # Memory.
 
 
