@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import string
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from hypothesis import strategies as st
 
 from distill import cli
 from distill.clusters import LaunchSettings
+from distill.config import RunConfig
 from distill.errors import UserError
-from distill.jobs import read_job
+from distill.jobs import ScheduleSettings, read_job
 from pipelines.clusters import shell
 from pipelines.clusters.fleet import Fleet
 from pipelines.clusters.order import Order, notes, order
+from pipelines.clusters.rendering import ENGINES
 from pipelines.clusters.slurm import _seconds
 from pipelines.launch import Machines, run_processes
 
@@ -266,70 +270,91 @@ TEXTS = st.text(
 )
 
 
-@given(words=st.lists(TEXTS, min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
-def test_a_shell_reads_the_words_that_were_given(words: list[str]) -> None:
-    inner = shell.joined("<", shell.Read('"$mark"'), *words, ">")
-    script = f"mark='a  b'; printf '%s\\0' {shell.line([*words, inner])}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
-    assert done.stdout.decode().split("\0")[:-1] == [*words, f"<a  b{''.join(words)}>"]
+@given(lines=st.lists(st.lists(TEXTS, min_size=1, max_size=4), min_size=20, max_size=20))
+@settings(max_examples=3, deadline=None)
+def test_a_shell_reads_the_words_that_were_given(lines: list[list[str]]) -> None:
+    script = ["mark='a  b'"]
+    for words in lines:
+        inner = shell.joined("<", shell.Read('"$mark"'), *words, ">")
+        script.append(f"printf '%s\\0' {shell.line([*words, inner])}; printf '\\n\\0'")
+    done = subprocess.run(["bash", "-c", "\n".join(script)], capture_output=True, check=True)
+    expected = [word for words in lines for word in (*words, f"<a  b{''.join(words)}>", "\n")]
+    assert done.stdout.decode().split("\0")[:-1] == expected
 
 
 STUB = """#!/bin/bash
-printf '%s\\0' "$PWD" "$VALUE" "$@" > "$SEEN"
+printf '%s\\0' "$PWD" "$VALUE" "$@" > "$HOME/seen"
 exit 75
 """
 
+ONE_BY_ONE = 'for HOME in "$@"; do (. "$HOME/script"); echo "$?" > "$HOME/code"; done'
 
-def seen_by(script: str, folder: Path, environment: dict[str, str]) -> tuple[list[str], int]:
-    """What the command in a script was given, with a stub in its place: its folder, $VALUE, its words."""
+
+def seen_by(scripts: list[str], folder: Path, environment: dict[str, str]) -> list[tuple[list[str], int]]:
+    """What the command in each script was given, with a stub in its place: its folder, $VALUE, its words; and its
+    exit code. One shell forks for all of them: starting one is what takes the time."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     (tools / "distill").write_text(STUB)
     (tools / "distill").chmod(0o755)
-    seen = folder / "seen"
-    path = f"{tools}:{os.environ['PATH']}"
+    homes = [folder / f"home-{number}" for number in range(len(scripts))]
+    for home, script in zip(homes, scripts, strict=True):
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir()
+        (home / "script").write_text(script)
     done = subprocess.run(
-        ["bash", "-c", script],
-        env={"PATH": path, "SEEN": str(seen), "HOME": str(folder), **environment},
+        ["bash", "-c", ONE_BY_ONE, "bash", *map(str, homes)],
+        env={"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(folder), **environment},
         check=False,
         capture_output=True,
         text=True,
     )
-    assert seen.exists(), done.stderr
-    return seen.read_text().split("\0")[:-1], done.returncode
+    assert all((home / "seen").exists() for home in homes), done.stderr
+    return [((home / "seen").read_text().split("\0")[:-1], int((home / "code").read_text())) for home in homes]
 
 
-@given(value=TEXTS, argument=TEXTS, folder=TEXTS)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_strange_texts_reach_the_command_as_they_are(value: str, argument: str, folder: str, tmp_path: Path) -> None:
-    work, out = tmp_path / "w" / folder / "work", tmp_path / "o" / folder
-    work.mkdir(parents=True, exist_ok=True)
-    launch = {
-        "workdir": str(work),
-        "out": str(out),
-        "environment": {"VALUE": value},
-        "kubernetes": {"volumes": [{"claim": "runs", "path": str(tmp_path)}]},
-        "skypilot": {"volumes": {str(tmp_path): "runs"}},
-    }
-    path = job_file(tmp_path, "nightly", **launch)
-    tree = {**yaml.safe_load(path.read_text()), "teacher": {"model": "tiny", "server_args": [argument]}, "schedule": {}}
-    path.write_text(yaml.safe_dump(tree))
-    (kubernetes,) = order(path, on="kubernetes", folder=tmp_path)
-    script = documents(kubernetes)[0]["data"]["student.sh"]
-    words, code = seen_by(script, tmp_path, {})
-    assert code == 75
-    assert words[:2] == [str(work), value]
-    assert words[words.index("--out") + 1] == f"{out}/nightly"
-    assert yaml.safe_load(documents(kubernetes)[0]["data"]["recipe.yaml"])["teacher"]["server_args"] == [argument]
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """A fleet whose texts may be others: what it was planned for says nothing about them."""
+    folder = tmp_path_factory.mktemp("planned")
+    return order(job_file(folder, "nightly"), on="kubernetes", folder=folder)[0].fleet
 
-    (sky,) = order(path, on="skypilot", folder=tmp_path)
-    words, code = seen_by(documents(sky)[0]["run"], tmp_path, {"SKYPILOT_NODE_IPS": "10.0.0.1"})
-    assert code == 75
-    assert words[:2] == [str(work), value]
-    assert words[words.index("--out") + 1] == f"{out}/nightly"
-    recipe = words[words.index("--recipe") + 1]
-    assert yaml.safe_load(Path(recipe).read_text())["teacher"]["server_args"] == [argument]
+
+@given(texts=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=6, max_size=6))
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_strange_texts_reach_the_command_as_they_are(
+    texts: list[tuple[str, str, str]], planned: Fleet, tmp_path: Path
+) -> None:
+    fleets = []
+    for value, argument, folder in texts:
+        work = tmp_path / "w" / folder / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        launch = {
+            "workdir": str(work),
+            "out": str(tmp_path / "o" / folder),
+            "environment": {"VALUE": value},
+            "kubernetes": {"volumes": [{"claim": "runs", "path": str(tmp_path)}]},
+            "skypilot": {"volumes": {str(tmp_path): "runs"}},
+        }
+        tree = {**planned.config.model_dump(mode="json"), "teacher": {"model": "tiny", "server_args": [argument]}}
+        over = LaunchSettings.model_validate(laid(planned.settings.model_dump(mode="json"), launch))
+        uncut = ScheduleSettings()
+        fleets.append(replace(planned, config=RunConfig.model_validate(tree), settings=over, schedule=uncut))
+
+    def check(scripts: list[str], recipes: Callable[[int, str], str], environment: dict[str, str]) -> None:
+        for number, (words, code) in enumerate(seen_by(scripts, tmp_path, environment)):
+            value, argument, folder = texts[number]
+            assert code == 75
+            assert words[:2] == [str(tmp_path / "w" / folder / "work"), value]
+            assert words[words.index("--out") + 1] == f"{tmp_path / 'o' / folder}/nightly"
+            recipe = recipes(number, words[words.index("--recipe") + 1])
+            assert yaml.safe_load(recipe)["teacher"]["server_args"] == [argument]
+
+    maps = [next(yaml.safe_load_all(ENGINES["kubernetes"].render(fleet)))["data"] for fleet in fleets]
+    check([one["student.sh"] for one in maps], lambda number, _: str(maps[number]["recipe.yaml"]), {})
+    tasks = [yaml.safe_load(ENGINES["skypilot"].render(fleet)) for fleet in fleets]
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1"}
+    check([task["run"] for task in tasks], lambda _, file: Path(file).read_text(), nodes)
 
 
 @given(
