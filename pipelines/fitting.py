@@ -19,6 +19,7 @@ from distill.memory import RESERVED_BYTES, Engine, Memory, student_memory
 from distill.server_memory import Bytes, ServerMemory, server_memory
 from distill.vllm.cuts import check_cut, needs_expert_parallel
 from pipelines.layouts import Change, Devices, Layout, Pair, Role, StudentLayout, TeacherLayout
+from pipelines.placement import placement
 
 CHANGES: tuple[tuple[Change, ...], ...] = (
     (),
@@ -100,7 +101,7 @@ def search(
     if devices.student.device.kind == "cpu" and base.student.adamw == "8bit":
         return found
     seen = _Students(base, pair, devices.student, found)
-    most = 1 if config.sampler.backend == "vllm" else devices.student.count
+    most = _most_processes(config, devices)
 
     def add(teacher: TeacherLayout, student: tuple[RunConfig, StudentLayout]) -> None:
         config, held = student
@@ -117,7 +118,18 @@ def search(
         for count in _counts(min(left, most), processes):
             for student in seen.remote(count):
                 add(teacher, student)
+    found.layouts = _kept(found.layouts, devices)
     return found
+
+
+def _kept(layouts: Sequence[Layout], devices: Devices) -> list[Layout]:
+    """Those that the machines can be divided into."""
+    pools = devices.teacher, devices.student
+    return [one for one in layouts if placement(one.teacher, one.student, pools, is_one=devices.is_one) is not None]
+
+
+def _most_processes(config: RunConfig, devices: Devices) -> int:
+    return 1 if config.sampler.backend == "vllm" else devices.student.count
 
 
 def teacher_bytes(config: RunConfig) -> Bytes:

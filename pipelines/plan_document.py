@@ -12,6 +12,7 @@ from distill.memory import STAYS, Memory, layer_bytes, student_memory
 from distill.server_memory import ServerMemory
 from pipelines.layouts import Layout, Role
 from pipelines.pace import rows_together
+from pipelines.placement import Part, Placement, placement
 from pipelines.plan import Estimate, Phase, Plan
 
 FEW_ROWS = 16
@@ -157,49 +158,97 @@ def _server_parts(server: ServerMemory) -> dict[str, int]:
 
 
 def commands(plan: Plan) -> list[str]:
-    """What to type for the best layout."""
+    """What to type for the best layout; where there are several machines, a comment says on which."""
     layout = plan.best.layout
     model = next((text for text in layout.assignments if text.startswith("teacher.model=")), None)
     teacher = plan.config.teacher.model if model is None else model.partition("=")[2]
     rest = [text for text in layout.assignments if text != model]
     run = ["distill", "run", "--teacher", teacher, "--student", plan.config.student.model, *plan.asked]
-    if layout.student.processes > 1:
-        run += ["--processes", str(layout.student.processes)]
+    placed = placement(
+        layout.teacher, layout.student, (layout.teacher_pool, layout.student_pool), is_one=plan.devices.is_one
+    )
+    assert placed is not None, "a layout that no machines hold is not planned"
+    hosts = _Hosts(placed, is_one=plan.devices.is_one)
     if layout.is_shared:
-        return [shlex.join([*run, *_sets(rest)])]
-    held, is_one_machine = layout.teacher, plan.devices.is_one and layout.gpus <= layout.student_pool.per_node
-    num_nodes = -(-held.tensor_parallel * held.pipeline_parallel // layout.teacher_pool.per_node)
-    serve = ["distill", "teacher", "serve", "--teacher", teacher, "--tp", str(held.tensor_parallel)]
-    if held.pipeline_parallel > 1:
-        serve += ["--pp", str(held.pipeline_parallel)]
-    if num_nodes > 1:
-        serve += ["--nodes", str(num_nodes), "--node-address", "TEACHER_HOST", "--node-rank", "RANK"]
-    elif held.replicas > 1:
-        serve += ["--replicas", str(held.replicas)]
+        return hosts.run([*run, *_sets(rest)])
+    serve = ["distill", "teacher", "serve", "--teacher", teacher, "--tp", str(layout.teacher.tensor_parallel)]
+    if layout.teacher.pipeline_parallel > 1:
+        serve += ["--pp", str(layout.teacher.pipeline_parallel)]
     if plan.config.teacher.quantization or "teacher.quantization=fp8" in rest:
         serve += ["--quantization", plan.config.teacher.quantization or "fp8"]
-    on_teacher, on_student = (
-        (_visible(range(held.gpus)), _visible(range(held.gpus, layout.gpus))) if is_one_machine else ("", "")
-    )
-    host = "127.0.0.1" if is_one_machine else "TEACHER_HOST"
     # Log-probabilities are read by the servers that generate.
     judge: Role = "score" if plan.config.teacher.signal == "hidden" else "generate"
-    served: dict[str, Role] = {"generate": "generate", "score": judge}
-    places = {role: [f"http://{host}:{port + place}" for place in range(held.replicas)] for role, port in PORTS.items()}
-    urls = [f"teacher.urls.{key}=[{', '.join(places[role])}]" for key, role in served.items()]
-    roles = {role: port for role, port in PORTS.items() if role in served.values()}
-    return [
-        *(f"{on_teacher}{shlex.join([*serve, '--role', role, '--port', str(port)])}" for role, port in roles.items()),
-        on_student + shlex.join([*run, *_sets([text for text in rest if "quantization" not in text]), *_sets(urls)]),
-    ]
+    roles = {role: port for role, port in PORTS.items() if role in ("generate", judge)}
+    served: list[str] = []
+    urls: dict[Role, list[str]] = {}
+    for role, port in roles.items():
+        lines, urls[role] = hosts.serve([*serve, "--role", role], port)
+        served += lines
+    asked: list[tuple[str, Role]] = [("generate", "generate"), ("score", judge)]
+    sets = [text for text in rest if "quantization" not in text]
+    sets += [f"teacher.urls.{key}=[{', '.join(urls[role])}]" for key, role in asked]
+    return [*served, *hosts.run([*run, *_sets(sets)])]
+
+
+class _Hosts:
+    """Names of the machines, and commands on each of them."""
+
+    def __init__(self, placed: Placement, *, is_one: bool) -> None:
+        self._placed, self._is_one = placed, is_one
+        students, servers = placed.student, [part for server in placed.servers for part in server]
+        names = {self._name(part, "STUDENT") for part in students} | {self._name(part, "TEACHER") for part in servers}
+        self._is_several = len(names) > 1
+        self._is_divided = bool(servers) and is_one
+
+    def run(self, words: list[str]) -> list[str]:
+        """The run, once for each of the student's machines."""
+        parts = self._placed.student
+        if len(parts[0].gpus) > 1 or len(parts) > 1:
+            words = [*words, "--processes", str(len(parts[0].gpus))]
+        return [
+            self._line(part, "STUDENT", [*words, *self._nodes(parts, rank, "STUDENT")])
+            for rank, part in enumerate(parts)
+        ]
+
+    def serve(self, words: list[str], port: int) -> tuple[list[str], list[str]]:
+        """One command for each machine of each server, those of one machine together; and the servers' addresses."""
+        lines, urls = [], []
+        whole: dict[int, list[Part]] = {}
+        listen = ["--host", "0.0.0.0"] if self._is_several else []
+        for server in self._placed.servers:
+            if len(server) == 1:
+                whole.setdefault(server[0].machine, []).append(server[0])
+                continue
+            urls.append(self._url(server[0], port))
+            for rank, part in enumerate(server):
+                at = [*listen, "--port", str(port), *self._nodes(server, rank, "TEACHER")]
+                lines.append(self._line(part, "TEACHER", [*words, *at]))
+        for machine, parts in whole.items():
+            together = Part(machine, tuple(gpu for part in parts for gpu in part.gpus))
+            replicas = ["--replicas", str(len(parts))] if len(parts) > 1 else []
+            lines.append(self._line(together, "TEACHER", [*words, *listen, "--port", str(port), *replicas]))
+            urls += [self._url(together, port + place) for place in range(len(parts))]
+        return lines, urls
+
+    def _name(self, part: Part, side: str) -> str:
+        return f"HOST_{part.machine}" if self._is_one else f"{side}_HOST_{part.machine}"
+
+    def _url(self, part: Part, port: int) -> str:
+        return f"http://{self._name(part, 'TEACHER') if self._is_several else '127.0.0.1'}:{port}"
+
+    def _nodes(self, parts: tuple[Part, ...], rank: int, side: str) -> list[str]:
+        if len(parts) == 1:
+            return []
+        first = self._name(parts[0], side)
+        return ["--nodes", str(len(parts)), "--node-rank", str(rank), "--node-address", first]
+
+    def _line(self, part: Part, side: str, words: list[str]) -> str:
+        visible = f"CUDA_VISIBLE_DEVICES={','.join(map(str, part.gpus))} " if self._is_divided else ""
+        return f"{visible}{shlex.join(words)}{f'  # on {self._name(part, side)}' if self._is_several else ''}"
 
 
 def _sets(assignments: list[str]) -> list[str]:
     return [word for text in assignments for word in ("--set", text)]
-
-
-def _visible(places: range) -> str:
-    return f"CUDA_VISIBLE_DEVICES={','.join(map(str, places))} "
 
 
 def notes(plan: Plan) -> list[str]:
@@ -224,8 +273,8 @@ def notes(plan: Plan) -> list[str]:
     if layout.config.sampler.backend == "vllm":
         found.append(
             "sampler.backend=vllm: one process; its server's weights and cache and its speed are not planned, the "
-            "student is taken to speak in the trainer's process. Without sampler.devices the two share a GPU: leave room "
-            "by sampler.server_args"
+            "student is taken to speak in the trainer's process. Without sampler.devices the two share a GPU: leave "
+            "room by sampler.server_args"
         )
     if not layout.is_shared and plan.config.teacher.signal != "hidden":
         found.append(

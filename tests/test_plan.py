@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from pipelines.calibration import solve
 from pipelines.fitting import changed, search
 from pipelines.layouts import Devices, Layout, Pair, StudentLayout, TeacherLayout
 from pipelines.pace import ALL_REDUCE_SECONDS, STEP_BYTES, TILE_PASSES, job_times, trained_parameters, wire_bytes
+from pipelines.placement import Part, Placement, placement
 from pipelines.plan import Plan, estimate, make_plan
 from pipelines.plan_document import commands, document, notes
 from pipelines.plan_lines import lines
@@ -156,7 +159,7 @@ def test_a_student_that_a_server_speaks_for_is_one_process() -> None:
     assert {one.layout.student.processes for one in every} == {1}
     assert any("its server's weights and cache and its speed are not planned" in note for note in notes(found))
     assert not any("sampler.backend" in note for note in notes(plan_for("4B", "0.6B", "8xH100")))
-    with pytest.raises(UserError, match="sampler.backend=vllm is for one process, and the plan is asked for 2"):
+    with pytest.raises(UserError, match=r"sampler\.backend=vllm is for one process, and the plan is asked for 2"):
         plan_for("4B", "0.6B", "8xH100", "sampler.backend=vllm", processes=2)
 
 
@@ -550,6 +553,74 @@ def test_the_proposed_commands_are_ones_that_a_run_takes() -> None:
     config = resolve_run(teacher="235B", student="4B", assignments=assignments)
     assert config.teacher.urls.score == ("http://127.0.0.1:8101",) and config.teacher.backend == "vllm"
     assert "CUDA_VISIBLE_DEVICES=4,5,6,7" in run and "--processes 4" in run
+
+
+def words_of(line: str) -> dict[str, str]:
+    """A command's options with their values, the machine it is for as ``on``."""
+    words = shlex.split(line, comments=True)
+    found = {word: value for word, value in itertools.pairwise(words) if word.startswith("--") and word != "--set"}
+    return {**found, "on": line.partition("# on ")[2], "gpus": words[0].removeprefix("CUDA_VISIBLE_DEVICES=")}
+
+
+def test_commands_of_a_student_on_two_machines() -> None:
+    spread = plan_for("8B", "8B", None, gpus_teacher="1x4xH200", gpus_student="4x2xH200", processes=8)
+    *serve, first, second, third, fourth = commands(spread)
+    ranks = [words_of(line) for line in (first, second, third, fourth)]
+    assert [one["on"] for one in ranks] == [f"STUDENT_HOST_{place}" for place in range(4)]
+    assert [one["--node-rank"] for one in ranks] == ["0", "1", "2", "3"]
+    assert {(one["--nodes"], one["--processes"], one["--node-address"]) for one in ranks} == {
+        ("4", "2", "STUDENT_HOST_0")
+    }
+    for line in serve:
+        one = words_of(line)
+        assert one["on"] == "TEACHER_HOST_0" and one["--host"] == "0.0.0.0" and "--nodes" not in one
+    assert "http://TEACHER_HOST_0:8001" in first and "CUDA_VISIBLE_DEVICES" not in first
+
+
+def test_commands_of_a_server_on_two_machines_and_of_replicas_on_each() -> None:
+    spread = plan_for("235B", "0.6B", None, gpus_teacher="2x4xH100", gpus_student="1x8xH100")
+    layout = spread.best.layout
+    assert (layout.teacher.tensor_parallel * layout.teacher.pipeline_parallel, layout.teacher.replicas) == (8, 1)
+    generate = [words_of(line) for line in commands(spread) if "--role generate" in line]
+    assert [(one["on"], one["--node-rank"], one["--nodes"], one["--node-address"]) for one in generate] == [
+        ("TEACHER_HOST_0", "0", "2", "TEACHER_HOST_0"),
+        ("TEACHER_HOST_1", "1", "2", "TEACHER_HOST_0"),
+    ]
+    assert "teacher.urls.generate=[http://TEACHER_HOST_0:8001]" in commands(spread)[-1]
+    held = TeacherLayout("vllm", 2, 2, 1, 3)
+    pool = parse_pool("2x4xH100", load_devices())
+    memory = layout.student.memory
+    found = placement(held, StudentLayout(2, "replicated", memory), (pool, pool), is_one=True)
+    assert found is not None
+    assert found.student == (Part(1, (2, 3)),)
+    assert found.servers == ((Part(0, (0, 1)),), (Part(0, (2, 3)),), (Part(1, (0, 1)),))
+    best = replace(
+        layout, teacher=held, teacher_pool=pool, student_pool=pool, student=StudentLayout(2, "sharded", memory)
+    )
+    shared = replace(spread, devices=Devices(pool, pool, is_one=True), best=replace(spread.best, layout=best))
+    both, one, *_ = commands(shared)
+    assert both.startswith("CUDA_VISIBLE_DEVICES=0,1,2,3 ") and words_of(both)["--replicas"] == "2"
+    assert words_of(one)["on"] == "HOST_1" and words_of(one)["gpus"] == "0,1" and "--replicas" not in one
+    run = commands(shared)[-1]
+    assert "http://HOST_0:8001, http://HOST_0:8002, http://HOST_1:8001" in run and run.startswith(
+        "CUDA_VISIBLE_DEVICES=2,3 "
+    )
+
+
+def test_what_no_machines_hold_evenly_is_not_planned() -> None:
+    memory = student_memory(resolve_run(), *(pair_of("tiny", "nano").student,) * 2)
+    pool = parse_pool("2x8xH100", load_devices())
+
+    def held(size: int, count: int) -> Placement | None:
+        teacher, student = TeacherLayout("vllm", 2, size), StudentLayout(count, "sharded", memory)
+        return placement(teacher, student, (pool, pool), is_one=True)
+
+    # Six of each machine, which leaves two of each: room for a server on two GPUs, and for none on four.
+    assert held(2, 12) == Placement((Part(0, (2, 3, 4, 5, 6, 7)), Part(1, (2, 3, 4, 5, 6, 7))), ((Part(0, (0, 1)),),))
+    assert held(4, 12) is None
+    assert held(4, 4) == Placement((Part(0, (4, 5, 6, 7)),), ((Part(0, (0, 1, 2, 3)),),))
+    layouts = search(resolve_run(teacher="32B", student="8B"), pair_of("32B", "8B"), devices("2x8xH100")).layouts
+    assert layouts and not {9, 11, 13, 15} & {one.student.processes for one in layouts}
 
 
 def test_disk_by_hand() -> None:
