@@ -40,10 +40,12 @@ def judge(
     settings: ScheduleSettings,
     keeper: int | None = None,
 ) -> Verdict:
-    """What an attempt's exit code means. None: its keeper left none, and ended with ``keeper`` itself, if that is known.
+    """What an attempt's exit code means. None: its keeper left none, and ended with ``keeper`` itself, where that is
+    known.
 
     A keeper that was killed is no failure of the job's; one that failed by itself, on a full disk for example, would do
-    so again at once, so the job waits and it is counted. ``failures`` and ``stops`` count the job's earlier attempts that failed, and that stopped by themselves with 75.
+    so again at once, so the job waits and it is counted. ``failures`` and ``stops`` count the job's earlier attempts
+    that failed, and that stopped by themselves with 75.
     """
     if code == 0:
         return Verdict("done")
@@ -53,11 +55,11 @@ def judge(
         return Verdict("replaced", "a newer run of its schedule took its place")
     if asked == "time_limit":
         return Verdict("failed", f"stopped after {settings.active_deadline_seconds} s (active_deadline_seconds)")
-    return _judge_unasked(code, keeper, asked == "stop", failures, stops, settings)
+    return _judge_unasked(code, keeper, worker_stops=asked == "stop", failures=failures, stops=stops, settings=settings)
 
 
 def _judge_unasked(
-    code: int | None, keeper: int | None, worker_stops: bool, failures: int, stops: int, settings: ScheduleSettings
+    code: int | None, keeper: int | None, *, worker_stops: bool, failures: int, stops: int, settings: ScheduleSettings
 ) -> Verdict:
     if code == NEVER_RETRIED:
         return Verdict("failed", "its configuration or input is wrong (exit code 2); the log says what")

@@ -118,8 +118,9 @@ class Worker:
     def work(self, *, once: bool = False) -> list[Job]:
         """Work until a signal asks to stop; with ``once``, until nothing is left that can run now.
 
-        The jobs it had in hand, lost ones too, and those that are too large for its slots, as they stand. Jobs that run when it is asked to stop write a checkpoint and are
-        marked interrupted; a second Ctrl-C kills them instead. Whichever way it ends, none of their processes is left.
+        The jobs it had in hand, lost ones too, and those that are too large for its slots, as they stand. Jobs that run
+        when it is asked to stop write a checkpoint and are marked interrupted; a second Ctrl-C kills them instead.
+        Whichever way it ends, none of their processes is left.
         """
         with deferred_signals():
             try:

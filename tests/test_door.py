@@ -19,6 +19,7 @@ import pytest
 import typer.main
 
 from distill.cli import app
+from pipelines.database import Database
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY_MODULES = ("torch", "transformers", "vllm", "datasets", "pandas", "pyarrow", "numpy", "huggingface_hub")
@@ -159,6 +160,7 @@ def test_documents_have_the_keys_that_are_documented(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTILL_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("DISTILL_QUEUE", str(tmp_path / "queue"))
+    Database(tmp_path / "queue")
     app([*path, *arguments, "--json"], standalone_mode=False)
     (shown,) = re.findall(r"```json\n(.*?)```", documented(path), flags=re.DOTALL)
     assert set(json.loads(capfd.readouterr().out)) == set(json.loads(shown))

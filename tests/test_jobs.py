@@ -336,7 +336,10 @@ def test_a_worker_and_logs_as_documents(typed: Any, tmp_path: Path) -> None:
     "arguments",
     [
         *(("queue", "list"), ("queue", "cancel", "1"), ("queue", "retry", "1"), ("queue", "logs", "1")),
-        *(("schedule", "list"), *(("schedule", word, "x") for word in ("show", "pause", "resume", "remove", "run-now"))),
+        *(
+            ("schedule", "list"),
+            *(("schedule", word, "x") for word in ("show", "pause", "resume", "remove", "run-now")),
+        ),
     ],
 )
 def test_a_mistyped_queue_is_not_made(typed: Any, tmp_path: Path, arguments: tuple[str, ...]) -> None:

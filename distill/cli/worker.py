@@ -28,7 +28,8 @@ def worker(
     """Run jobs as they come due and as there is room for them, until SIGTERM or Ctrl-C.
 
     Then its jobs stop with a checkpoint and are marked interrupted; the next worker resumes them. With --once the exit
-    code is 0 if every job it ran was done, 75 if one is left that a worker can go on with, this or a larger one, and 1 if one failed.
+    code is 0 if every job it ran was done, 75 if one is left that a worker can go on with, this or a larger one, and 1
+    if one failed.
 
     Examples:
 
