@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill.jobs import ScheduleSettings
 from pipelines.listing import output, table_of
 
 Document = Mapping[str, Any]
@@ -32,10 +33,12 @@ def print_schedule(found: Document) -> None:
     if found["upcoming"]:
         output().print(f"  next: {', '.join(found['upcoming'])}")
     output().print(f"  runs: {', '.join(found['runs'])}, below {found['out']}")
+    default = ScheduleSettings().model_dump(mode="json")
     shown = [
-        f"{key} {value}" for key, value in settings.items() if key not in ("cron", "timezone") and value is not None
+        f"{key} {value}" for key, value in settings.items() if key not in ("cron", "timezone") and value != default[key]
     ]
-    output().print(f"  {', '.join(shown)}")
+    if shown:
+        output().print(f"  {', '.join(shown)}")
 
 
 def print_jobs(jobs: Sequence[Document]) -> None:

@@ -45,10 +45,6 @@ class JobSpec:
     runs: tuple[RunSpec, ...]
     share_teacher: bool
 
-    @property
-    def is_sweep(self) -> bool:
-        return self.runs[0].folder != ""
-
     def to_text(self) -> str:
         document = {
             "name": self.name,

@@ -79,10 +79,10 @@ class Queue(Database):
     def log_file(self, job: int, number: int) -> Path:
         return self.job_folder(job) / f"attempt-{number}.log"
 
-    def add(self, spec: JobSpec, *, schedule: str | None = None) -> Job:
+    def add(self, spec: JobSpec) -> Job:
         """Put a job at the end."""
         with self.transaction() as connection:
-            return self.job(insert_job(connection, spec, self.clock.now(), schedule=schedule))
+            return self.job(insert_job(connection, spec, self.clock.now()))
 
     def job(self, id_: int) -> Job:
         """Raises UserError where there is none."""

@@ -214,8 +214,11 @@ class Schedules:
 
     def last_done(self, name: str) -> Job | None:
         """The job of a schedule that was done last."""
-        found = self.queue.jobs(states=("done",), schedule=name, last=1)
-        return found[0] if found else None
+        # Not the newest: an older one may have been retried since, or have taken longer.
+        found = self.queue.rows(
+            "SELECT id FROM jobs WHERE schedule = ? AND state = 'done' ORDER BY finished DESC, id DESC LIMIT 1", name
+        )
+        return self.queue.job(found[0]["id"]) if found else None
 
     def _end(self, connection: sqlite3.Connection, active: list[Job]) -> None:
         for job in active:

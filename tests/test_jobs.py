@@ -306,6 +306,16 @@ def test_schedules_as_documents(typed: Any, tmp_path: Path) -> None:
         assert code == 0 and out
 
 
+def test_a_schedule_is_shown_with_what_is_not_the_default(typed: Any, tmp_path: Path) -> None:
+    file = written(tmp_path / "nightly.yaml", NIGHTLY)
+    _, out, _ = typed("schedule", "add", str(file))
+    shown = "concurrency_policy replace, starting_deadline_seconds 3600, catch_up none, backoff_limit 2"
+    assert " ".join(out.split()).endswith(f"below {tmp_path / 'runs' / 'nightly'} {shown}"), out
+    plain = written(tmp_path / "plain.yaml", "extends: embedded\n")
+    _, out, _ = typed("schedule", "add", str(plain), "--cron", "0 2 * * *")
+    assert " ".join(out.split()).endswith(f"below {tmp_path / 'runs' / 'plain'}"), out
+
+
 def test_a_worker_and_logs_as_documents(typed: Any, tmp_path: Path) -> None:
     """The job is a real ``distill run``, of a student that is not there any more."""
     (tmp_path / "student").mkdir()

@@ -61,7 +61,9 @@ def add(schedules: Schedules, cron: str = "0 * * * *", prompts: Path | None = No
 
 def end(schedules: Schedules, job: Job, state: State = "done") -> None:
     with schedules.queue.transaction() as connection:
-        connection.execute("UPDATE jobs SET state = ? WHERE id = ?", (state, job.id))
+        connection.execute(
+            "UPDATE jobs SET state = ?, finished = ? WHERE id = ?", (state, schedules.queue.clock.now(), job.id)
+        )
 
 
 def due(jobs: list[Job]) -> list[str | None]:
@@ -132,6 +134,17 @@ def test_forbid_leaves_the_new_one_out(schedules: Schedules, clock: SetClock) ->
     end(schedules, job)
     clock.moment += HOUR
     assert due(schedules.consider()) == ["2026-03-02T15:00:00Z"]
+
+
+def test_the_last_one_that_was_done_is_the_one_that_ended_last(schedules: Schedules, clock: SetClock) -> None:
+    add(schedules, concurrency_policy="allow")
+    assert schedules.last_done("job") is None
+    first, second = schedules.run_now("job"), schedules.run_now("job")
+    for job in (second, first):
+        clock.moment += 1
+        end(schedules, job)
+        last = schedules.last_done("job")
+        assert last is not None and last.id == job.id
 
 
 def test_allow_makes_both(schedules: Schedules, clock: SetClock) -> None:
