@@ -256,7 +256,8 @@ def test_two_workers_never_take_one_job(queue: Queue, mark: str, tmp_path: Path)
     finally:
         for process in processes:
             process.terminate()
-        assert [process.wait(20) for process in processes] == [0] * 3
+        # One that has not read its modules yet ends by the signal itself.
+        assert {process.wait(20) for process in processes} <= {0, -signal.SIGTERM}
     assert all(job.state == "done" for job in queue.jobs())
     assert [len(queue.attempts(job.id)) for job in jobs] == [1] * 24
     assert all((job.out / "attempts").read_text() == "-\n" for job in jobs)
