@@ -22,7 +22,7 @@ from distill.vllm.service import Launch, Service
 from students.ranks import Ranks
 from students.student import Student
 from students.vllm_sampler import TOLERANCE, VllmSampler
-from students.weight_sync import EngineSync, FileSync, Way, WeightSync, choose_way, flags_of, variables_of
+from students.weight_sync import EngineSync, FileSync, Way, WeightSync, check_uncut, choose_way, flags_of, variables_of
 
 
 @contextmanager
@@ -76,6 +76,7 @@ def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
             f"sampler.backend=vllm is for one process, and the run has {ranks.count}; set it to transformers, which "
             f"samples with all of them"
         )
+    check_uncut(config.sampler.server_args)
     return choose_way(
         config.sampler.sync,
         on_gpu=ranks.device.type == "cuda",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,9 @@ from distill.vllm.client import Client, Job
 Way = Literal["file", "nccl", "ipc"]
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives every weight by its name in a plain checkpoint, as it is now."""
+
+_CUTS = ("--tensor-parallel", "--pipeline-parallel", "--data-parallel")
+_CUTS_SHORT = ("-tp", "-pp", "-dp")
 
 WORKER = "distill.vllm.worker.WeightsFromFile"
 _MEMORY = Path("/dev/shm")
@@ -53,13 +56,10 @@ class FileSync:
 
 
 class EngineSync:
-    """Through one of vLLM's weight-transfer engines, which are made for GPUs.
+    """Through one of vLLM's weight-transfer engines, which are made for GPUs, to a server that is one process."""
 
-    ``num_workers`` are the server's processes that hold a part of the model.
-    """
-
-    def __init__(self, way: Literal["nccl", "ipc"], url: str, weights: Weights, *, num_workers: int = 1) -> None:
-        self.way, self.url, self.weights, self.num_workers = way, url, weights, num_workers
+    def __init__(self, way: Literal["nccl", "ipc"], url: str, weights: Weights) -> None:
+        self.way, self.url, self.weights = way, url, weights
         self._engine: Any = None
 
     def send(self) -> None:
@@ -90,7 +90,7 @@ class EngineSync:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            info = NCCLTrainerInitInfo("127.0.0.1", port, 1 + self.num_workers, rank=0)
+            info = NCCLTrainerInitInfo("127.0.0.1", port, 2, rank=0)
         client = HTTPVLLMWeightSyncClient(self.url)
         return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())
 
@@ -118,6 +118,17 @@ def choose_way(
             "the vLLM sampler cannot take over a mixture of experts on a CPU; set sampler.backend to transformers"
         )
     return way
+
+
+def check_uncut(server_args: Sequence[str]) -> None:
+    """Raise UserError for arguments that cut or copy the server's model over several processes."""
+    for word in server_args:
+        name = word.partition("=")[0].replace("_", "-")
+        if name in _CUTS_SHORT or name.startswith(_CUTS):
+            raise UserError(
+                f"sampler.server_args has {word}, and the weights are sent to a server that is whole in one process; "
+                f"leave it out, and name one GPU in sampler.devices if the server is to have its own"
+            )
 
 
 def flags_of(way: Way) -> tuple[str, ...]:
