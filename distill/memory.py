@@ -15,7 +15,8 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
     tiles          the divergence's logits: the budget of ``distill.tiles``; on a GPU also their fp32 forms
     states         b R d_t of the teacher's, and b T (d_s + d_t) where a micro-batch's are joined
     teacher        its head, b V d_t; in this process, all of it
-    sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, and, sharded, the
+    sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, of which there are as
+                   many as the longest sequence has whatever is set, and, sharded, the
                    student gathered whole, b N; a teacher in this process speaks too, with keys and values of its own
 
 Training and sampling take turns, so the total is what stays (weights, masters, moments, teacher) and the larger of the
@@ -132,9 +133,10 @@ def student_memory(
     tile = min(TILE_BYTES[device], 2 * tokens * student.vocabulary * item)
     in_process = config.teacher.backend == "local"
     teacher_item = 2 if config.teacher.dtype == "bfloat16" else 4
-    sampling = cache_bytes(student, item) * config.sampler_tokens + (item * total if engine == "sharded" else 0)
+    cached = max(config.sampler_tokens, longest_sequence(config))
+    sampling = cache_bytes(student, item) * cached + (item * total if engine == "sharded" else 0)
     if in_process:
-        sampling = max(sampling, cache_bytes(teacher, teacher_item) * config.sampler_tokens)
+        sampling = max(sampling, cache_bytes(teacher, teacher_item) * cached)
     parts = {
         "weights": (4 if engine == "sharded" else item) * total // cut,
         "masters": 4 * trained if has_masters else 0,
@@ -153,6 +155,11 @@ def student_memory(
         # Slices of weights, gradients and moments live in the machine's memory.
         parts |= {"weights": 0, "moments": 0, "gradients": 0}
     return Memory({name: int(value) for name, value in parts.items()})
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Tokens of the longest prompt and response together: a cache holds one such at the least."""
+    return config.max_prompt_tokens + config.longest_response
 
 
 def cache_bytes(shape: Shape, item: int) -> int:

@@ -15,7 +15,7 @@ from distill.config import LoraSettings, RunConfig
 from distill.errors import UserError
 from distill.family import SHORT_NAMES, SIZES, Shape
 from distill.hardware import Pool
-from distill.memory import RESERVED_BYTES, Engine, Memory, student_memory
+from distill.memory import RESERVED_BYTES, Engine, Memory, longest_sequence, student_memory
 from distill.server_memory import Bytes, ServerMemory, server_memory
 from distill.vllm.cuts import check_cut, needs_expert_parallel
 from pipelines.layouts import Change, Devices, Layout, Pair, Role, StudentLayout, TeacherLayout
@@ -35,7 +35,7 @@ FP8_BLOCK = 128
 """Rows of a weight that share one scale in the published FP8 checkpoints."""
 
 LEAST_TOKENS = 2048
-"""Micro-batches and caches are not made smaller than this."""
+"""Micro-batches are not made smaller than this; caches not than the longest sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +123,10 @@ def search(
 
 
 def _kept(layouts: Sequence[Layout], devices: Devices) -> list[Layout]:
-    """Those that the machines can be divided into."""
+    """Those that the machines can be divided into; offload only where nothing fits without."""
     pools = devices.teacher, devices.student
-    return [one for one in layouts if placement(one.teacher, one.student, pools, is_one=devices.is_one) is not None]
+    held = [one for one in layouts if placement(one.teacher, one.student, pools, is_one=devices.is_one) is not None]
+    return [one for one in held if not one.config.student.cpu_offload] or held
 
 
 def _most_processes(config: RunConfig, devices: Devices) -> int:
@@ -310,9 +311,9 @@ def _sized(
         device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
         return student_memory(sized, pair.student, pair.teacher, processes=count, engine=engine, device=device)
 
-    tokens, cached = config.student.micro_batch_tokens, config.sampler_tokens
+    tokens, cached, least = config.student.micro_batch_tokens, config.sampler_tokens, longest_sequence(config)
     smallest = _with_student(config, micro_batch_tokens=min(tokens or LEAST_TOKENS, LEAST_TOKENS))
-    smallest = smallest.model_copy(update={"sampler_tokens": min(cached, LEAST_TOKENS)})
+    smallest = smallest.model_copy(update={"sampler_tokens": min(cached, least)})
     memory = memory_of(smallest)
     if memory.total > room:
         return smallest, memory
@@ -322,7 +323,7 @@ def _sized(
         config = _with_student(config, micro_batch_tokens=tokens)
         memory = memory_of(config)
     while memory.total > room:
-        config = config.model_copy(update={"sampler_tokens": config.sampler_tokens // 2})
+        config = config.model_copy(update={"sampler_tokens": max(least, config.sampler_tokens // 2)})
         memory = memory_of(config)
     return config, memory
 

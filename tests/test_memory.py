@@ -121,6 +121,14 @@ def test_the_formula_counts_the_parameters_of_every_engine() -> None:
     assert whole["sampling"] == 131_072 * 147_456
 
 
+def test_a_cache_holds_one_longest_sequence_whatever_is_set() -> None:
+    shape, teacher = SIZES["4B"], SIZES["32B"]
+    config = RunConfig(teacher=TeacherSettings(model="32B", backend="vllm"), sampler_tokens=1000)
+    longest = config.max_prompt_tokens + config.longest_response
+    assert longest > 1000
+    assert student_memory(config, shape, teacher).parts["sampling"] == longest * 147_456
+
+
 def test_every_pair_has_a_recipe_that_fits() -> None:
     pairs = [name for name in recipe_names() if "-to-" in name]
     assert len(pairs) == len(STUDENTS) * len(TEACHERS) == 18
