@@ -47,6 +47,9 @@ SMALL, LARGE = 2, 64
 REPEATS = 3
 """Each time is the median of so many, after one that counts for nothing."""
 
+MOST_SHARE = 4.0
+"""Small products reach more than the large one that the peak is measured by; not more than this."""
+
 MATRIX = {"cpu": 1024, "cuda": 8192}
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
@@ -111,16 +114,18 @@ def solve(small: Times, small_seconds: float, large: Times, large_seconds: float
     """The share s and the latency l (microseconds) with which both ``compute / s + passes l`` are the seconds.
 
     ``small`` and ``large`` are the times of a device that reaches its peak and needs a microsecond a pass. Where noise
-    makes a latency negative it is none, and where it makes a share negative the large one alone decides.
+    makes a latency negative it is none, and the large one alone decides the share. A share that is negative, or beyond
+    ``MOST_SHARE``, is that, and the latency what it leaves of the large one's seconds.
     """
     determinant = small.compute * large.latency - large.compute * small.latency
     inverse = (small_seconds * large.latency - large_seconds * small.latency) / determinant
     latency = (small.compute * large_seconds - large.compute * small_seconds) / determinant
     if latency < 0:
         inverse, latency = large_seconds / large.compute, 0.0
-    elif inverse <= 0:
-        inverse, latency = large_seconds / large.compute / 2, large_seconds / large.latency / 2
-    return min(4.0, 1 / inverse), latency
+    if inverse < 1 / MOST_SHARE:
+        inverse = 1 / MOST_SHARE
+        latency = max(0.0, large_seconds - inverse * large.compute) / large.latency
+    return 1 / inverse, latency
 
 
 class _EmbeddedPair:
