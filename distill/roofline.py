@@ -22,21 +22,13 @@ EXPERTS_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one device has to do: FLOPs in a number type, bytes to and from its memory and over its wire at
-    ``wire_rate`` bytes a second, and passes through layers."""
+    """What one device has to do: FLOPs in a number type, bytes to and from its memory and over its wire, and
+    passes through layers."""
 
     flops: float = 0.0
     memory: float = 0.0
     wire: float = 0.0
     passes: float = 0.0
-
-    def __add__(self, other: Demand) -> Demand:
-        return Demand(
-            self.flops + other.flops,
-            self.memory + other.memory,
-            self.wire + other.wire,
-            self.passes + other.passes,
-        )
 
 
 @dataclass(frozen=True, slots=True)

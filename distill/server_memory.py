@@ -16,11 +16,11 @@ what a token's keys and values take.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from distill.family import Shape
-from distill.memory import layer_bytes
+from distill.memory import cache_bytes, layer_bytes
 
 USABLE = 0.92
 """vLLM's gpu_memory_utilization where nobody sets it."""
@@ -87,7 +87,7 @@ def server_memory(
     """One GPU of one server. ``tokens_under_way`` are those that a client asks about at once."""
     computed = 4 if item == 4 else 2
     layers = -(-shape.num_layers // pipeline_parallel)
-    heads = max(1, shape.num_kv_heads // tensor_parallel)
+    held = replace(shape, num_layers=layers, num_kv_heads=max(1, shape.num_kv_heads // tensor_parallel))
     parts = {
         "weights": weight_bytes(shape, item) // (tensor_parallel * pipeline_parallel),
         "activations": PASS_TOKENS * layer_bytes(shape, computed) // tensor_parallel,
@@ -96,4 +96,4 @@ def server_memory(
         "graphs": GRAPH_BYTES if on_gpu else 0,
     }
     usable = int(USABLE * gpu_bytes) if on_gpu else gpu_bytes
-    return ServerMemory(parts, usable - sum(parts.values()), 2 * computed * layers * heads * shape.head_dim)
+    return ServerMemory(parts, usable - sum(parts.values()), cache_bytes(held, computed))

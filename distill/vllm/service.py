@@ -26,6 +26,7 @@ import httpx
 from distill import interrupt
 from distill.checkpoint import Checkpoint
 from distill.errors import DistillError, UserError
+from distill.memory import cache_bytes
 from distill.progress import PLAIN_SECONDS, say
 from distill.vllm import watch
 from distill.vllm.client import is_healthy
@@ -194,8 +195,7 @@ class Launch:
 
     def _cpu_cache_gib(self) -> int:
         """Room for the keys and values of eight of the longest sequences, between 1 and 32 GiB."""
-        shape = self.checkpoint.shape
-        token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * (4 if self.dtype == "float32" else 2)
+        token_bytes = cache_bytes(self.checkpoint.shape, 4 if self.dtype == "float32" else 2)
         return min(32, max(1, math.ceil(8 * self.max_model_len * token_bytes / 2**30)))
 
 
