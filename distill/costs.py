@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from distill.config import StudentSettings
 from distill.family import Shape
 from distill.types import Rollout
 
@@ -26,6 +27,11 @@ def sequence_flops(shape: Shape, num_prompt: float, num_response: float) -> floa
     """FLOPs of one forward pass over P prompt and R response tokens (sampling with a cache costs the same)."""
     prompt = num_prompt * shape.forward_flops(num_prompt / 2)
     return prompt + num_response * shape.forward_flops(num_prompt + num_response / 2)
+
+
+def training_passes(settings: StudentSettings) -> int:
+    """Forward-pass equivalents of a training step: forward, and backward to activations and to the weights."""
+    return 3 if settings.lora is None else 2
 
 
 def rollout_flops(shape: Shape, rollouts: Iterable[Rollout]) -> float:

@@ -5,7 +5,9 @@ Per device, with N_a active parameters of b bytes, V vocabulary rows, T tokens o
     decode   FLOPs of one pass of every token; memory: the weights once a step (of experts those that some row chose),
              keys and values of every earlier token, ``LOGIT_PASSES`` passes over fp32 logits; as many steps as the rows
              that are decoded together need for all tokens, and no fewer than the longest response has
-    score    one pass over all tokens, weights once every ``PASS_TOKENS``; without the head, which the loss applies
+    score    one pass over all tokens; weights once every ``PASS_TOKENS`` in servers, in the student's processes once
+             every ``teacher.batch_tokens``; without the head, which the loss applies. The student, over what it said:
+             weights once a micro-batch, and the head at the rows of the response
     train    three passes (LoRA two), one more of the body with checkpointing; 2 d_t V for the teacher's head and
              ``TILE_PASSES`` over logits where a teacher judges; activations written and read; 30 bytes a parameter for
              AdamW's step
@@ -23,9 +25,10 @@ import math
 from dataclasses import replace
 
 from distill.config import RunConfig, TeacherSettings
+from distill.costs import training_passes
 from distill.family import Shape
 from distill.hardware import Number, Pool
-from distill.memory import adapter_parameters, layer_bytes
+from distill.memory import adapter_parameters, cache_bytes, layer_bytes
 from distill.roofline import Demand, Times, times
 from distill.server_memory import PASS_TOKENS, weight_bytes
 from pipelines.layouts import Layout, Pair
@@ -35,6 +38,8 @@ LOGIT_PASSES = 8
 """Reads and writes of a row of fp32 logits while a token is drawn."""
 TILE_PASSES = 12
 """Reads and writes of both models' logits in the loss and its gradient."""
+SCORE_PASSES = 3
+"""The same of one model's alone, without a gradient."""
 STEP_BYTES = 30
 """Memory traffic of AdamW's step, a trained parameter: gradient, master and both moments read and written, weight."""
 HTTP_BYTES = 1e9
@@ -103,10 +108,16 @@ def _score(job: Job, shape: Shape, layout: Layout) -> Times:
     item, number = _number(config, job.who)
     own = job.over(num_processes)
     tokens = sum(part.tokens for part in own)
-    passes = math.ceil(tokens / config.teacher.batch_tokens)
+    is_student = job.who == "student"
+    at_once = (config.student.micro_batch_tokens or tokens) if is_student else config.teacher.batch_tokens
+    passes = math.ceil(tokens / at_once)
+    # The student's own log-probabilities are read off its head, at the rows of the response.
+    rows = sum(part.num * part.response for part in own) if is_student else 0.0
     demand = Demand(
-        flops=_forward(own, shape) - 2 * tokens * shape.vocabulary * shape.width,
-        memory=passes * item * shape.total_parameters + tokens * shape.num_layers * layer_bytes(shape, item),
+        flops=_forward(own, shape) - 2 * (tokens - rows) * shape.vocabulary * shape.width,
+        memory=passes * item * shape.total_parameters
+        + tokens * shape.num_layers * layer_bytes(shape, item)
+        + rows * SCORE_PASSES * 4 * shape.vocabulary,
         passes=passes * shape.num_layers,
     )
     return times(demand, pool.device, "score", number, experts=bool(shape.num_experts))
@@ -122,7 +133,7 @@ def _train(job: Job, pair: Pair, layout: Layout) -> Times:
     head = shape.vocabulary * shape.width
     # The head is projected at the rows of the response alone, and never twice.
     once = _forward(own, shape) - 2 * tokens * head
-    rounds = student_passes(config)
+    rounds = training_passes(settings)
     flops = (rounds + settings.gradient_checkpointing) * once + rounds * 2 * responses * head
     memory: float = passes * rounds * item * shape.total_parameters
     memory += 2 * tokens * shape.num_layers * layer_bytes(shape, item)
@@ -200,11 +211,6 @@ def _serve_scoring(job: Job, pair: Pair, layout: Layout) -> Times:
     return replace(found, wire=found.wire + travels / rate)
 
 
-def student_passes(config: RunConfig) -> int:
-    """Forward-pass equivalents of a training step: forward, and backward to activations and to the weights."""
-    return 3 if config.student.lora is None else 2
-
-
 def trained_parameters(shape: Shape, config: RunConfig) -> int:
     lora = config.student.lora
     return shape.total_parameters if lora is None else adapter_parameters(shape, lora.rank)
@@ -236,8 +242,9 @@ def _touched(shape: Shape, item: int, rows: float) -> float:
 
 def _cache_reads(sequences: tuple[Sequences, ...], shape: Shape, item: int) -> float:
     """Bytes of keys and values that are read while the responses are written."""
-    token = 2 * item * shape.num_layers * shape.num_kv_heads * shape.head_dim
-    return token * sum(part.num * part.response * (part.prompt + part.response / 2) for part in sequences)
+    return cache_bytes(shape, item) * sum(
+        part.num * part.response * (part.prompt + part.response / 2) for part in sequences
+    )
 
 
 def _gathered(shape: Shape, item: int, layout: Layout) -> float:

@@ -12,16 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from distill.config import OnPolicyStage, RunConfig
+from distill.costs import training_passes
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES
 from distill.hardware import Device, Pool, with_price
 from distill.journal import KEPT_CHECKPOINTS
 from distill.roofline import Bottleneck, Times
-from distill.server_memory import weight_bytes
+from distill.server_memory import Bytes, weight_bytes
 from pipelines.advice import Ways
 from pipelines.fitting import CHANGES, Search, check_pair, search
 from pipelines.layouts import Change, Devices, Layout, Pair
-from pipelines.pace import job_times, student_passes, trained_parameters, wire_bytes
+from pipelines.pace import job_times, trained_parameters, wire_bytes
 from pipelines.workload import Job, Lengths, Workload, workload
 
 DEFAULT_DEVICE = "H100"
@@ -111,16 +112,23 @@ class Plan:
         config, student = self.best.layout.config, self.pair.student
         item = 2 if config.student.dtype == "bfloat16" else 4
         trained = trained_parameters(student, config)
-        checkpoint = item * student.total_parameters + 8 * trained + 4 * trained + (item * trained if item == 2 else 0)
+        moments = 2 if config.student.adamw == "8bit" else 8
+        masters = 4 + (item if item == 2 else 0)
+        checkpoint = item * student.total_parameters + (moments + masters) * trained
+        curve = config.evaluation.curve
+        kept = len(config.stages) if curve is not None and curve.keep_best else 0
         said = {
             kind: sum(job.tokens for job in self.work.jobs if job.role == kind)
             for kind in ("teacher_generate", "evaluate")
         }
         is_embedded = {config.teacher.model, config.student.model} <= set(EMBEDDED_NAMES)
-        download = weight_bytes(self.pair.teacher, self.best.layout.teacher.item) + 2 * student.total_parameters
+        # What is served in fp8 or fp32 is made of the published checkpoint while it is loaded.
+        published: Bytes = 1 if config.teacher.model.endswith("-FP8") else 2
+        download = weight_bytes(self.pair.teacher, published) + 2 * student.total_parameters
         return {
             "download": 0 if is_embedded else download,
             "checkpoints": (len(config.stages) - 1 + KEPT_CHECKPOINTS) * checkpoint,
+            "best weights": kept * item * trained,
             "student": item * student.total_parameters,
             "responses": int(STORED_TOKEN_BYTES * said["teacher_generate"]),
             "samples": int(STORED_TOKEN_BYTES * said["evaluate"]),
@@ -216,7 +224,7 @@ def _estimates(
 
 def estimate(layout: Layout, pair: Pair, work: Workload) -> Estimate:
     """The jobs of ``work`` on ``layout``."""
-    passes = student_passes(layout.config)
+    passes = training_passes(layout.config.student)
     phases = [Phase(job, job_times(job, pair, layout), job.flops(getattr(pair, job.who), passes)) for job in work.jobs]
     if not layout.is_shared:
         for name, stage in layout.config.stages.items():

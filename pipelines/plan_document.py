@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.hardware import Pool
-from distill.memory import STAYS, Memory, layer_bytes, student_memory
+from distill.memory import STAYS, Load, Memory, layer_bytes, student_memory
 from distill.server_memory import ServerMemory
 from pipelines.layouts import Layout, Role
 from pipelines.pace import rows_together
@@ -125,8 +125,9 @@ def phase_memory(phase: Phase, plan: Plan) -> dict[str, int]:
     if job.kind == "decode":
         return _sampling_parts(layout.student.memory)
     stage = {job.stage: layout.config.stages[job.stage]}
+    config = layout.config.model_copy(update={"stages": stage})
     memory = student_memory(
-        layout.config.model_copy(update={"stages": stage}),
+        config,
         plan.pair.student,
         plan.pair.teacher,
         processes=layout.student.processes,
@@ -137,7 +138,14 @@ def phase_memory(phase: Phase, plan: Plan) -> dict[str, int]:
     if not job.judged and job.kind == "train":
         parts.pop("states")
     if job.kind == "score":
-        kept = {name: size for name, size in parts.items() if name in (*STAYS, "states")}
+        stays = {name: size for name, size in parts.items() if name in STAYS}
+        if job.who == "student":
+            item = 2 if layout.config.student.dtype == "bfloat16" else 4
+            tokens = Load.of(config, layout.student.processes).micro_batch_tokens
+            gathered = item * plan.pair.student.total_parameters if layout.student.engine == "sharded" else 0
+            found = {"activations": tokens * layer_bytes(plan.pair.student, item), "tiles": parts["tiles"]}
+            return {**stays, **found, **({"gathered": gathered} if gathered else {})}
+        kept = {**stays, "states": parts["states"]}
         item = 2 if plan.config.teacher.dtype == "bfloat16" else 4
         held = layer_bytes(getattr(plan.pair, job.who), item)
         return {**kept, "activations": plan.config.teacher.batch_tokens * held}

@@ -223,7 +223,10 @@ def _stage_jobs(name: str, stage: StageSettings, lengths: Lengths, config: RunCo
         )
         if again:
             jobs.append(Job(name, "student_score", "score", "student", again * stage.steps, said))
-    jobs.append(Job(name, "student_train", "train", "student", stage.steps, said, judged=judged))
+    # Each of a step's updates is an optimiser step on its share of the responses.
+    updates = stage.policy_gradient.updates_per_step if isinstance(stage, GrpoStage | OpdRewardStage) else 1
+    train = Job(name, "student_train", "train", "student", updates * stage.steps, said, judged=judged)
+    jobs.append(replace(train, sequences=train.over(updates)))
     return [*jobs, *_curve(name, stage.steps, lengths, config)]
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from distill import interrupt
 from distill.attention import PACKED
 from distill.config import LoraSettings, Optimiser, StudentSettings
+from distill.costs import training_passes
 from distill.errors import NonFiniteError
 from distill.sparse import linear_topk
 from distill.types import Example, Rollout
@@ -117,8 +118,8 @@ class Student:
 
     @property
     def passes(self) -> int:
-        """Forward-pass equivalents of a training step: forward, and backward to activations and to the weights."""
-        return 3 if self.settings.lora is None else 2
+        """Forward-pass equivalents of a training step."""
+        return training_passes(self.settings)
 
     @property
     def head_VD(self) -> Tensor:

@@ -24,7 +24,7 @@ from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import SIZES, Shape, shape_of
 from distill.hardware import Pool, calibration_file, load_devices, parse_pool
-from distill.memory import RESERVED_BYTES, student_memory
+from distill.memory import RESERVED_BYTES, Load, layer_bytes, student_memory
 from distill.roofline import Times
 from distill.server_memory import GRAPH_BYTES, USABLE, server_memory, weight_bytes
 from distill.vllm.cuts import check_cut
@@ -34,7 +34,7 @@ from pipelines.layouts import Devices, Layout, Pair, StudentLayout, TeacherLayou
 from pipelines.pace import ALL_REDUCE_SECONDS, STEP_BYTES, TILE_PASSES, job_times, trained_parameters, wire_bytes
 from pipelines.placement import Part, Placement, placement
 from pipelines.plan import Plan, estimate, make_plan
-from pipelines.plan_document import commands, document, notes
+from pipelines.plan_document import commands, document, notes, phase_memory
 from pipelines.plan_lines import lines
 from pipelines.planning import planned
 from pipelines.resolution import resolve_run
@@ -151,6 +151,12 @@ def test_reinforcement_learning_scores_with_no_teacher() -> None:
         resolve_run(recipe="embedded-grpo", assignments=["stages.grpo.policy_gradient.updates_per_step=2"])
     ).jobs
     assert [job.who for job in again if job.role == "student_score"] == ["student"]
+    # Two updates are two optimiser steps on half the responses each.
+    (one,), (two,) = (
+        [job for job in found if (job.stage, job.role) == ("grpo", "student_train")] for found in (jobs, again)
+    )
+    assert two.times == 2 * one.times and two.sequence_tokens == one.sequence_tokens / 2
+    assert two.tokens == pytest.approx(one.tokens)
 
 
 def test_a_student_that_a_server_speaks_for_is_one_process() -> None:
@@ -310,6 +316,50 @@ def test_a_training_step_by_hand() -> None:
     assert found.memory > (3 * 2 + STEP_BYTES) * student.total_parameters / (3350e9 * 0.7)
     assert found.memory > responses * TILE_PASSES * 4 * 151_936 / (3350e9 * 0.7)
     assert teacher.vocabulary == student.vocabulary
+
+
+def test_rescoring_by_hand() -> None:
+    """The student over what it said: its own micro-batches and numbers, and its head at the rows of the response."""
+    sets = ["student.micro_batch_tokens=16000", "teacher.batch_tokens=1000", "teacher.dtype=float32"]
+    config, pair = resolve_run(teacher="8B", student="4B", assignments=sets), pair_of("8B", "4B")
+    shape, device = pair.student, load_devices()["H100"]
+    found = job_times(job("score", "student"), pair, alone(config, pair))
+    head, norms = 151_936 * 2560, 36 * (2 * 2560 + 2 * 128) + 2560
+    attention = 4 * 36 * 32 * 128 * (100 * 50 + 900 * 550) * 32
+    flops = 2 * (shape.total_parameters - head - norms) * 32_000 + attention + 2 * 32 * 900 * head
+    assert found.compute == pytest.approx(flops / (989e12 * device.shares.score))
+    assert found.latency == pytest.approx(2 * 36 * device.latency.score * 1e-6)
+    # The teacher in the same process: its own batches, and no head.
+    other = job_times(job("score", "teacher"), pair, alone(config, pair))
+    assert other.latency == pytest.approx(32 * 36 * device.latency.score * 1e-6)
+
+
+def test_memory_of_rescoring_is_the_student_s() -> None:
+    assignments = ["stages.grpo.policy_gradient.updates_per_step=2"]
+    found = planned(resolve_run(recipe="embedded-grpo", assignments=assignments))
+    (phase,) = [phase for phase in found.best.phases if phase.job.role == "student_score"]
+    config, stages = found.best.layout.config, found.best.layout.config.stages
+    load = Load.of(config.model_copy(update={"stages": {phase.job.stage: stages[phase.job.stage]}}), 1)
+    parts = phase_memory(phase, found)
+    assert parts["activations"] == load.micro_batch_tokens * layer_bytes(found.pair.student, 4)
+    assert "states" not in parts and parts["tiles"] > 0
+
+
+def test_offload_is_taken_only_where_nothing_fits_without() -> None:
+    for teacher, student, gpus in (("32B", "8B", "2x8xH100"), ("32B", "4B", "2x8xL40S"), ("8B", "32B", "4xH100")):
+        found = search(resolve_run(teacher=teacher, student=student), pair_of(teacher, student), devices(gpus)).layouts
+        assert len({one.config.student.cpu_offload for one in found}) <= 1
+
+
+def test_caches_are_not_made_smaller_than_the_longest_sequence() -> None:
+    sets = ["evaluation.sampling.think.max_new_tokens=400000", "sampler_tokens=500000", "teacher.backend=local"]
+    config, pair = resolve_run(teacher="4B", student="0.6B", assignments=sets), pair_of("4B", "0.6B")
+    longest = config.max_prompt_tokens + config.longest_response
+    needed = student_memory(config.model_copy(update={"sampler_tokens": longest}), pair.student, pair.teacher)
+    device = load_devices()["H100"].model_copy(update={"memory": (needed.total + RESERVED_BYTES + 1000) / 1e9})
+    pool = Pool("EXACT", device, 1, 8)
+    (layout,) = search(config, pair, Devices(pool, pool, is_one=True)).layouts
+    assert layout.config.sampler_tokens == longest
 
 
 def test_decoding_reads_weights_and_cache_once_a_step() -> None:
@@ -629,6 +679,15 @@ def test_disk_by_hand() -> None:
     assert disk["download"] == 2 * 235_093_634_560 + 2 * num
     assert disk["checkpoints"] == 3 * 16 * num  # one at the first stage's end, and the two newest
     assert disk["student"] == 2 * num
+    kept = plan_for(
+        "235B", "4B", "8xH200", "evaluation.curve={every: 50, keep_best: true}", "student.adamw=8bit"
+    ).disk()
+    assert kept["checkpoints"] == 3 * 10 * num and kept["best weights"] == 2 * 2 * num and disk["best weights"] == 0
+    # Quantised while it is loaded, the published bf16 is fetched; the FP8 checkpoint is half of that.
+    loaded = plan_for("235B", "4B", "8xH200", "teacher.quantization=fp8").disk()
+    published = plan_for("Qwen/Qwen3-235B-A22B-FP8", "4B", "8xH200").disk()
+    assert loaded["download"] == disk["download"]
+    assert published["download"] == weight_bytes(SIZES["235B-A22B"], 1) + 2 * num
     # The embedded run left 8,368,628 bytes of tensors in each of its three checkpoints.
     assert plan_for("tiny", "nano").disk()["checkpoints"] == pytest.approx(3 * 8_360_948, rel=0.01)
 
@@ -811,7 +870,10 @@ def test_two_measurements_give_share_and_latency_back() -> None:
     # Noise: the large one took hardly longer than the small one.
     share, latency = solve(small, 1.0, large, 1.0)
     assert share > 0 and latency > 0
-    assert large.compute / share + large.latency * latency == pytest.approx(1.0, rel=0.2)
+    assert large.compute / share + large.latency * latency == pytest.approx(1.0)
+    # A share beyond what can be is cut, and the latency is that of the rest.
+    share, latency = solve(small, 0.01 / 8 + 5e-6 * 800, large, 0.4 / 8 + 9e-6 * 800)
+    assert share == 4.0 and large.latency * latency == pytest.approx(max(0.0, 0.4 / 8 + 9e-6 * 800 - 0.1), abs=1e-12)
 
 
 def test_a_plan_says_that_its_figures_were_measured() -> None:
