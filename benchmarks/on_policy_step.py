@@ -28,10 +28,12 @@ from typing import Any, cast
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distill.config import GuardSettings, OnPolicyStage, Optimiser, RunConfig, StudentSettings
+from distill.config import GuardSettings, RunConfig
 from distill.family import Shape
 from distill.journal import Journal
+from distill.model_config import StudentSettings
 from distill.sampler import TransformersSampler
+from distill.stage_config import OnPolicyStage, Optimiser
 from distill.types import Prompt, Request, Rollout, Sampling
 from pipelines.crew import Crew
 from pipelines.faculty import Faculty

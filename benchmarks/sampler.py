@@ -31,9 +31,9 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from distill.config import StudentSettings
 from distill.encode import Encoder
 from distill.family import SIZES, ModelSource, resolve
+from distill.model_config import StudentSettings
 from distill.sampler import TransformersSampler
 from distill.types import Prompt, Request, Rollout, Sampling
 from distill.vllm.client import Client

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from distill.config import PositiveFloat, Settings
+from distill.settings import PositiveFloat, Settings
 
 Overlay = dict[str, Any]
 """Keys that are laid over those of a recipe; checked when the members' configurations are made."""

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from distill.config import StudentSettings
 from distill.family import Shape
+from distill.model_config import StudentSettings
 from distill.types import Rollout
 
 Role = str

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic_core import to_jsonable_python
 
-from distill.config import Settings
+from distill.settings import Settings
 
 _WIDTH = 110
 _INDENT = "  "

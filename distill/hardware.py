@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat
 
 from distill.cache import cache_home
-from distill.config import Settings
 from distill.errors import UserError
 from distill.recipe import merge, parse_yaml, validate_as
+from distill.settings import Settings
 
 Number = Literal["fp32", "bf16", "fp8"]
 """Number types that a device multiplies in."""

@@ -23,9 +23,9 @@ from zoneinfo import ZoneInfo, available_timezones
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from distill.clusters import LaunchSettings
-from distill.config import PositiveFloat, Settings
 from distill.errors import UserError
 from distill.recipe import load_recipe, merge, validate_as
+from distill.settings import PositiveFloat, Settings
 
 BLOCKS = ("schedule", "sweep", "launch")
 """The keys of a job file that a recipe does not have."""

@@ -31,9 +31,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.config import RunConfig, Settings
+from distill.config import RunConfig
 from distill.errors import DistillError, UserError
 from distill.recipe import dump_yaml, parse_yaml
+from distill.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -95,7 +95,7 @@ class Load:
 
 def _longest_step(stage: object) -> tuple[int, int]:
     """Responses of a step, and the longest one's tokens."""
-    from distill.config import OffPolicyStage
+    from distill.stage_config import OffPolicyStage
 
     sampling = stage.sampling  # type: ignore[attr-defined]
     length = max(sampling.think.max_new_tokens, sampling.no_think.max_new_tokens)

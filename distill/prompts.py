@@ -21,9 +21,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from distill.config import EmbeddedPrompts, FilePrompts, HubPrompts, HubSet, PromptSettings
 from distill.errors import DistillError, UserError
 from distill.progress import say
+from distill.prompt_config import EmbeddedPrompts, FilePrompts, HubPrompts, HubSet, PromptSettings
 from distill.prompt_rows import EXAMPLE, FIELDS, kind_of, no_number, prompt_of, reason_of, shown_names
 from distill.seeding import derive
 from distill.types import Message, Prompt, content_hash

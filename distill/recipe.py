@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from distill.config import RunConfig, Settings
+from distill.config import RunConfig
 from distill.errors import UserError
+from distill.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 

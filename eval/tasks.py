@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from distill.config import FilePrompts, TaskSettings
 from distill.embedded.task import DEFAULT_LENGTHS, MAX_OPERATIONS, lengths_up_to, questions
 from distill.errors import UserError
+from distill.evaluation_config import TaskSettings
 from distill.progress import say
+from distill.prompt_config import FilePrompts
 from distill.prompts import file_prompts
 from distill.types import MODES, Mode, Prompt
 from eval.graders import GRADERS, as_number, grader_of

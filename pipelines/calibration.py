@@ -22,7 +22,7 @@ import yaml
 
 from distill import interrupt
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
-from distill.config import DivergenceSettings, OnPolicyStage, RunConfig
+from distill.config import RunConfig
 from distill.embedded.task import questions
 from distill.encode import Encoder
 from distill.family import EMBEDDED_STUDENTS, EMBEDDED_TEACHER, resolve
@@ -31,6 +31,7 @@ from distill.journal import write_atomically
 from distill.progress import say
 from distill.roofline import Times
 from distill.sampler import TransformersSampler
+from distill.stage_config import DivergenceSettings, OnPolicyStage
 from distill.types import MODES, Example, HiddenStates, Prompt, Rollout
 from pipelines.fitting import search
 from pipelines.layouts import Devices, Layout, Pair

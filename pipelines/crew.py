@@ -9,12 +9,12 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from distill.chat import switch_in
-from distill.config import GrpoStage, Mixture, OffPolicyStage, OnPolicyStage, OpdRewardStage, StageSettings
 from distill.encode import Encoder
 from distill.family import Shape
 from distill.prompts import PromptSource
 from distill.sampler import OnFinished, StudentSampler
 from distill.seeding import derive, uniform
+from distill.stage_config import GrpoStage, Mixture, OffPolicyStage, OnPolicyStage, OpdRewardStage, StageSettings
 from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
 from pipelines.faculty import Faculty, TeacherPart
 from pipelines.meter import Meter, MeteredSampler

@@ -14,9 +14,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.config import CurveSettings, RunConfig, StopSettings
+from distill.config import RunConfig
 from distill.costs import Cost
 from distill.errors import UserError
+from distill.evaluation_config import CurveSettings, StopSettings
 from distill.journal import Journal, StoredTensors, writing
 from distill.sampler import Sampler
 from distill.seeding import derive

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint, open_tokenizer
-from distill.config import EvaluationSettings, FilePrompts, ModeSampling, TaskSettings
 from distill.embedded.task import questions as embedded_questions
 from distill.encode import Encoder
 from distill.errors import UserError
+from distill.evaluation_config import EvaluationSettings, TaskSettings
 from distill.family import EMBEDDED_NAMES, ModelSource, Shape, resolve
 from distill.progress import say
+from distill.prompt_config import FilePrompts
 from distill.prompts import file_prompts
 from distill.sampler import Sampler, TransformersSampler
 from distill.seeding import derive
+from distill.stage_config import ModeSampling
 from distill.types import MODES, Mode, Sampling
 from distill.vllm.client import Client, served_model
 from distill.vllm.remote_sampler import RemoteSampler

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from distill.checkpoint import Checkpoint, open_checkpoint
-from distill.config import RunConfig, TeacherSettings
+from distill.config import RunConfig
 from distill.costs import Role, rollout_flops
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import Shape, resolve
+from distill.model_config import TeacherSettings
 from distill.types import Prompt, Rollout, Signal
 from pipelines.hiring import Hired, hired_teacher
 from pipelines.meter import Meter

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distill.config import LoraSettings, RunConfig
+from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import SHORT_NAMES, SIZES, Shape
 from distill.hardware import Pool
 from distill.memory import RESERVED_BYTES, Engine, Memory, longest_sequence, student_memory
+from distill.model_config import LoraSettings
 from distill.server_memory import Bytes, ServerMemory, server_memory
 from distill.vllm.cuts import check_cut, needs_expert_parallel
 from pipelines.layouts import Change, Devices, Layout, Pair, Role, StudentLayout, TeacherLayout

@@ -18,11 +18,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from distill.config import DivergenceSettings, GrpoStage, OpdRewardStage
 from distill.costs import rollout_flops
 from distill.divergence import Divergence, linear_divergence
 from distill.errors import UserError
 from distill.policy_gradient import Clip, linear_policy_gradient
+from distill.stage_config import DivergenceSettings, GrpoStage, OpdRewardStage
 from distill.types import MODES, ActionLogprobs, Advantage, Example, HiddenStates, Rollout
 from pipelines.crew import Crew, Judged, Mean, positions_of, student_responses
 from pipelines.faculty import TeacherPart

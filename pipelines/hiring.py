@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from distill.checkpoint import Checkpoint, load_model
-from distill.config import RunConfig, TeacherSettings
+from distill.config import RunConfig
 from distill.encode import Encoder
 from distill.interrupt import deferred_signals
+from distill.model_config import TeacherSettings
 from distill.sampler import Sampler, TransformersSampler
 from distill.types import Request, Rollout, Signal
 from distill.vllm.client import Client, checked_url

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from distill.config import DivergenceSettings
 from distill.divergence import linear_divergence
 from distill.sparse import linear_sampled_divergence, linear_topk_divergence
+from distill.stage_config import DivergenceSettings
 from distill.types import HiddenStates, SampledLogprobs, TopK
 from students.student import Felt, Rows
 

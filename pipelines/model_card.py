@@ -15,10 +15,11 @@ from typing import Any, Literal
 import jinja2
 import yaml
 
-from distill.config import HubPrompts, RunConfig
+from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import ModelSource, resolve
 from distill.journal import read_json
+from distill.prompt_config import HubPrompts
 from distill.types import MODES
 from eval.page import MODE_NAMES, count, duration, percent
 from eval.published import PUBLISHED

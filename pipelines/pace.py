@@ -24,11 +24,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from distill.config import RunConfig, TeacherSettings
+from distill.config import RunConfig
 from distill.costs import training_passes
 from distill.family import Shape
 from distill.hardware import Number, Pool
 from distill.memory import adapter_parameters, cache_bytes, layer_bytes
+from distill.model_config import TeacherSettings
 from distill.roofline import Demand, Times, times
 from distill.server_memory import PASS_TOKENS, weight_bytes
 from pipelines.layouts import Layout, Pair

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from distill.config import OnPolicyStage, RunConfig
+from distill.config import RunConfig
 from distill.costs import training_passes
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES
@@ -19,6 +19,7 @@ from distill.hardware import Device, Pool, with_price
 from distill.journal import KEPT_CHECKPOINTS
 from distill.roofline import Bottleneck, Times
 from distill.server_memory import Bytes, weight_bytes
+from distill.stage_config import OnPolicyStage
 from pipelines.advice import Ways
 from pipelines.fitting import CHANGES, Search, check_pair, search
 from pipelines.layouts import Change, Devices, Layout, Pair

@@ -16,11 +16,12 @@ from rich.text import Text
 
 from distill.chat import EARLY_STOP, IM_END, THINK_CLOSE, THINK_OPEN
 from distill.checkpoint import open_tokenizer
-from distill.config import OffPolicyStage, RunConfig, StageSettings
+from distill.config import RunConfig
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import resolve
 from distill.prompts import load_prompts
+from distill.stage_config import OffPolicyStage, StageSettings
 from distill.types import MODES, Prompt, Request, Rollout
 from pipelines.crew import positions_of, student_requests, teacher_requests
 from pipelines.faculty import Candidate, find_teachers

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from distill.checkpoint import Checkpoint
-from distill.config import TeacherSettings
 from distill.errors import UserError
+from distill.model_config import TeacherSettings
 from distill.vllm.client import Client
 from distill.vllm.service import Role
 from teachers.chosen import ChosenTeacher

@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from distill.chat import switch_in
-from distill.config import OnPolicyStage, OpdRewardStage, StageSettings
 from distill.costs import rollout_flops
 from distill.encode import Encoder
 from distill.journal import Journal
 from distill.seeding import derive
+from distill.stage_config import OnPolicyStage, OpdRewardStage, StageSettings
 from distill.types import MODES, Example, Mode, Request, Rollout
 from eval.samples import shown
 from pipelines.crew import Crew, Stage

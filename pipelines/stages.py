@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from distill.config import GrpoStage, OffPolicyStage, OnPolicyStage, OpdRewardStage
 from distill.costs import Cost, Role, rollout_flops
 from distill.divergence import linear_cross_entropy
 from distill.errors import UserError
@@ -24,6 +23,7 @@ from distill.family import Shape
 from distill.progress import say
 from distill.sampler import Sampler
 from distill.seeding import derive
+from distill.stage_config import GrpoStage, OffPolicyStage, OnPolicyStage, OpdRewardStage
 from distill.types import Example, Request, Rollout
 from pipelines.crew import Crew, Judged, positions_of, student_responses, teacher_requests
 from pipelines.faculty import TeacherPart, Tutor

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from distill.config import RunConfig, StageSettings
+from distill.config import RunConfig
 from distill.costs import Cost, CostAccount, Role
 from distill.encode import Encoder
 from distill.errors import DistillError, UserError
@@ -31,6 +31,7 @@ from distill.progress import be_silent, say
 from distill.prompts import load_prompts
 from distill.sampler import OnFinished, Sampler
 from distill.seeding import derive
+from distill.stage_config import StageSettings
 from distill.types import Mode, Prompt, Request, Rollout
 from eval.budget import budget_curves
 from eval.evaluation import Evaluation

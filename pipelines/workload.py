@@ -13,20 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from distill.config import (
-    EmbeddedPrompts,
-    GrpoStage,
-    Mixture,
-    ModeSampling,
-    OffPolicyStage,
-    OpdRewardStage,
-    RunConfig,
-    StageSettings,
-    TaskSettings,
-)
+from distill.config import RunConfig
 from distill.costs import Role, sequence_flops
 from distill.embedded.task import MAX_OPERATIONS, lengths_up_to
+from distill.evaluation_config import TaskSettings
 from distill.family import EMBEDDED_NAMES, Shape
+from distill.prompt_config import EmbeddedPrompts
+from distill.stage_config import GrpoStage, Mixture, ModeSampling, OffPolicyStage, OpdRewardStage, StageSettings
 from distill.types import MODES, Mode
 from eval.published import PUBLISHED
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.config import Optimiser
 from distill.errors import NonFiniteError, UserError
+from distill.stage_config import Optimiser
 from students.parallel import full, slice_like, whole_on_main
 
 

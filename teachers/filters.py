@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distill.config import FilterSettings
 from distill.encode import Encoder
 from distill.repetition import repetition
+from distill.stage_config import FilterSettings
 from distill.types import Rollout
 
 Verdicts = Callable[[Sequence[Rollout]], list[bool | None]]

@@ -12,9 +12,10 @@ import pytest
 
 from distill import cli
 from distill.comparison import ComparisonConfig
-from distill.config import RunConfig, TaskSettings
+from distill.config import RunConfig
 from distill.documented import documented_yaml
 from distill.errors import UserError
+from distill.evaluation_config import TaskSettings
 from distill.recipe import parse_yaml, recipe_schema, validate, validate_as
 from pipelines.resolution import check_names, copy_recipe, recipe_names, recipe_text, resolve_comparison, resolve_run
 

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
-from distill.config import RunConfig, StudentSettings
+from distill.config import RunConfig
 from distill.costs import CostAccount
 from distill.embedded import checkpoint_dir
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import resolve
+from distill.model_config import StudentSettings
 from distill.sampler import TransformersSampler
 from distill.types import Prompt, Rollout, Sampling
 from pipelines.crew import Crew

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from distill.checkpoint import load_tokenizer, open_checkpoint
-from distill.config import FilterSettings
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import resolve
 from distill.prompts import load_prompts
+from distill.stage_config import FilterSettings
 from distill.types import FinishReason, Mode, Prompt, Rollout, Sampling
 from pipelines.resolution import resolve_run
 from pipelines.strong_to_weak import run

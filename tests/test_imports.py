@@ -30,6 +30,7 @@ LIGHT_MODULES = (
     "distill",
     "distill.types",
     "distill.config",
+    "distill.settings",
     "distill.family",
     "distill.chat",
     "distill.errors",

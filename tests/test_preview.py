@@ -11,11 +11,11 @@ import pytest
 
 from distill.chat import EARLY_STOP
 from distill.checkpoint import open_checkpoint, tokenizer_in
-from distill.config import OffPolicyStage
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import resolve
 from distill.prompts import load_prompts
+from distill.stage_config import OffPolicyStage
 from distill.types import Request, Rollout
 from pipelines.crew import teacher_requests
 from pipelines.faculty import find_teachers

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from distill import prompts as prompts_module
-from distill.config import EmbeddedPrompts, FilePrompts, HubPrompts, HubSet
 from distill.embedded.task import ask, split_of
 from distill.errors import UserError
+from distill.prompt_config import EmbeddedPrompts, FilePrompts, HubPrompts, HubSet
 from distill.prompts import PromptSource, load_prompts
 from distill.types import Message, Prompt
 from pipelines.resolution import resolve_run

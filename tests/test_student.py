@@ -19,9 +19,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from distill.config import LoraSettings, Optimiser, StudentSettings
 from distill.divergence import linear_cross_entropy, linear_divergence
 from distill.errors import NonFiniteError
+from distill.model_config import LoraSettings, StudentSettings
+from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
 from students.batch import collate, micro_batches
 from students.student import Felt, Rows, Student

@@ -167,7 +167,7 @@ def test_the_embedded_teacher_follows_the_last_flag() -> None:
     import torch
 
     from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
-    from distill.config import EvaluationSettings
+    from distill.evaluation_config import EvaluationSettings
     from distill.family import resolve
     from distill.sampler import TransformersSampler
     from pipelines.examination import Subject, examine_mode_switching

@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from distill.config import TaskSettings
 from distill.embedded.task import ask, questions, split_of
 from distill.errors import UserError
+from distill.evaluation_config import TaskSettings
 from distill.recipe import parse_yaml, validate
 from distill.types import MODES, Prompt
 from eval import published, tasks

@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
-from distill.config import LoraSettings, StudentSettings
 from distill.encode import Encoder
 from distill.family import resolve
+from distill.model_config import LoraSettings, StudentSettings
 from distill.types import MODES, Prompt, Request, Sampling
 from distill.vllm.client import Client
 from distill.vllm.remote_sampler import RemoteSampler

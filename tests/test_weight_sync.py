@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from distill.checkpoint import load_model, open_checkpoint
-from distill.config import LoraSettings, RunConfig, SamplerSettings, StudentSettings
+from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import resolve
+from distill.model_config import LoraSettings, SamplerSettings, StudentSettings
 from pipelines.student_sampling import check_sampler
 from students.ranks import ALONE
 from students.student import Student

@@ -11,7 +11,7 @@ from distill.cli.options import Assignments, Json, Prompts, Recipe, Seed, Studen
 from distill.errors import UserError
 
 if TYPE_CHECKING:
-    from distill.config import Settings
+    from distill.settings import Settings
 
 app = typer.Typer(help="A run's configuration, without running it.", no_args_is_help=True)
 

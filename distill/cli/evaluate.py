@@ -12,7 +12,7 @@ from distill.cli.options import Json, numbers_of
 from distill.errors import UserError
 
 if TYPE_CHECKING:
-    from distill.config import TaskSettings
+    from distill.evaluation_config import TaskSettings
 
 
 def evaluate(

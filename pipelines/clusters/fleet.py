@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import yaml
 
 from distill.clusters import LaunchSettings
-from distill.config import RunConfig, TeacherSettings
+from distill.config import RunConfig
 from distill.errors import UserError
 from distill.hardware import Pool
 from distill.jobs import ScheduleSettings
+from distill.model_config import TeacherSettings
 from distill.recipe import assign, parse_assignment, validate
 from pipelines.clusters.shell import Read, joined
 from pipelines.layouts import Layout, Role, TeacherLayout

@@ -1,0 +1,112 @@
+"""Settings of the teacher, the student, and who samples the student."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distill.settings import PositiveFloat, PositiveInt, Settings
+
+ServerUrl = Annotated[str, Field(pattern=r"^https?://[^/]+")]
+
+
+class TeacherUrls(Settings):
+    """vLLM servers that somebody else runs, for each role; ``distill teacher serve`` starts such servers. Several are
+    replicas that share the work. A role without a URL gets a server that the run starts and ends itself. An API key is
+    read from DISTILL_TEACHER_API_KEY."""
+
+    generate: tuple[ServerUrl, ...] = ()
+    """Where the teacher speaks: responses for the off-policy stage and its examination."""
+    score: tuple[ServerUrl, ...] = ()
+    """Where the teacher judges, in the on-policy stage: servers that were started to score where ``signal`` is hidden,
+    to generate where it is another; for those, the ones of ``generate`` do as well."""
+
+
+class TeacherSettings(Settings):
+    """The model that is distilled."""
+
+    model: str = "235B"
+    """A size name (235B, 32B, ...), an embedded name (tiny), a hub id or a local directory."""
+    revision: str | None = None
+    """Hub revision; null takes the hub's default branch. The resolved commit is recorded."""
+    backend: Literal["local", "vllm"] = "local"
+    """``local``: in this process, through transformers. ``vllm``: behind vLLM servers, the run's own or ``urls``."""
+    urls: TeacherUrls = TeacherUrls()
+    signal: Literal["hidden", "topk", "sampled", "chosen"] = "hidden"
+    """What the teacher says of every response token. ``hidden``: its whole distribution. ``topk``: its ``top_k`` most
+    probable tokens and the mass of all others. ``sampled``: the log-probability of the sampled token. ``chosen``: those
+    of ``top_k`` tokens that the student holds most probable, and the mass of all others (vLLM on a GPU)."""
+    top_k: PositiveInt = 20
+    """Tokens in the signals topk and chosen; more than 20 takes a server that was started with --max-logprobs."""
+    wire: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Number type in which hidden states travel from a vLLM server. fp8 halves the bytes of bf16 and is lossy."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that each layer of each of the run's own vLLM servers is cut over."""
+    pipeline_parallel: PositiveInt = 1
+    """Groups of layers, one after the other on further GPUs, that each of the run's own vLLM servers is cut into."""
+    replicas: PositiveInt = 1
+    """The run's own vLLM servers of a role, side by side; each takes tensor_parallel times pipeline_parallel GPUs."""
+    quantization: str | None = None
+    """How the run's own vLLM servers quantise the weights as they load them (vLLM's name, for example fp8). It is
+    another teacher then, a little: null serves the checkpoint as it is."""
+    server_args: tuple[str, ...] = ()
+    """Further arguments of the run's own vLLM servers, as vLLM takes them."""
+    patience_seconds: PositiveFloat = 600.0
+    """How long a vLLM server that does not answer is waited for; then the run stops with exit code 75."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    batch_tokens: PositiveInt = 65536
+    """Most tokens in one scoring forward pass; under way at once to each vLLM server."""
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters instead of full fine-tuning (peft); merged into the weights on export."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveFloat = 128.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class StudentSettings(Settings):
+    """The model that is trained."""
+
+    model: str = "4B"
+    """A size name (4B means Qwen/Qwen3-4B-Base), an embedded name (nano, nano-moe), a hub id or a local directory."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    lora: LoraSettings | None = None
+    """Null trains every weight."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    micro_batch_tokens: PositiveInt | None = 32768
+    """Most tokens in one forward-backward pass; sequences are packed without padding, and gradients accumulate over a
+    step's passes. Null trains a step in one pass."""
+    parallel: Literal["auto", "replicated", "sharded"] = "auto"
+    """How several processes hold the student: each one whole (DDP), or each one a slice (FSDP2). Auto replicates what
+    fits into a GPU by the memory formula."""
+    adamw: Literal["fp32", "8bit"] = "fp32"
+    """Number type of the optimiser's moments; 8bit needs an NVIDIA GPU, bitsandbytes and a student that is whole."""
+    cpu_offload: bool = False
+    """Keep masters, gradients and moments in the machine's memory and step there; shards the student."""
+
+
+class SamplerSettings(Settings):
+    """Who draws the student's responses."""
+
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """``transformers``: the trained model itself, in this process. ``vllm``: a vLLM server of the run's own, which gets
+    the student's weights before it speaks, and is checked to have got them."""
+    sync: Literal["auto", "file", "nccl", "ipc"] = "auto"
+    """How the weights get to the server. ``file``: through memory or disk, for a server on a CPU. ``nccl``: to a server
+    with ``devices`` of its own. ``ipc``: within the GPU that trainer and server share. Auto takes the one that fits."""
+    devices: tuple[str, ...] = ()
+    """GPUs of the server's own, by number, or CPU cores; empty leaves the choice to vLLM, which on a GPU is the
+    trainer's."""
+    tolerance: PositiveFloat | None = None
+    """The largest difference in log-probability of a probe's token between server and trainer, beyond which the run
+    stops. Null means 1e-4 for float32 and 0.25 for bfloat16."""
+    server_args: tuple[str, ...] = ()
+    """Further arguments of the server, as vLLM takes them."""
+    patience_seconds: PositiveFloat = 600.0
+    """How long a server that does not answer is waited for; then the run stops with exit code 75."""
