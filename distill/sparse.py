@@ -43,21 +43,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.divergence import (
-    KINDS,
-    LOG_ZERO,
-    Pair,
-    check_choices,
-    check_groups,
-    check_ids,
-    check_linear,
-    eager,
-    log_softmax_,
-    pick,
-    row_dot,
-    weights_of,
-)
+from distill.divergence import KINDS, LOG_ZERO, Pair, check_choices, eager, log_softmax_, pick, row_dot
 from distill.errors import UserError
+from distill.loss_arguments import check_groups, check_ids, check_linear, weights_of
 from distill.tiles import tiled_total
 
 TAIL_FLOOR = 2.0**-24

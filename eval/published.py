@@ -17,7 +17,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.progress import say
-from distill.prompts import json_rows
+from distill.prompt_files import json_rows
 from distill.seeding import derive
 from distill.types import Prompt
 

@@ -17,7 +17,7 @@ from distill.errors import UserError
 from distill.evaluation_config import TaskSettings
 from distill.progress import say
 from distill.prompt_config import FilePrompts
-from distill.prompts import file_prompts
+from distill.prompt_files import file_prompts
 from distill.types import MODES, Mode, Prompt
 from eval.graders import GRADERS, as_number, grader_of
 from eval.published import PUBLISHED, published_questions

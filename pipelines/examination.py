@@ -20,7 +20,7 @@ from distill.evaluation_config import EvaluationSettings, TaskSettings
 from distill.family import EMBEDDED_NAMES, ModelSource, Shape, resolve
 from distill.progress import say
 from distill.prompt_config import FilePrompts
-from distill.prompts import file_prompts
+from distill.prompt_files import file_prompts
 from distill.sampler import Sampler, TransformersSampler
 from distill.seeding import derive
 from distill.stage_config import ModeSampling

@@ -20,7 +20,7 @@ import yaml
 
 from distill.errors import UserError
 from distill.journal import read_json, write_atomically, write_json, writing
-from distill.prompts import prompt_files
+from distill.prompt_files import prompt_files
 from pipelines.job import RunSpec
 from pipelines.queue import Job, Queue
 

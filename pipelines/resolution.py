@@ -16,7 +16,7 @@ from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, resolve, short_name
 from distill.jobs import split_job
-from distill.prompts import prompt_files
+from distill.prompt_files import prompt_files
 from distill.recipe import assign, load_recipe, merge, parse_assignment, parse_yaml, validate, validate_as
 from distill.stage_config import GrpoStage, OpdRewardStage
 from pipelines.probes import refuse_unknown

@@ -12,7 +12,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.jobs import ScheduleSettings
-from distill.prompts import prompt_files
+from distill.prompt_files import prompt_files
 from pipelines.clock import iso
 from pipelines.job import JobSpec
 from pipelines.queue import Job, Queue, ask_to_end, insert_job

@@ -2,27 +2,35 @@
 
 A writer holds the folder's lock while it looks which keys are new and adds its shard, so that a key is stored once;
 readers share the lock. A shard appears under its name only when it is whole and on disk; one that turns out damaged is
-set aside under a hidden name. A row is a response with everything that was asked; see ``COLUMNS``.
+set aside under a hidden name. A row is a response with everything that was asked; see ``response_rows``.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.errors import DistillError
 from distill.progress import say
-from distill.types import Prompt, Request, Rollout, Sampling
+from distill.types import Request, Rollout
+from teachers.response_rows import (
+    COLUMNS,
+    READ_COLUMNS,
+    request_of,
+    response_hash,
+    rollout_of,
+    row_of,
+    table_of,
+    with_plain_times,
+)
 
 VARIABLE = "DISTILL_STORE"
 _ROW_GROUP = 256  # rows that are read together when one of them is wanted
@@ -82,9 +90,12 @@ class Collection:
                     place = (row["created"], shard.name, number)
                     first[row["key"]] = min(place, first.get(row["key"], place))
             for shard in self.shards():
-                for number, row in enumerate(self._rows(shard, list(_COLUMNS), broken)):
+                for number, row in enumerate(self._rows(shard, list(COLUMNS), broken)):
                     if first[row["key"]] == (row["created"], shard.name, number):
-                        yield row["key"], Kept(_rollout(row, _request(row), row["teacher"]), row["run"], row["created"])
+                        yield (
+                            row["key"],
+                            Kept(rollout_of(row, request_of(row), row["teacher"]), row["run"], row["created"]),
+                        )
 
     def _rows(self, shard: Path, columns: list[str], broken: list[str]) -> Iterator[dict[str, Any]]:
         from pyarrow import ArrowException, RecordBatch, parquet
@@ -95,7 +106,7 @@ class Collection:
             with parquet.ParquetFile(shard, page_checksum_verification=True) as file:
                 batch: RecordBatch
                 for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=columns):
-                    yield from _with_plain_times(batch).to_pylist()
+                    yield from with_plain_times(batch).to_pylist()
         except (ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -119,12 +130,12 @@ class Collection:
         """Store those whose keys are new; how many they were."""
         if not rollouts:
             return 0
-        rows = {key: _row(key, rollout, speaker, self.meta["revision"], run) for key, rollout in rollouts.items()}
+        rows = {key: row_of(key, rollout, speaker, self.meta["revision"], run) for key, rollout in rollouts.items()}
         with outside_world(self.folder), self._lock():
             self._refresh()
             new = [row for key, row in rows.items() if key not in self._index]
             if new:
-                self._write(_table(new))
+                self._write(table_of(new))
         return len(new)
 
     def compact(self) -> int:
@@ -220,12 +231,12 @@ class Collection:
         try:
             with parquet.ParquetFile(self.folder / name, page_checksum_verification=True) as shard:
                 for group, places in groups.items():
-                    table = _with_plain_times(shard.read_row_group(group, columns=_READ_COLUMNS))
+                    table = with_plain_times(shard.read_row_group(group, columns=READ_COLUMNS))
                     for place, key in places:
                         row_found = table.slice(place, 1).to_pylist()[0]
-                        if row_found["key"] != key or row_found["content_hash"] != _response_hash(row_found):
+                        if row_found["key"] != key or row_found["content_hash"] != response_hash(row_found):
                             raise OSError(f"the response {key[:12]} does not have the hash it was stored with")
-                        rollout = _rollout(row_found, wanted[key], speaker)
+                        rollout = rollout_of(row_found, wanted[key], speaker)
                         found[key] = Kept(rollout, row_found["run"], row_found["created"])
         except FileNotFoundError:
             return False
@@ -249,108 +260,6 @@ class Collection:
                 return
         reason = " ".join(str(error).split())[:200]
         say(f"{shard} is damaged ({reason}); it is kept as {aside.name} and its responses are generated again")
-
-
-_COLUMNS = {
-    "key": "string",
-    "prompt_id": "string",
-    "messages": "string",
-    "mode": "string",
-    "switch": "string",
-    "prompt_ids": "list<int32>",
-    "response_ids": "list<int32>",
-    "forced": "list<bool>",
-    "logprobs": "list<float32>",
-    "finish_reason": "string",
-    "teacher": "string",
-    "revision": "string",
-    "sampling": "string",
-    "seed": "int64",
-    "created": "timestamp[us, UTC]",
-    "run": "string",
-    "content_hash": "string",
-}
-_RESPONSE_COLUMNS = ("response_ids", "forced", "logprobs", "finish_reason")
-_READ_COLUMNS = ["key", *_RESPONSE_COLUMNS, "run", "created", "content_hash"]
-
-
-def _table(rows: list[dict[str, Any]]) -> Any:
-    import pyarrow as pa
-
-    types = {
-        "string": pa.string(),
-        "int64": pa.int64(),
-        "list<int32>": pa.list_(pa.int32()),
-        "list<bool>": pa.list_(pa.bool_()),
-        "list<float32>": pa.list_(pa.float32()),
-        "timestamp[us, UTC]": pa.timestamp("us", tz="UTC"),
-    }
-    return pa.Table.from_pylist(rows, schema=pa.schema([(name, types[kind]) for name, kind in _COLUMNS.items()]))
-
-
-def _with_plain_times(table: Any) -> Any:
-    """``created`` in microseconds."""
-    where = table.schema.get_field_index("created")
-    return table.set_column(where, "created", table["created"].cast("int64"))
-
-
-def _row(key: str, rollout: Rollout, teacher: str, revision: str, run: str) -> dict[str, Any]:
-    request = rollout.request
-    row: dict[str, Any] = {
-        "key": key,
-        "prompt_id": request.prompt.id,
-        "messages": json.dumps([dict(message) for message in request.prompt.messages]),
-        "mode": request.mode,
-        "switch": request.switch,
-        "prompt_ids": list(request.prompt_ids),
-        "response_ids": list(rollout.response_ids),
-        "forced": list(rollout.forced),
-        "logprobs": list(rollout.logprobs),
-        "finish_reason": rollout.finish_reason,
-        "teacher": teacher,
-        "revision": revision,
-        "sampling": json.dumps(asdict(request.sampling), sort_keys=True),
-        "seed": request.seed,
-        "created": time.time_ns() // 1000,
-        "run": run,
-    }
-    return {**row, "content_hash": _response_hash(row)}
-
-
-def _response_hash(row: Mapping[str, Any]) -> str:
-    """SHA-256 over the response's ids (int32), forced flags (a byte each), log-probs (float32) and finish reason."""
-    import numpy as np
-
-    digest = hashlib.sha256()
-    for name, kind in (("response_ids", "<i4"), ("forced", "u1"), ("logprobs", "<f4")):
-        values = np.asarray(row[name], dtype=kind)
-        digest.update(f"{len(values)} ".encode())
-        digest.update(values.tobytes())
-    digest.update(row["finish_reason"].encode())
-    return digest.hexdigest()
-
-
-def _request(row: Mapping[str, Any]) -> Request:
-    """What was asked, as far as it is stored: without the reference answer, which takes no part in a response."""
-    return Request(
-        prompt=Prompt(tuple(json.loads(row["messages"]))),
-        mode=row["mode"],
-        switch=row["switch"],
-        prompt_ids=tuple(row["prompt_ids"]),
-        sampling=Sampling(**json.loads(row["sampling"])),
-        seed=row["seed"],
-    )
-
-
-def _rollout(row: Mapping[str, Any], request: Request, speaker: str) -> Rollout:
-    return Rollout(
-        request=request,
-        response_ids=tuple(row["response_ids"]),
-        forced=tuple(row["forced"]),
-        logprobs=tuple(row["logprobs"]),
-        finish_reason=row["finish_reason"],
-        speaker=speaker,
-    )
 
 
 def _settle(draft: Path, final: Path) -> None:
