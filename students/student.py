@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from distill import interrupt
 from distill.attention import PACKED
-from distill.config import LoraSettings, Optimiser, StudentSettings
 from distill.costs import training_passes
 from distill.errors import NonFiniteError
+from distill.model_config import LoraSettings, StudentSettings
 from distill.sparse import linear_topk
+from distill.stage_config import Optimiser
 from distill.types import Example, Rollout
 from students.batch import Batch, collate, micro_batches
 from students.optimiser import MasterAdamW
