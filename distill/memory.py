@@ -46,7 +46,16 @@ RESERVED_BYTES = 4 * 10**9
 TILE_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 """The budgets of ``distill.tiles``, which this module does not import: it loads without torch."""
 
+CPU_PASS_TOKENS = 1024
+"""Most tokens of one pass on a CPU: what a layer makes of so many stays in the cache, and a pass of many more takes a
+fifth longer a token."""
+
 STAYS = ("weights", "masters", "moments", "teacher")
+
+
+def pass_tokens(batch_tokens: int, *, on_cpu: bool) -> int:
+    """Most tokens of one forward pass of a teacher in this process, under the bound that is set."""
+    return min(batch_tokens, CPU_PASS_TOKENS) if on_cpu else batch_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from distill.config import RunConfig
 from distill.costs import training_passes
 from distill.family import Shape
 from distill.hardware import Number, Pool
-from distill.memory import adapter_parameters, cache_bytes, layer_bytes
+from distill.memory import adapter_parameters, cache_bytes, layer_bytes, pass_tokens
 from distill.model_config import TeacherSettings
 from distill.roofline import Demand, Times, times
 from distill.server_memory import PASS_TOKENS, weight_bytes
@@ -110,7 +110,10 @@ def _score(job: Job, shape: Shape, layout: Layout) -> Times:
     own = job.over(num_processes)
     tokens = sum(part.tokens for part in own)
     is_student = job.who == "student"
-    at_once = (config.student.micro_batch_tokens or tokens) if is_student else config.teacher.batch_tokens
+    if is_student:
+        at_once = config.student.micro_batch_tokens or tokens
+    else:
+        at_once = pass_tokens(config.teacher.batch_tokens, on_cpu=pool.device.kind == "cpu")
     passes = math.ceil(tokens / at_once)
     # The student's own log-probabilities are read off its head, at the rows of the response.
     rows = sum(part.num * part.response for part in own) if is_student else 0.0

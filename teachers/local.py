@@ -11,20 +11,21 @@ from transformers import PreTrainedModel
 
 from distill import interrupt
 from distill.attention import PACKED, Packing
+from distill.memory import pass_tokens
 from distill.types import HiddenStates, Rollout
 
 
 class LocalTeacher:
     """Scores rollouts with a model held in this process.
 
-    ``batch_tokens`` bounds the tokens of one forward pass; sequences are packed without padding.
+    ``batch_tokens`` bounds the tokens of one forward pass, as ``pass_tokens``; sequences are packed without padding.
     """
 
     def __init__(self, model: PreTrainedModel, *, name: str, batch_tokens: int) -> None:
         self.model = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(PACKED)
         self.name = name
-        self.batch_tokens = batch_tokens
+        self.pass_tokens = pass_tokens(batch_tokens, on_cpu=model.device.type == "cpu")
 
     @property
     def head_VD(self) -> Tensor:
@@ -73,6 +74,6 @@ class LocalTeacher:
                 batches[-1].append(place)
             else:
                 batches.append([place])
-                room = self.batch_tokens
+                room = self.pass_tokens
             room -= length
         return batches
