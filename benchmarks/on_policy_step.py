@@ -7,6 +7,7 @@ tokens, up to 64 new tokens each, reverse KL, AdamW. Ours runs the loop that ``d
 the median over ``--steps`` after ``--warmup``, tokens those of the responses. ``parts`` are generating, the teacher's
 forward pass and the student's forward and backward pass, each measured alone on the tokens of the last step;
 ``wall_over_parts`` is the step's time over their sum. TRL runs in its own environment (``--trl-python``; else null).
+The two take turns, each time in a new process, and the median of ``--rounds`` is printed: a machine's speed wanders.
 """
 
 from __future__ import annotations
@@ -207,6 +208,13 @@ def trl(python: str, steps: int, warmup: int, threads: int) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def median(rounds: Sequence[Any]) -> Any:
+    """The median of every number of equal documents."""
+    if isinstance(rounds[0], dict):
+        return {key: median([one[key] for one in rounds]) for key in rounds[0]}
+    return statistics.median(rounds)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.on_policy_step", description=(__doc__ or "").split("\n")[0]
@@ -215,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -225,10 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = [sys.executable, "-m", "benchmarks.on_policy_step", "--alone"]
     for name in ("steps", "warmup", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    results = {"ours": json.loads(done.stdout.splitlines()[-1]), "trl": None}
-    if args.trl_python:
-        results["trl"] = trl(args.trl_python, args.steps, args.warmup, args.threads)
+    rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
+    for _ in range(args.rounds):
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rounds["ours"].append(json.loads(done.stdout.splitlines()[-1]))
+        if args.trl_python:
+            rounds["trl"].append(trl(args.trl_python, args.steps, args.warmup, args.threads))
+    results = {name: median(found) if found else None for name, found in rounds.items()}
     if args.json:
         print(json.dumps(results))
         return
