@@ -97,9 +97,12 @@ class SamplerSettings(Settings):
     backend: Literal["transformers", "vllm"] = "transformers"
     """``transformers``: the trained model itself, in this process. ``vllm``: a vLLM server of the run's own, which gets
     the student's weights before it speaks, and is checked to have got them."""
-    sync: Literal["auto", "file", "nccl", "ipc"] = "auto"
+    sync: Literal["auto", "file", "nccl", "ipc", "adapter"] = "auto"
     """How the weights get to the server. ``file``: through memory or disk, for a server on a CPU. ``nccl``: to a server
-    with ``devices`` of its own. ``ipc``: within the GPU that trainer and server share. Auto takes the one that fits."""
+    with ``devices`` of its own. ``ipc``: within the GPU that trainer and server share. ``adapter``: LoRA adapters by
+    themselves, which the server lays over the weights that it started with. Auto takes the one that fits."""
+    sleep: bool = False
+    """Whether a server on the trainer's GPU gives its memory away while the student trains."""
     devices: tuple[str, ...] = ()
     """GPUs of the server's own, by number, or CPU cores; empty leaves the choice to vLLM, which on a GPU is the
     trainer's."""

@@ -20,9 +20,20 @@ from distill.vllm.client import Client
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Launch, Service
 from students.ranks import Ranks
+from students.sleep import Sleep, check_sleep, level_for
 from students.student import Student
 from students.vllm_sampler import TOLERANCE, VllmSampler
-from students.weight_sync import EngineSync, FileSync, Way, WeightSync, check_uncut, choose_way, flags_of, variables_of
+from students.weight_sync import (
+    AdapterSync,
+    EngineSync,
+    FileSync,
+    Way,
+    WeightSync,
+    check_uncut,
+    choose_way,
+    flags_of,
+    variables_of,
+)
 
 
 @contextmanager
@@ -53,13 +64,9 @@ def student_sampler(
     try:
         with client:
             remote = RemoteSampler(client, encoder, speaker="student", vocabulary=checkpoint.shape.vocabulary)
-            sync: WeightSync = (
-                FileSync(client, student.merged_weights)
-                if way == "file"
-                else EngineSync(way, service.url, student.merged_weights)
-            )
             tolerance = settings.tolerance or TOLERANCE[config.student.dtype]
-            yield VllmSampler(student, remote, sync, tolerance=tolerance)
+            sleep = Sleep(client, level_for(way)) if settings.sleep else None
+            yield VllmSampler(student, remote, _sync(way, student, client), tolerance=tolerance, sleep=sleep)
     finally:
         service.stop()
 
@@ -77,12 +84,24 @@ def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
             f"samples with all of them"
         )
     check_uncut(config.sampler.server_args)
+    on_gpu, own_devices = ranks.device.type == "cuda", bool(config.sampler.devices)
+    if config.sampler.sleep:
+        check_sleep(on_gpu=on_gpu, own_devices=own_devices)
     return choose_way(
         config.sampler.sync,
-        on_gpu=ranks.device.type == "cuda",
-        own_devices=bool(config.sampler.devices),
+        on_gpu=on_gpu,
+        own_devices=own_devices,
         num_experts=checkpoint.shape.num_experts,
+        lora=config.student.lora,
     )
+
+
+def _sync(way: Way, student: Student, client: Client) -> WeightSync:
+    if way == "adapter":
+        return AdapterSync(client, student.write_adapter)
+    if way == "file":
+        return FileSync(client, student.merged_weights)
+    return EngineSync(way, client.replicas[0].url, student.merged_weights)
 
 
 def _launch(config: RunConfig, checkpoint: Checkpoint, way: Way, *, on_gpu: bool) -> Launch:
@@ -95,8 +114,9 @@ def _launch(config: RunConfig, checkpoint: Checkpoint, way: Way, *, on_gpu: bool
         max_model_len=min(longest, checkpoint.max_positions),
         on_gpu=on_gpu,
         devices=config.sampler.devices,
-        extra=(*flags_of(way), *config.sampler.server_args),
+        extra=(*flags_of(way, config.student.lora), *config.sampler.server_args),
         whose="student",
         max_restarts=0,
         variables=variables_of(way, os.environ.get("PYTHONPATH")),
+        sleeps=config.sampler.sleep,
     )

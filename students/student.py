@@ -26,6 +26,7 @@ from distill.model_config import LoraSettings, StudentSettings
 from distill.sparse import linear_topk
 from distill.stage_config import Optimiser
 from distill.types import Example, Rollout
+from students.adapter import write_adapter
 from students.batch import Batch, collate, micro_batches
 from students.optimiser import MasterAdamW
 from students.parallel import Engine, Pass, gathered, replicated, sharded, slice_like, whole_on_main
@@ -269,6 +270,10 @@ class Student:
             return
         self.model.config.dtype = self.dtype  # a sharded student's parameters are fp32, whatever it is
         self.model.save_pretrained(folder, state_dict=weights)
+
+    def write_adapter(self, folder: Path) -> None:
+        """Write the adapters as peft does, in the student's dtype. Of a student that is whole in this process."""
+        write_adapter(self.adapted, self.dtype, folder)
 
     def weights(self) -> dict[str, Tensor]:
         """The trained parameters by name, in the student's dtype, as ``whole_on_main``."""

@@ -19,8 +19,9 @@ from distill.seeding import derive
 from distill.types import Prompt, Request, Rollout, Sampling
 from distill.vllm.remote_sampler import RemoteSampler
 from students.rescoring import rescore
+from students.sleep import Sleep
 from students.student import Student
-from students.weight_sync import WeightSync, ask
+from students.weight_sync import WeightSync, forget_prefixes
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """The largest difference in log-probability of one token between two implementations of the same weights."""
@@ -48,12 +49,16 @@ class Gap:
 class VllmSampler:
     """Samples ``student`` through ``remote``, whose servers get its weights by ``sync``.
 
+    With ``sleep`` the server rests whenever it has answered, and takes the weights anew before it speaks again.
     ``tolerance`` is in nats, for one token. The probes are sequences of random tokens: every row of the embeddings and
     every layer counts, and a checkpoint that was not trained yet has no responses of its own.
     """
 
-    def __init__(self, student: Student, remote: RemoteSampler, sync: WeightSync, *, tolerance: float) -> None:
+    def __init__(
+        self, student: Student, remote: RemoteSampler, sync: WeightSync, *, tolerance: float, sleep: Sleep | None = None
+    ) -> None:
         self.student, self.remote, self.sync, self.tolerance = student, remote, sync, tolerance
+        self.sleep = sleep
         self.weight_version = 0
         self.probes = _probes(remote.vocabulary)
         self._synced: int | None = None
@@ -64,7 +69,11 @@ class VllmSampler:
         if self._synced != self.student.num_changes:
             self._bring_up_to_date()
         self.remote.weight_version = self.weight_version
-        return self.remote.generate(requests, on_finished)
+        rollouts = self.remote.generate(requests, on_finished)
+        if self.sleep is not None:
+            self.sleep.begin()
+            self._synced = None
+        return rollouts
 
     def facts(self) -> Mapping[str, float]:
         """The gap after the last transfer, in nats, and the transfer's seconds, the check among them."""
@@ -74,9 +83,13 @@ class VllmSampler:
     def _bring_up_to_date(self) -> None:
         self.remote.client.before()  # the server's start is not the transfer's time
         started = time.perf_counter()
-        self.sync.send()
+        if self.sleep is not None:
+            self.sleep.wake_weights()
+        self.remote.model = self.sync.send()
+        if self.sleep is not None:
+            self.sleep.wake_cache()
         # What the old weights made of a prompt is no use to the new ones.
-        ask(self.remote.client, "/reset_prefix_cache", {})
+        forget_prefixes(self.remote.client)
         gap = self.gap()
         if not gap.size <= self.tolerance:  # NaN is no agreement
             raise WeightsError(

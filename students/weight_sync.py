@@ -1,10 +1,12 @@
 """Ways for the student's weights into a running vLLM server: a file that its worker reads, or vLLM's own transfer.
 
-    file   a server on a CPU: a safetensors file in a private folder in memory, read by ``distill.vllm.worker``
-    nccl   a server with GPUs of its own: broadcast (vLLM's NCCL engine)
-    ipc    a server on the trainer's GPU: handles of the trainer's memory (vLLM's IPC engine)
+    file      a server on a CPU: a safetensors file in a private folder in memory, read by ``distill.vllm.worker``
+    nccl      a server with GPUs of its own: broadcast (vLLM's NCCL engine)
+    ipc       a server on the trainer's GPU: handles of the trainer's memory (vLLM's IPC engine)
+    adapter   any server of a LoRA student: the adapters alone, beside the base weights that it started with
 
-Each is sent whole, adapters merged. That the weights arrived is not believed but checked, by whoever sends them.
+The first three send the weights whole, adapters merged. That they arrived is not believed but checked, by whoever sends
+them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,10 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import distill
-from distill.errors import UserError
+from distill.errors import DistillError, UserError
+from distill.model_config import LoraSettings
 from distill.vllm.client import Client, Job
+from students.adapter import adapter_flags, why_not_served
 
-Way = Literal["file", "nccl", "ipc"]
+Way = Literal["file", "nccl", "ipc", "adapter"]
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives every weight by its name in a plain checkpoint, as it is now."""
 
@@ -34,9 +39,12 @@ _MEMORY = Path("/dev/shm")
 
 
 class WeightSync(Protocol):
-    """Sends the weights as they are now; when it returns, the server has taken them."""
+    """Sends the weights as they are now; when it returns, the server has taken them.
 
-    def send(self) -> None: ...
+    It returns the name of the model to ask for; None is the server's own.
+    """
+
+    def send(self) -> str | None: ...
 
 
 class FileSync:
@@ -48,11 +56,32 @@ class FileSync:
     def send(self) -> None:
         # Tensors of a model are views here and there; a file holds each by itself.
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.weights()}
-        place = _MEMORY if _MEMORY.is_dir() else None
-        with tempfile.TemporaryDirectory(prefix="distill-", dir=place) as folder:
-            path = Path(folder) / "weights.safetensors"
+        with _private_folder() as folder:
+            path = folder / "weights.safetensors"
             save_file(tensors, path)
             ask(self.client, "/collective_rpc", {"method": "take_weights", "args": [str(path)]})
+
+
+class AdapterSync:
+    """Through a folder of peft's, written by ``write``, that nobody else can read and that is gone when it was read.
+
+    Each has a name of its own, the folder's. One that is loaded in place of another is read again from its folder at
+    every pass of the model, and whoever asks for an old one should get no answer. vLLM finds keys and values by an
+    adapter's name and path; both are new.
+    """
+
+    def __init__(self, client: Client, write: Callable[[Path], None]) -> None:
+        self.client, self.write = client, write
+        self._served: str | None = None
+
+    def send(self) -> str:
+        with _private_folder() as folder:
+            self.write(folder)
+            ask(self.client, "/v1/load_lora_adapter", {"lora_name": folder.name, "lora_path": str(folder)})
+        if self._served is not None:
+            ask(self.client, "/v1/unload_lora_adapter", {"lora_name": self._served})
+        self._served = folder.name
+        return folder.name
 
 
 class EngineSync:
@@ -96,9 +125,21 @@ class EngineSync:
 
 
 def choose_way(
-    wanted: Literal["auto", "file", "nccl", "ipc"], *, on_gpu: bool, own_devices: bool, num_experts: int
+    wanted: Literal["auto", "file", "nccl", "ipc", "adapter"],
+    *,
+    on_gpu: bool,
+    own_devices: bool,
+    num_experts: int,
+    lora: LoraSettings | None,
 ) -> Way:
-    """The way that fits. Raises UserError where ``wanted`` cannot be gone on this machine."""
+    """The way that fits. Raises UserError where ``wanted`` cannot be gone on this machine, or with this student."""
+    reason = why_not_served(lora, num_experts)
+    if wanted == "adapter" or (wanted == "auto" and reason is None):
+        if reason is not None:
+            raise UserError(
+                f"sampler.sync=adapter sends a student's adapters by themselves, and {reason}; set sampler.sync to auto"
+            )
+        return "adapter"
     way: Way = wanted if wanted != "auto" else ("file" if not on_gpu else "nccl" if own_devices else "ipc")
     if way != "file" and not on_gpu:
         raise UserError(
@@ -131,8 +172,11 @@ def check_uncut(server_args: Sequence[str]) -> None:
             )
 
 
-def flags_of(way: Way) -> tuple[str, ...]:
-    """What a server has to be started with."""
+def flags_of(way: Way, lora: LoraSettings | None = None) -> tuple[str, ...]:
+    """What a server has to be started with; ``lora`` are the student's adapters."""
+    if way == "adapter":
+        assert lora is not None, "adapters were chosen for a student that has none"
+        return adapter_flags(lora)
     if way == "file":
         return ("--worker-extension-cls", WORKER)
     return ("--weight-transfer-config", f'{{"backend": "{way}"}}')
@@ -146,17 +190,35 @@ def variables_of(way: Way, inherited: str | None) -> tuple[tuple[str, str], ...]
         # The server imports the worker's extension from where this process has it.
         here = str(Path(distill.__file__).resolve().parents[1])
         variables.append(("PYTHONPATH", ":".join(filter(None, (here, inherited)))))
+    if way == "adapter":
+        variables.append(("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1"))
     if way == "ipc":
         # Handles of memory travel pickled; the server listens on the loopback device alone.
         variables.append(("VLLM_ALLOW_INSECURE_SERIALIZATION", "1"))
     return tuple(variables)
 
 
-def ask(client: Client, path: str, body: dict[str, Any]) -> None:
-    """A request whose answer says nothing but that it was done."""
+def forget_prefixes(client: Client) -> None:
+    """Empty the server's prefix cache. Raises DistillError where it keeps some of it."""
+    # A question that nobody waits for any longer may still hold keys and values: they are computed anew.
+    said = ask(client, "/reset_prefix_cache?reset_running_requests=true", {})
+    if not said["success"]:
+        raise DistillError("the student's server cannot empty its prefix cache; its log says why")
 
-    async def one(path: str) -> None:
-        await client.post(path, body, load=1)
 
-    for _ in client.each([Job(path, 1)], one):
-        pass
+def ask(client: Client, path: str, body: dict[str, Any]) -> Any:
+    """The answer to one request, where it is JSON; None where it says nothing but that it was done."""
+
+    async def one(path: str) -> Any:
+        _, answer = await client.post(path, body, load=1)
+        return answer.json() if "json" in answer.headers.get("content-type", "") else None
+
+    ((_, said),) = client.each([Job(path, 1)], one)
+    return said
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder of this process's user alone, in memory where the machine has that."""
+    with tempfile.TemporaryDirectory(prefix="distill-", dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
+        yield Path(folder)

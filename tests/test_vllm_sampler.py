@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
 from distill.encode import Encoder
+from distill.errors import DistillError, UserError
 from distill.family import resolve
 from distill.model_config import LoraSettings, StudentSettings
 from distill.types import MODES, Prompt, Request, Sampling
@@ -24,7 +28,7 @@ from distill.vllm.service import Launch, Service
 from students.rescoring import rescore
 from students.student import Student
 from students.vllm_sampler import VllmSampler, WeightsError
-from students.weight_sync import FileSync, flags_of, variables_of
+from students.weight_sync import AdapterSync, FileSync, Way, WeightSync, flags_of, variables_of
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
@@ -32,23 +36,38 @@ NANO = open_checkpoint(resolve("nano", role="student"))
 ENCODER = Encoder(load_tokenizer(open_checkpoint(resolve("tiny", role="teacher"))))
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+LORA = LoraSettings(rank=4, alpha=8.0)
+
+
+@contextmanager
+def serving(way: Way, folder: Path) -> Iterator[Client]:
     launch = Launch(
         NANO,
         "generate",
         dtype="float32",
         max_model_len=256,
         on_gpu=False,
-        extra=flags_of("file"),
+        extra=flags_of(way, LORA),
         whose="student",
         max_restarts=0,
-        variables=variables_of("file", None),
+        variables=variables_of(way, None),
     )
-    with Service(launch, log=tmp_path_factory.mktemp("student") / "log") as service:
+    with Service(launch, log=folder / "log") as service:
         service.wait()
-        with Client([service.url], width=64, whose="student") as client:
+        with Client([service.url], width=64, whose="student", check=service.check) as client:
             yield client
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with serving("file", tmp_path_factory.mktemp("student")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def adapting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with serving("adapter", tmp_path_factory.mktemp("adapting")) as client:
+        yield client
 
 
 def student(**settings: Any) -> Student:
@@ -57,9 +76,9 @@ def student(**settings: Any) -> Student:
     return Student(model, StudentSettings(**settings), stop_ids=ENCODER.stop_ids)
 
 
-def sampler(client: Client, student: Student) -> VllmSampler:
+def sampler(client: Client, student: Student, sync: WeightSync | None = None) -> VllmSampler:
     remote = RemoteSampler(client, ENCODER, speaker="student", vocabulary=NANO.shape.vocabulary)
-    return VllmSampler(student, remote, FileSync(client, student.merged_weights), tolerance=1e-4)
+    return VllmSampler(student, remote, sync or FileSync(client, student.merged_weights), tolerance=1e-4)
 
 
 def requests(num: int) -> list[Request]:
@@ -84,6 +103,16 @@ def train(student: Student, seed: int) -> None:
     student.num_changes += 1
 
 
+def train_adapters(student: Student, seed: int) -> None:
+    """The same for adapters, which begin as ones that change nothing."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+    student.num_changes += 1
+
+
 def test_fifty_steps_each_with_the_trainers_weights(client: Client) -> None:
     learner = student()
     speaker = sampler(client, learner)
@@ -104,16 +133,87 @@ def test_fifty_steps_each_with_the_trainers_weights(client: Client) -> None:
 
 
 def test_adapters_arrive_merged(client: Client) -> None:
-    learner = student(lora=LoraSettings(rank=4, alpha=8.0))
+    learner = student(lora=LORA)
     speaker = sampler(client, learner)
     for step in range(3):
-        with torch.no_grad():  # peft begins with adapters that change nothing
-            for name, parameter in learner.model.named_parameters():
-                if "lora_B" in name:
-                    parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
-        learner.num_changes += 1
+        train_adapters(learner, step)
         speaker.generate(requests(2))
         assert speaker.facts()["sampler.gap"] <= 1e-4
+
+
+def test_adapters_are_swapped_under_a_server_that_runs(adapting: Client) -> None:
+    learner = student(lora=LORA)
+    speaker = sampler(adapting, learner, AdapterSync(adapting, learner.write_adapter))
+    said, names = [], []
+    for step in range(24):
+        train_adapters(learner, step)
+        speaker.weight_version = step + 1
+        # The same prompts each time: keys and values that an earlier adapter made of them would show.
+        rollouts = speaker.generate(requests(4))
+        assert 0 <= speaker.facts()["sampler.gap"] <= 1e-4
+        for rollout, scored in zip(rollouts, rescore(learner, rollouts), strict=True):
+            assert rollout.logprobs == pytest.approx(scored.token_R.tolist(), abs=1e-4)
+        said.append([one.response_ids for one in rollouts])
+        names.append(speaker.remote.model)
+    assert len({str(one) for one in said}) > 12  # the adapters are no trifle
+    # None but the last is left, and whoever asks for another is not answered by it.
+    speaker.remote.model = names[-2]
+    with pytest.raises(UserError, match=names[-2]):
+        speaker.remote.read([[1, 2]])
+
+
+def test_an_adapter_with_a_wrong_tensor_is_caught(adapting: Client) -> None:
+    learner = student(lora=LORA)
+
+    def corrupted(folder: Path) -> None:
+        learner.write_adapter(folder)
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"] *= 1.1
+        save_file(tensors, path)
+
+    train_adapters(learner, 0)
+    speaker = sampler(adapting, learner, AdapterSync(adapting, corrupted))
+    with pytest.raises(WeightsError, match=r"log-probability -\d+\.\d+, the trainer gives it -\d+\.\d+; the gap of"):
+        speaker.generate(requests(1))
+
+
+def test_an_adapter_that_is_cut_short_is_refused_by_the_server(adapting: Client) -> None:
+    learner = student(lora=LORA)
+
+    def cut(folder: Path) -> None:
+        learner.write_adapter(folder)
+        path = folder / "adapter_model.safetensors"
+        os.truncate(path, path.stat().st_size // 2)
+
+    speaker = sampler(adapting, learner, AdapterSync(adapting, cut))
+    with pytest.raises(DistillError, match="failed 5 times on the same request"):
+        speaker.generate(requests(1))
+    # The server is as it was.
+    speaker.sync = AdapterSync(adapting, learner.write_adapter)
+    speaker.generate(requests(1))
+
+
+def test_a_swap_that_never_happened_is_caught(adapting: Client) -> None:
+    learner = student(lora=LORA)
+    train_adapters(learner, 0)
+    sync = AdapterSync(adapting, learner.write_adapter)
+    speaker = sampler(adapting, learner, sync)
+    speaker.generate(requests(1))
+    name = speaker.remote.model
+
+    class Nothing:
+        def send(self) -> str | None:
+            return name
+
+    speaker.sync = Nothing()
+    train_adapters(learner, 1)
+    with pytest.raises(WeightsError, match="does not hold the student's weights"):
+        speaker.generate(requests(1))
+    # Nor does the base model pass for the adapted one.
+    name = None
+    with pytest.raises(WeightsError, match="does not hold the student's weights"):
+        speaker.generate(requests(1))
 
 
 @pytest.mark.parametrize("spoilt", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
@@ -151,13 +251,14 @@ def test_weights_that_never_left_are_caught(client: Client) -> None:
         speaker.generate(requests(1))
 
 
-def test_a_run_samples_its_student_through_vllm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}])
+def test_a_run_samples_its_student_through_vllm(tmp_path: Path, lora: dict[str, Any] | None) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         yaml.safe_dump(
             {
                 "teacher": {"model": "tiny", "dtype": "float32"},
-                "student": {"model": "nano", "dtype": "float32", "gradient_checkpointing": False},
+                "student": {"model": "nano", "dtype": "float32", "gradient_checkpointing": False, "lora": lora},
                 "sampler": {"backend": "vllm"},
                 "stages": {
                     "on_policy": {
@@ -184,4 +285,5 @@ def test_a_run_samples_its_student_through_vllm(tmp_path: Path) -> None:
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 4
     assert all(step["sampler.gap"] <= 1e-4 and step["sampler.sync_seconds"] > 0 for step in steps)
-    assert (out / "servers" / "student.log").exists()
+    log = (out / "servers" / "student.log").read_text()
+    assert ("Loaded new LoRA adapter" in log) == (lora is not None)

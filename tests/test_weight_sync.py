@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.checkpoint import load_model, open_checkpoint
@@ -16,11 +19,14 @@ from distill.errors import UserError
 from distill.family import resolve
 from distill.model_config import LoraSettings, SamplerSettings, StudentSettings
 from pipelines.student_sampling import check_sampler
+from students.adapter import MODULES, RANKS
 from students.ranks import ALONE
+from students.sleep import check_sleep
 from students.student import Student
-from students.weight_sync import EngineSync, choose_way, flags_of, variables_of
+from students.weight_sync import AdapterSync, EngineSync, choose_way, flags_of, variables_of
 
 NANO = open_checkpoint(resolve("nano", role="student"))
+LORA = LoraSettings(rank=4, alpha=8.0)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +40,45 @@ NANO = open_checkpoint(resolve("nano", role="student"))
     ],
 )
 def test_the_way_that_fits(wanted: Any, on_gpu: bool, own_devices: bool, way: str) -> None:
-    assert choose_way(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=0) == way
+    assert choose_way(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=0, lora=None) == way
+
+
+@pytest.mark.parametrize(
+    ("lora", "num_experts", "on_gpu", "way"),
+    [
+        (LORA, 0, False, "adapter"),
+        (LORA, 0, True, "adapter"),
+        # Whole weights where vLLM could not be given the adapters by themselves.
+        (LORA, 8, True, "ipc"),
+        (LoraSettings(rank=513), 0, True, "ipc"),
+        (LoraSettings(target_modules=("q_proj", "lm_head")), 0, False, "file"),
+        (LoraSettings(target_modules=("model.layers.0.mlp.up_proj",)), 0, False, "adapter"),
+    ],
+)
+def test_auto_sends_adapters_by_themselves_where_vllm_can_serve_them(
+    lora: LoraSettings, num_experts: int, on_gpu: bool, way: str
+) -> None:
+    assert choose_way("auto", on_gpu=on_gpu, own_devices=False, num_experts=num_experts, lora=lora) == way
+
+
+@pytest.mark.parametrize(
+    ("lora", "num_experts", "sentence"),
+    [
+        (None, 0, r"the student has none \(student.lora is null\); set sampler.sync to auto"),
+        (LORA, 8, "the student is a mixture of experts"),
+        (LoraSettings(rank=513), 0, "vLLM's largest rank is 512 and student.lora.rank is 513"),
+        (LoraSettings(target_modules=("embed_tokens",)), 0, "student.lora.target_modules has embed_tokens"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_refused_where_they_were_asked_for(
+    lora: LoraSettings | None, num_experts: int, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        choose_way("adapter", on_gpu=False, own_devices=False, num_experts=num_experts, lora=lora)
+
+
+def test_whole_weights_of_a_lora_student_can_be_asked_for() -> None:
+    assert choose_way("file", on_gpu=False, own_devices=False, num_experts=0, lora=LORA) == "file"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +96,7 @@ def test_ways_that_cannot_be_gone_are_refused_by_name(
     wanted: Any, on_gpu: bool, own_devices: bool, num_experts: int, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        choose_way(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=num_experts)
+        choose_way(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=num_experts, lora=None)
 
 
 def test_a_run_is_refused_before_anything_starts() -> None:
@@ -76,6 +120,11 @@ def test_a_server_that_is_cut_is_refused(words: tuple[str, ...]) -> None:
 def test_what_a_server_is_started_with(tmp_path: Path) -> None:
     assert flags_of("file") == ("--worker-extension-cls", "distill.vllm.worker.WeightsFromFile")
     assert flags_of("nccl") == ("--weight-transfer-config", '{"backend": "nccl"}')
+    words = flags_of("adapter", LoraSettings(rank=33))
+    assert words[:2] == ("--enable-lora", "--lora-target-modules")
+    assert "lm_head" not in words
+    assert words[-2:] == ("--max-lora-rank", "64")  # the smallest that vLLM has and that is large enough
+    assert dict(variables_of("adapter", None))["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     root = str(Path(__file__).resolve().parent.parent)
     assert dict(variables_of("file", "/mine")) == {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": f"{root}:/mine"}
     assert dict(variables_of("ipc", None)) == {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
@@ -121,13 +170,7 @@ def test_vllms_engines_get_the_weights_as_they_are_when_sent(way: Any, monkeypat
 
 
 def test_merged_weights_are_those_that_an_export_holds(tmp_path: Path) -> None:
-    settings = StudentSettings(dtype="float32", gradient_checkpointing=False, lora=LoraSettings(rank=4, alpha=8.0))
-    student = Student(load_model(NANO, torch.float32, "cpu"), settings, stop_ids=[0])
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in student.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+    student = lora_student()
     merged = dict(student.merged_weights())
     student.export(tmp_path, student.weights())
     exported = load_model(open_checkpoint(resolve(str(tmp_path), role="student")), torch.float32, "cpu")
@@ -135,6 +178,75 @@ def test_merged_weights_are_those_that_an_export_holds(tmp_path: Path) -> None:
     assert merged.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(merged[name], value.detach(), atol=1e-6, rtol=1e-5)
+
+
+def lora_student() -> Student:
+    """One whose adapters change something."""
+    settings = StudentSettings(dtype="float32", gradient_checkpointing=False, lora=LORA)
+    student = Student(load_model(NANO, torch.float32, "cpu"), settings, stop_ids=[0])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return student
+
+
+def test_adapters_are_written_as_peft_writes_them(tmp_path: Path) -> None:
+    student = lora_student()
+    (tmp_path / "ours").mkdir()
+    student.write_adapter(tmp_path / "ours")
+    student.adapted.save_pretrained(tmp_path / "peft")
+    ours, pefts = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "peft"))
+    assert ours.keys() == pefts.keys()
+    assert len(ours) == 2 * 7 * NANO.shape.num_layers
+    assert all(torch.equal(ours[name], pefts[name]) for name in ours)
+    said = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["bias"], said["modules_to_save"]) == (4, 8.0, "none", None)
+    assert set(said["target_modules"]) == set(MODULES)
+
+
+@pytest.mark.server  # no server starts, but vLLM has to be there
+def test_vllm_takes_what_the_rule_lets_through() -> None:
+    """The table of ranks, and its own check of an adapter's settings, as the installed vLLM has them."""
+    from vllm.config.lora import LoRAConfig, MaxLoRARanks
+    from vllm.lora.peft_helper import PEFTHelper
+
+    assert get_args(MaxLoRARanks) == RANKS
+    with tempfile.TemporaryDirectory() as folder:
+        lora_student().write_adapter(Path(folder))
+        PEFTHelper.from_local_dir(folder, None).validate_legal(LoRAConfig(max_lora_rank=8))
+
+
+def test_an_adapter_has_a_new_name_and_a_private_folder_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def ask(client: Any, path: str, body: dict[str, Any]) -> None:
+        asked.append((path, body))
+        if path == "/v1/load_lora_adapter":
+            folder = Path(body["lora_path"])
+            assert (folder / "written").exists()
+            assert folder.stat().st_mode & 0o077 == 0
+
+    monkeypatch.setattr("students.weight_sync.ask", ask)
+    sync = AdapterSync(None, lambda folder: (folder / "written").touch())  # type: ignore[arg-type]
+    names = [sync.send(), sync.send()]
+    assert len(set(names)) == 2
+    assert [path for path, _ in asked] == [*["/v1/load_lora_adapter"] * 2, "/v1/unload_lora_adapter"]
+    assert [body["lora_name"] for _, body in asked] == [*names, names[0]]
+    folders = {body["lora_path"] for _, body in asked if "lora_path" in body}
+    assert len(folders) == 2
+    assert not any(Path(folder).exists() for folder in folders)
+    assert all("load_inplace" not in body for _, body in asked)
+
+
+def test_a_server_sleeps_only_on_the_trainers_gpu() -> None:
+    check_sleep(on_gpu=True, own_devices=False)
+    with pytest.raises(UserError, match=r"sampler\.devices gives it its own"):
+        check_sleep(on_gpu=True, own_devices=True)
+    config = RunConfig(student=StudentSettings(model="nano"), sampler=SamplerSettings(backend="vllm", sleep=True))
+    with pytest.raises(UserError, match=r"sampler\.sleep=true is for a server on the trainer's GPU, and this machine"):
+        check_sampler(config, NANO, ALONE)
 
 
 def test_a_student_counts_the_changes_of_its_weights() -> None:

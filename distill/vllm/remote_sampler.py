@@ -33,6 +33,8 @@ class RemoteSampler:
         self.client, self.encoder, self.speaker, self.vocabulary = client, encoder, speaker, vocabulary
         self.weight_version = 0
         """Stamped on the rollouts."""
+        self.model: str | None = None
+        """The name of the model to ask for; None is the server's own, others are adapters of it."""
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
         """One rollout a request, in the order of the requests; ``on_finished`` sees each as soon as it ends.
@@ -53,7 +55,7 @@ class RemoteSampler:
         _, request = numbered
         response = _Response(request, self.encoder)
         while response.finish_reason is None:
-            body = response.next_body()
+            body = self._named(response.next_body())
             url, answer = await self.client.post(
                 "/v1/completions",
                 body,
@@ -82,19 +84,24 @@ class RemoteSampler:
 
     async def _read(self, numbered: tuple[int, Sequence[int]]) -> list[float]:
         _, sequence = numbered
-        body = {
-            "prompt": list(sequence),
-            "max_tokens": 1,
-            "prompt_logprobs": 0,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "add_special_tokens": False,
-            "temperature": 1.0,
-            "stop_token_ids": [],
-            "ignore_eos": True,
-        }
+        body = self._named(
+            {
+                "prompt": list(sequence),
+                "max_tokens": 1,
+                "prompt_logprobs": 0,
+                "logprobs": 0,
+                "return_token_ids": True,
+                "add_special_tokens": False,
+                "temperature": 1.0,
+                "stop_token_ids": [],
+                "ignore_eos": True,
+            }
+        )
         url, answer = await self.client.post("/v1/completions", body, load=len(sequence) + 1, is_broken_off=_is_aborted)
         return _read_segment(answer.json(), body, url=url, vocabulary=self.vocabulary).prompt_logprobs
+
+    def _named(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body if self.model is None else {"model": self.model, **body}
 
 
 @dataclass(frozen=True, slots=True)

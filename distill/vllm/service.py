@@ -70,7 +70,7 @@ class Launch:
     are loaded. ``python`` is the interpreter of the environment that has vLLM. ``extra`` goes to vLLM as it stands,
     after all other flags. ``whose`` is the model's role in the run, for messages.
     ``max_restarts`` is how often in a row a server that had been healthy is started again. ``variables`` of the
-    environment go before the user's own.
+    environment go before the user's own. One that ``sleeps`` gives its GPU memory away when it is told to.
     """
 
     checkpoint: Checkpoint
@@ -91,6 +91,7 @@ class Launch:
     whose: str = "teacher"
     max_restarts: int = MAX_RESTARTS
     variables: tuple[tuple[str, str], ...] = ()
+    sleeps: bool = False
 
     @property
     def answers(self) -> bool:
@@ -140,6 +141,7 @@ class Launch:
             *([] if self.quantization is None else ["--quantization", self.quantization]),
             *([] if self.on_gpu else self._cpu_flags()),
             *_ROLE_FLAGS[self.role],
+            *(["--enable-sleep-mode"] if self.sleeps else []),
             *self.extra,
         ]
 
@@ -394,11 +396,21 @@ class Service:
         """Whether the server has shown no sign of life for too long; one that merely rests is asked for one."""
         try:
             pulse.note(self._ask("GET", "/metrics", None).text)
-            if pulse.silence > STALL_SECONDS / 4 and self._ask("POST", *_CANARY[self.launch.role]).is_success:
+            if pulse.silence > STALL_SECONDS / 4 and (self._sleeps() or self._answers()):
                 pulse.beat()
         except httpx.TransportError:
             pass
         return pulse.silence > STALL_SECONDS
+
+    def _sleeps(self) -> bool:
+        """Whether its engine says that it sleeps; it then works on no request."""
+        if not self.launch.sleeps:
+            return False
+        answer = self._ask("GET", "/is_sleeping", None)
+        return answer.is_success and bool(answer.json()["is_sleeping"])
+
+    def _answers(self) -> bool:
+        return self._ask("POST", *_CANARY[self.launch.role]).is_success
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
         headers = {} if self.launch.api_key is None else {"Authorization": f"Bearer {self.launch.api_key}"}

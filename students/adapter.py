@@ -1,0 +1,54 @@
+"""The student's LoRA adapters as vLLM 0.32 serves them apart from the weights: which ones it can, and with which flags.
+
+DoRA, biases and whole modules beside the adapters cannot be served either; a student has none of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from distill.model_config import LoraSettings
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as ``--max-lora-rank``."""
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""A dense layer's linear modules: what all-linear means."""
+
+
+def why_not_served(lora: LoraSettings | None, num_experts: int) -> str | None:
+    """Why vLLM cannot be given such a student's adapters by themselves; None where it can."""
+    if lora is None:
+        return "the student has none (student.lora is null)"
+    if num_experts:
+        return "the student is a mixture of experts"
+    if lora.rank > RANKS[-1]:
+        return f"vLLM's largest rank is {RANKS[-1]} and student.lora.rank is {lora.rank}"
+    named = () if lora.target_modules == "all-linear" else lora.target_modules
+    others = [name for name in named if name.rpartition(".")[2] not in MODULES]
+    if others:
+        return f"student.lora.target_modules has {others[0]}, and those of {', '.join(MODULES)} alone can be"
+    return None
+
+
+def adapter_flags(lora: LoraSettings) -> tuple[str, ...]:
+    """What a server is started with to take such adapters."""
+    rank = min(rank for rank in RANKS if rank >= lora.rank)
+    # Left to itself vLLM wraps the head as well, and a CPU engine then ends at the first prompt log-probability: it
+    # takes the rows of a prompt for those of as many requests.
+    return ("--enable-lora", "--lora-target-modules", *MODULES, "--max-lora-rank", str(rank))
+
+
+def write_adapter(adapted: Any, dtype: torch.dtype, folder: Path) -> None:
+    """What the ``save_pretrained`` of peft's model ``adapted`` writes, with the tensors in ``dtype``."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    save_file(
+        {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
+    adapted.peft_config[adapted.active_adapter].save_pretrained(str(folder))
