@@ -100,7 +100,8 @@ class SamplerSettings(Settings):
     sync: Literal["auto", "file", "nccl", "ipc", "adapter"] = "auto"
     """How the weights get to the server. ``file``: through memory or disk, for a server on a CPU. ``nccl``: to a server
     with ``devices`` of its own. ``ipc``: within the GPU that trainer and server share. ``adapter``: LoRA adapters by
-    themselves, which the server lays over the weights that it started with. Auto takes the one that fits."""
+    themselves, which the server lays over the weights that it started with. Auto takes the one that fits: adapter for a
+    LoRA student on a GPU that vLLM can serve so."""
     sleep: bool = False
     """Whether a server on the trainer's GPU gives its memory away while the student trains."""
     devices: tuple[str, ...] = ()

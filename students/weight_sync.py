@@ -134,7 +134,8 @@ def choose_way(
 ) -> Way:
     """The way that fits. Raises UserError where ``wanted`` cannot be gone on this machine, or with this student."""
     reason = why_not_served(lora, num_experts)
-    if wanted == "adapter" or (wanted == "auto" and reason is None):
+    # On a CPU vLLM gathers a copy of the adapters for every token; merged weights cost it nothing.
+    if wanted == "adapter" or (wanted == "auto" and on_gpu and reason is None):
         if reason is not None:
             raise UserError(
                 f"sampler.sync=adapter sends a student's adapters by themselves, and {reason}; set sampler.sync to auto"

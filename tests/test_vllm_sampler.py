@@ -259,7 +259,7 @@ def test_a_run_samples_its_student_through_vllm(tmp_path: Path, lora: dict[str, 
             {
                 "teacher": {"model": "tiny", "dtype": "float32"},
                 "student": {"model": "nano", "dtype": "float32", "gradient_checkpointing": False, "lora": lora},
-                "sampler": {"backend": "vllm"},
+                "sampler": {"backend": "vllm", "sync": "auto" if lora is None else "adapter"},
                 "stages": {
                     "on_policy": {
                         "kind": "on_policy",

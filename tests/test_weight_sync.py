@@ -46,16 +46,17 @@ def test_the_way_that_fits(wanted: Any, on_gpu: bool, own_devices: bool, way: st
 @pytest.mark.parametrize(
     ("lora", "num_experts", "on_gpu", "way"),
     [
-        (LORA, 0, False, "adapter"),
         (LORA, 0, True, "adapter"),
+        (LoraSettings(target_modules=("model.layers.0.mlp.up_proj",)), 0, True, "adapter"),
+        # On a CPU adapters cost many times what merged weights do.
+        (LORA, 0, False, "file"),
         # Whole weights where vLLM could not be given the adapters by themselves.
         (LORA, 8, True, "ipc"),
         (LoraSettings(rank=513), 0, True, "ipc"),
-        (LoraSettings(target_modules=("q_proj", "lm_head")), 0, False, "file"),
-        (LoraSettings(target_modules=("model.layers.0.mlp.up_proj",)), 0, False, "adapter"),
+        (LoraSettings(target_modules=("q_proj", "lm_head")), 0, True, "ipc"),
     ],
 )
-def test_auto_sends_adapters_by_themselves_where_vllm_can_serve_them(
+def test_auto_sends_adapters_by_themselves_where_vllm_serves_them_well(
     lora: LoraSettings, num_experts: int, on_gpu: bool, way: str
 ) -> None:
     assert choose_way("auto", on_gpu=on_gpu, own_devices=False, num_experts=num_experts, lora=lora) == way
@@ -77,8 +78,9 @@ def test_adapters_that_cannot_be_served_are_refused_where_they_were_asked_for(
         choose_way("adapter", on_gpu=False, own_devices=False, num_experts=num_experts, lora=lora)
 
 
-def test_whole_weights_of_a_lora_student_can_be_asked_for() -> None:
-    assert choose_way("file", on_gpu=False, own_devices=False, num_experts=0, lora=LORA) == "file"
+def test_a_lora_students_way_can_be_asked_for() -> None:
+    assert choose_way("adapter", on_gpu=False, own_devices=False, num_experts=0, lora=LORA) == "adapter"
+    assert choose_way("ipc", on_gpu=True, own_devices=False, num_experts=0, lora=LORA) == "ipc"
 
 
 @pytest.mark.parametrize(
