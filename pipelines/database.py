@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distill.errors import DistillError, UserError
+from distill.progress import say
 from pipelines.clock import Clock, SystemClock
 
 VARIABLE = "DISTILL_QUEUE"
 
+_FILE = "queue.db"
 _VERSION = 1
 _BUSY_SECONDS = 60.0
 
@@ -56,6 +58,20 @@ def default_folder() -> Path:
     return (state if state.is_absolute() else Path.home() / ".local" / "state") / "strong-to-weak" / "queue"
 
 
+def is_unused(named: Path | None) -> bool:
+    """Whether the usual queue is meant and nothing has made it yet: no jobs and no schedules, but no mistake either."""
+    if named is not None:
+        return False
+    try:
+        (default_folder() / _FILE).stat()
+    except FileNotFoundError:
+        say(f"there is no queue in {default_folder()} yet; distill queue add and distill schedule add make one")
+        return True
+    except OSError:
+        return False  # opening it says what is wrong
+    return False
+
+
 class Database:
     """The database in a folder, made if need be unless ``create`` is False. Raises UserError where it cannot be had."""
 
@@ -65,7 +81,7 @@ class Database:
         try:
             if create:
                 folder.mkdir(parents=True, exist_ok=True)
-            elif not (folder / "queue.db").exists():
+            elif not (folder / _FILE).exists():
                 raise UserError(
                     f"there is no queue in {folder}; distill queue add and distill schedule add make one, --queue or "
                     f"{VARIABLE} names another"
@@ -78,7 +94,7 @@ class Database:
         with lock:
             # Turning the log on wants the file for oneself, and does not wait for it.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self._connection = self._open(folder / "queue.db")
+            self._connection = self._open(folder / _FILE)
 
     def _open(self, file: Path) -> sqlite3.Connection:
         try:

@@ -12,7 +12,7 @@ from distill.cli.options import JobName, JobOut, Json, QueueFolder
 from distill.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.queue import Queue
+    from pipelines.queue import Job, Queue
 
 app = typer.Typer(help="Jobs: waiting, running and finished.", no_args_is_help=True)
 
@@ -41,13 +41,14 @@ def queue_list(
       distill queue list --schedule nightly --last 7
     """
     from pipelines.board import print_jobs
+    from pipelines.database import is_unused
     from pipelines.verdict import ACTIVE, FINISHED
 
-    waiting = _queue(queue)
-    found = [
-        *waiting.jobs(states=FINISHED, schedule=schedule, last=last),
-        *waiting.jobs(states=ACTIVE, schedule=schedule),
-    ]
+    found: list[Job] = []
+    if not is_unused(queue):
+        waiting = _queue(queue)
+        found += waiting.jobs(states=FINISHED, schedule=schedule, last=last)
+        found += waiting.jobs(states=ACTIVE, schedule=schedule)
     documents = [job.to_json() for job in sorted(found, key=lambda job: job.id)]
     if as_json:
         print(json.dumps({"jobs": documents}, allow_nan=False))

@@ -71,8 +71,9 @@ def schedule_list(queue: QueueFolder = None, as_json: Json = False) -> None:
       distill schedule list --json
     """
     from pipelines.board import print_schedules
+    from pipelines.database import is_unused
 
-    documents = [schedule.to_json() for schedule in _schedules(queue).all()]
+    documents = [] if is_unused(queue) else [schedule.to_json() for schedule in _schedules(queue).all()]
     if as_json:
         print(json.dumps({"schedules": documents}, allow_nan=False))
     else:
