@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distill.config import RunConfig
 from distill.hardware import Device, Pool
@@ -32,6 +32,8 @@ class Ways:
             most = self.devices.times(MOST_FACTOR)
             found, would = search(self.config, self.pair, most, processes=self.processes), f"neither would {most}"
         fixed = "" if self.processes is None else f" with {self.processes} processes of the student"
+        if self.devices.roles_at_once > 1:
+            fixed += " with the servers of both roles of the teacher up at once, each on GPUs of its own"
         return f"nothing fits {self.devices}{fixed}: {found.lacks}; {would}"
 
     def _more(self) -> str | None:
@@ -54,7 +56,7 @@ class Ways:
         ]
         for changes in CHANGES:
             for pool in larger if self.devices.is_one else ():
-                if (way := self._fitting(Devices(pool, pool, is_one=True), changes)) is not None:
+                if (way := self._fitting(replace(self.devices, teacher=pool, student=pool), changes)) is not None:
                     return way
         return None
 

@@ -193,7 +193,8 @@ def _counts(most: int, fixed: int | None = None) -> list[int]:
 def _servers(config: RunConfig, pair: Pair, devices: Devices, found: Search) -> Iterator[TeacherLayout]:
     """Every way to serve the teacher on its part of the devices."""
     pool = devices.teacher
-    most = devices.count - 1 if devices.is_one else pool.count
+    roles = devices.roles_at_once
+    most = (devices.count - 1 if devices.is_one else pool.count) // roles
     shape, longest = pair.teacher, config.max_prompt_tokens + config.longest_response + 1
     item = teacher_bytes(config)
     for size in (size for size in _counts(min(most, pool.per_node)) if _can_be_cut(config, shape, size)):
@@ -221,7 +222,7 @@ def _servers(config: RunConfig, pair: Pair, devices: Devices, found: Search) -> 
             found.fitted.add("server")
             experts = needs_expert_parallel(teacher_config(shape, config), size, config.teacher.quantization)
             for replicas in _counts(most // (size * groups)):
-                yield TeacherLayout("vllm", item, size, groups, replicas, experts, servers)
+                yield TeacherLayout("vllm", item, size, groups, replicas, experts, servers, roles)
             # A deeper pipeline than the weights need buys nothing that another replica does not.
             break
 

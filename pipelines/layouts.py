@@ -6,7 +6,7 @@ behind vLLM servers on GPUs of its own (``distill.server_memory``). ``pipelines.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from distill.config import RunConfig
@@ -41,9 +41,15 @@ class TeacherLayout:
     replicas: int = 1
     expert_parallel: bool = False
     servers: dict[Role, ServerMemory] = field(default_factory=dict)
+    roles_at_once: int = 1
+    """Roles whose servers are up together, each on GPUs of its own; 1 where they take turns."""
 
     @property
     def gpus(self) -> int:
+        return self.roles_at_once * self.gpus_of_a_role
+
+    @property
+    def gpus_of_a_role(self) -> int:
         return 0 if self.backend == "local" else self.tensor_parallel * self.pipeline_parallel * self.replicas
 
     def __str__(self) -> str:
@@ -108,6 +114,8 @@ class Devices:
     student: Pool
     is_one: bool
     """Whether both are the same devices, to be divided."""
+    roles_at_once: int = 1
+    """Of the teacher's servers, as in its layout."""
 
     @property
     def count(self) -> int:
@@ -121,4 +129,4 @@ class Devices:
     def times(self, factor: int) -> Devices:
         """So many times as many."""
         teacher, student = (pool.of(factor * pool.count) for pool in (self.teacher, self.student))
-        return Devices(teacher, student, self.is_one)
+        return replace(self, teacher=teacher, student=student)

@@ -56,7 +56,7 @@ def _placed(
     if held is None:
         return None
     servers = []
-    for _ in range(teacher.replicas if teacher.gpus else 0):
+    for _ in range(teacher.replicas * teacher.roles_at_once if teacher.gpus else 0):
         size = teacher.tensor_parallel * teacher.pipeline_parallel
         server = _take(on_teacher, size, pools[0].per_node, last=False)
         if server is None:

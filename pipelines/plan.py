@@ -78,7 +78,8 @@ class Estimate:
 
     def busy(self, who: str) -> float:
         """GPU-hours in which the GPUs of one side work."""
-        gpus = self.layout.student.processes if self.layout.is_shared or who == "student" else self.layout.teacher.gpus
+        layout = self.layout
+        gpus = layout.student.processes if layout.is_shared or who == "student" else layout.teacher.gpus_of_a_role
         return gpus * sum(phase.seconds for phase in self.phases if phase.job.who == who) / 3600
 
 

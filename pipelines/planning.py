@@ -27,10 +27,12 @@ def planned(
     price: float | None = None,
     lengths: Mapping[str, float | None] | None = None,
     processes: int | None = None,
+    roles_at_once: int = 1,
     asked: Sequence[str] = (),
 ) -> Plan:
     """The plan of ``config``. ``lengths`` are tokens of prompt, think and no_think; None where the usual ones hold.
-    ``processes`` fixes how many the student has; ``asked`` are words that the run's command has beside its models.
+    ``processes`` fixes how many the student has, ``roles_at_once`` how many of the teacher's roles have servers up at
+    the same time; ``asked`` are words that the run's command has beside its models.
 
     Raises UserError for devices that nobody knows, models whose shape cannot be looked up, and where nothing fits.
     """
@@ -49,6 +51,8 @@ def planned(
         student=pool(gpus_student, "--gpus-student"),
         price=price,
     )
+    if devices is not None:
+        devices = replace(devices, roles_at_once=roles_at_once)
     pair = Pair(teacher=_shape(config.teacher.model, "teacher"), student=_shape(config.student.model, "student"))
     said = {name: value for name, value in (lengths or {}).items() if value is not None}
     spoken = replace(usual_lengths(config), **said, longest=None) if said else None

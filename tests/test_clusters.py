@@ -78,7 +78,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "extends": "qwen3",
         "teacher": {"model": "235B", "backend": "vllm"},
         "student": {"model": "4B"},
-        "launch": {"gpus_teacher": "2x4xH100", "gpus_student": "4x4xH100"},
+        "launch": {"gpus_teacher": "4x4xH100", "gpus_student": "4x4xH100"},
     },
     # A schedule, on processors.
     "nightly": {
@@ -203,8 +203,62 @@ def test_what_an_engine_cannot_do_is_a_sentence(
 
 
 def test_a_plan_that_changes_the_result_is_not_launched(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"only with .* which is another result"):
-        rendered(tmp_path, "beside", "slurm", "launch.gpus=4xH200", "teacher.model=235B")
+    # Servers of one role at a time would fit as they are.
+    with pytest.raises(UserError, match=r"both roles .* being up at once, only with .* which is another result"):
+        rendered(tmp_path, "beside", "slurm", "launch.gpus=8xH200", "teacher.model=235B")
+
+
+def asked_for(one: Order, on: str) -> int:
+    """GPUs of a rendered file, all that are up at once: counted in what the engine reads."""
+    if on == "slurm":
+        lines = one.text.splitlines()
+        nodes, gpus = (
+            int(next(line for line in lines if line.startswith(f"#SBATCH {key}")).rpartition(separator)[2])
+            for key, separator in (("--nodes=", "="), ("--gres=", ":"))
+        )
+        return nodes * gpus
+    if on == "skypilot":
+        tasks = [task for task in documents(one) if "resources" in task]
+        return sum(task["num_nodes"] * sum(task["resources"]["accelerators"].values()) for task in tasks)
+    (job,) = (document["spec"] for document in documents(one) if document["kind"] == "Job")
+    pod = job["template"]["spec"]
+    containers = (*pod.get("initContainers", ()), *pod["containers"])
+    each = sum(int(container["resources"]["limits"]["nvidia.com/gpu"]) for container in containers)
+    return int(job.get("parallelism", 1)) * each
+
+
+@pytest.mark.parametrize("on", ENGINES)
+@pytest.mark.usefixtures("short_recipe")
+def test_no_more_gpus_are_asked_for_than_there_are(on: str, tmp_path: Path) -> None:
+    counts, refused = set(), 0
+    for teacher, student in (("235B", "4B"), ("32B", "4B"), ("30B-A3B", "14B")):
+        for pool, there in (
+            *(("2xH200", 2), ("3xH100", 3), ("4xH100", 4), ("8xH100", 8), ("8xH200", 8), ("20xH100", 20)),
+            *(("2x4xH200", 8), ("2x6xH200", 12), ("3x8xH100", 24)),
+        ):
+            models = (f"launch.gpus={pool}", f"teacher.model={teacher}", f"student.model={student}")
+            try:
+                one = rendered(tmp_path, "beside", on, *models)
+            except UserError as error:
+                refused += 1
+                assert ";" in str(error), "the way out is missing"
+                continue
+            assert asked_for(one, on) == one.to_json()["gpus"] <= there, models
+            counts.add((len(one.fleet.servers), there - one.gpus))
+    # Servers of both roles and none of them, with GPUs to spare and without, and what does not fit were all among them.
+    assert {servers for servers, _ in counts} == {0, 2} and {0} < {left for _, left in counts} and refused
+
+
+@pytest.mark.parametrize(
+    ("on", "assignments", "says"),
+    [
+        ("skypilot", ["launch.gpus=2xH100"], "both roles of the teacher up at once.*what would: 8xH100"),
+        ("slurm", ["launch.gpus=20xH100", "student.model=14B"], "3 of 8 GPUs for the 20 .* 24 together.*3x8xH100"),
+    ],
+)
+def test_what_has_no_room_at_once_is_a_sentence(on: str, assignments: list[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        rendered(tmp_path, "beside", on, *assignments)
 
 
 def test_one_run_of_a_schedule_leaves_its_cron_out(tmp_path: Path) -> None:

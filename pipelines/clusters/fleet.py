@@ -2,8 +2,9 @@
 
 The student is one part: processes on one machine or on several. A teacher that the plan puts behind vLLM is a part for
 each of its roles, up as long as the student works: what a single process of a run does with its own servers, having
-the roles take turns on the same GPUs, several machines cannot. So the teacher takes its GPUs of the plan once for each
-role. Servers that the job file names (``teacher.urls``) are somebody else's and no part.
+the roles take turns on the same GPUs, several machines cannot. So the job's plan is made for servers of both roles at
+once (``roles_to_serve``), each on GPUs of its own. Servers that the job file names (``teacher.urls``) are somebody
+else's and no part.
 """
 
 from __future__ import annotations
@@ -137,13 +138,14 @@ def make_fleet(name: str, plan: Plan, settings: LaunchSettings, schedule: Schedu
     """The parts of the plan's layout. Raises UserError for a plan that changes the result, or that no parts make."""
     layout = plan.best.layout
     if layout.changes:
+        both = ", the servers of both roles of the teacher being up at once," if plan.devices.roles_at_once > 1 else ""
         raise UserError(
-            f"{plan.devices} hold this job only with {', '.join(layout.changes)}, which is another result "
+            f"{plan.devices} hold this job{both} only with {', '.join(layout.changes)}, which is another result "
             f"({', '.join(layout.assignments)}); write that into the job file, or name more GPUs"
         )
     config, pool = _as_planned(layout), layout.student_pool
     student = _student(layout.student.processes, pool)
-    roles = () if layout.is_shared else _roles(config.teacher)
+    roles = () if layout.is_shared else roles_to_serve(config.teacher)
     if roles:
         _refuse_unserved(config)
         patience = max(config.teacher.patience_seconds, settings.teacher_start_seconds)
@@ -182,7 +184,7 @@ def _student(processes: int, pool: Pool) -> Part:
     return Part("student", machines, processes // machines, pool.name, pool.device.kind == "gpu")
 
 
-def _roles(teacher: TeacherSettings) -> tuple[Role, ...]:
+def roles_to_serve(teacher: TeacherSettings) -> tuple[Role, ...]:
     """The roles that no server of somebody else's has."""
     needs: list[Role] = [] if teacher.urls.generate else ["generate"]
     # Log-probabilities are read by the servers that generate.

@@ -19,7 +19,7 @@ from distill.errors import DistillError, UserError
 from distill.jobs import ScheduleSettings, checked_name, split_job
 from distill.journal import write_atomically
 from distill.recipe import assign, load_recipe, merge, parse_assignment
-from pipelines.clusters.fleet import Fleet, make_fleet
+from pipelines.clusters.fleet import Fleet, make_fleet, roles_to_serve
 from pipelines.clusters.rendering import ENGINES, Engine
 from pipelines.job import is_teacher_ours, resolve_runs
 from pipelines.plan import Plan
@@ -34,6 +34,8 @@ class Order:
     file: Path
     text: str
     command: tuple[str, ...]
+    gpus: int
+    """What the file asks for; on Slurm those of its machines that no part uses too."""
 
     def to_json(self) -> dict[str, Any]:
         best = self.fleet.plan.best
@@ -45,7 +47,7 @@ class Order:
                 {"name": part.name, "machines": part.machines, "processes": part.processes, "gpus": part.gpus}
                 for part in self.fleet.parts
             ],
-            "gpus": self.fleet.gpus,
+            "gpus": self.gpus,
             "device": self.fleet.student.device,
             "seconds": best.seconds,
             "notes": list(notes(self.fleet)),
@@ -91,7 +93,7 @@ def order(
         called = name if job.sweep is None else f"{name}-{config.name}"
         fleet = make_fleet(called, _plan(config, job.launch, hardware), job.launch, schedule)
         file = (folder / f"{called}{engine.suffix}").absolute()
-        orders.append(Order(fleet, file, engine.render(fleet), tuple(engine.command(fleet, file))))
+        orders.append(Order(fleet, file, engine.render(fleet), tuple(engine.command(fleet, file)), engine.gpus(fleet)))
     return orders
 
 
@@ -121,6 +123,8 @@ def _plan(config: RunConfig, settings: LaunchSettings, hardware: Path | None) ->
         gpus_teacher=settings.gpus_teacher,
         gpus_student=settings.gpus_student,
         hardware=hardware,
+        # Somebody else's servers count once: the plan has room for them too.
+        roles_at_once=max(1, len(roles_to_serve(config.teacher))),
     )
 
 
@@ -137,10 +141,11 @@ def notes(fleet: Fleet) -> list[str]:
             "the store of the teacher's responses is in the cluster user's cache; set launch.environment.DISTILL_STORE "
             "to a folder that stays, or an attempt that begins anew pays for them again"
         )
+    layout = fleet.plan.best.layout
     if len(fleet.servers) > 1:
         found.append(
-            "the servers of both roles are up at once, each on GPUs of its own, so that the teacher takes twice what "
-            "the plan says"
+            f"the servers of both roles are up at once, so that the teacher has {layout.teacher.gpus} GPUs, "
+            f"{layout.teacher.gpus_of_a_role} for each (in `distill plan` the roles take turns)"
         )
     return found
 

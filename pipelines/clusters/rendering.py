@@ -12,17 +12,18 @@ from pipelines.clusters.fleet import Fleet
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """``command`` submits a file, with the tool that is its first word."""
+    """``command`` submits a file, with the tool that is its first word; ``gpus`` is how many the file asks for."""
 
     title: str
     suffix: str
     render: Callable[[Fleet], str]
     command: Callable[[Fleet, Path], Sequence[str]]
+    gpus: Callable[[Fleet], int] = lambda fleet: fleet.gpus
     has_cron: bool = False
 
 
 ENGINES: dict[str, Engine] = {
-    "slurm": Engine("Slurm", ".sbatch", slurm.render, lambda fleet, file: ["sbatch", str(file)]),
+    "slurm": Engine("Slurm", ".sbatch", slurm.render, lambda fleet, file: ["sbatch", str(file)], slurm.gpus),
     "kubernetes": Engine(
         "Kubernetes",
         ".kubernetes.yaml",

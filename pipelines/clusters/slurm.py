@@ -129,6 +129,12 @@ def render(fleet: Fleet) -> str:
     return "\n".join(lines) + "\n" + _WAIT + _END.replace("{backoff_limit}", str(fleet.schedule.backoff_limit))
 
 
+def gpus(fleet: Fleet) -> int:
+    """Of the whole allocation, those that no part uses included: its machines are equal."""
+    _, machines, processes = _placed(fleet)
+    return machines * processes if fleet.student.has_gpus else 0
+
+
 def _refuse(fleet: Fleet) -> None:
     if fleet.schedule.active_deadline_seconds is not None:
         raise UserError(
@@ -140,6 +146,14 @@ def _refuse(fleet: Fleet) -> None:
         raise UserError(
             f"the plan has {' and '.join(sorted(pools))}, and a job on Slurm is one allocation of equal machines; name "
             "one kind with --gpus, or start the teacher's servers as a job of their own and name them in teacher.urls"
+        )
+    devices = fleet.plan.devices
+    if (asked := gpus(fleet)) > devices.count:
+        _, machines, each = _placed(fleet)
+        raise UserError(
+            f"the job file has {devices}, and a job on Slurm is one allocation of equal machines: {machines} of {each} "
+            f"GPUs for the {fleet.gpus} that the plan has, {asked} together; name whole machines with launch.gpus "
+            f"({machines}x{each}x{fleet.student.device}), or set launch.gpus so that a plan of fewer is made"
         )
 
 
