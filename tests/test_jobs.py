@@ -3,6 +3,7 @@ sentence for whatever is wrong."""
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -235,7 +236,8 @@ def disarranged(chance: random.Random, tree: Any) -> Any:
             case 1 if isinstance(block, dict):
                 block[chance.choice((f"{key}s", "extends", "sweep", "schedule", ""))] = block.pop(key)
             case _:
-                block[key] = chance.choice(ODD_VALUES)
+                # A copy: what is put into it later would else be in all of them, itself included.
+                block[key] = copy.deepcopy(chance.choice(ODD_VALUES))
     return tree
 
 
