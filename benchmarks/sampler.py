@@ -37,8 +37,9 @@ from distill.model_config import StudentSettings
 from distill.sampler import TransformersSampler
 from distill.types import Prompt, Request, Rollout, Sampling
 from distill.vllm.client import Client
+from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
-from distill.vllm.service import Launch, Service
+from distill.vllm.service import Service
 from students.rescoring import rescore
 from students.student import Student
 from students.vllm_sampler import VllmSampler

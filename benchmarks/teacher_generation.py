@@ -24,8 +24,9 @@ from distill.encode import Encoder
 from distill.family import resolve
 from distill.types import MODES, Prompt, Request, Sampling
 from distill.vllm.client import Client
+from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
-from distill.vllm.service import Launch, Service
+from distill.vllm.service import Service
 
 
 def main() -> None:

@@ -48,7 +48,8 @@ from distill.divergence import linear_logprobs
 from distill.family import ModelSource
 from distill.types import HiddenStates, Prompt, Request, Rollout, SampledLogprobs, Sampling, Signal, TopK
 from distill.vllm.client import Client
-from distill.vllm.service import ROLES, Launch, Role, Service
+from distill.vllm.launch import ROLES, Launch, Role
+from distill.vllm.service import Service
 from teachers.local import LocalTeacher
 from teachers.logprobs import LogprobTeacher
 from teachers.remote import RemoteTeacher

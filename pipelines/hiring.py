@@ -27,8 +27,9 @@ from distill.model_config import TeacherSettings
 from distill.sampler import Sampler, TransformersSampler
 from distill.types import Request, Rollout, Signal
 from distill.vllm.client import Client, checked_url
+from distill.vllm.launch import ROLES, Launch, Role, replicas
 from distill.vllm.remote_sampler import RemoteSampler
-from distill.vllm.service import ROLES, Launch, Role, Service, free_port, replicas
+from distill.vllm.service import Service, free_port
 from pipelines.signals import SIGNALS, Wanted
 from teachers.local import LocalTeacher
 from teachers.reduced import Choose

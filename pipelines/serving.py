@@ -17,7 +17,8 @@ from distill.checkpoint import open_checkpoint
 from distill.errors import StoppedError
 from distill.family import resolve
 from distill.progress import say
-from distill.vllm.service import Launch, Nodes, Role, Service, replicas
+from distill.vllm.launch import Launch, Nodes, Role, replicas
+from distill.vllm.service import Service
 from pipelines.hiring import KEY_VARIABLE, devices_here
 
 _POLL_SECONDS = 0.2

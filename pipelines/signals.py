@@ -18,7 +18,7 @@ from distill.checkpoint import Checkpoint
 from distill.errors import UserError
 from distill.model_config import TeacherSettings
 from distill.vllm.client import Client
-from distill.vllm.service import Role
+from distill.vllm.launch import Role
 from teachers.chosen import ChosenTeacher
 from teachers.logprobs import LogprobTeacher
 from teachers.reduced import Choose, ReducedTeacher, to_chosen, to_sampled, to_topk

@@ -17,8 +17,9 @@ from distill.encode import Encoder
 from distill.errors import UserError
 from distill.sampler import StudentSampler, TransformersSampler
 from distill.vllm.client import Client
+from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
-from distill.vllm.service import Launch, Service
+from distill.vllm.service import Service
 from students.ranks import Ranks
 from students.sleep import Sleep, check_sleep, level_for
 from students.student import Student

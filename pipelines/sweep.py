@@ -28,7 +28,8 @@ from distill.interrupt import EXIT_CODES, deferred_signals
 from distill.journal import read_json
 from distill.progress import complain, say
 from distill.recipe import load_recipe, validate
-from distill.vllm.service import Role, Service
+from distill.vllm.launch import Role
+from distill.vllm.service import Service
 from pipelines.hiring import devices_here, server_launches
 from pipelines.job import is_teacher_ours
 from pipelines.preparation import run_command

@@ -11,8 +11,8 @@ from distill import interrupt
 from distill.errors import StoppedError, UserError
 from distill.progress import say
 from distill.vllm.client import PATIENCE_SECONDS, checked_url
+from distill.vllm.launch import Role
 from distill.vllm.replica import is_loopback
-from distill.vllm.service import Role
 
 _ROUTES: Mapping[Role, str] = {"score": "/pooling", "generate": "/v1/completions"}
 _PAUSE_SECONDS = 2.0

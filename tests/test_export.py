@@ -26,7 +26,8 @@ from distill.embedded import checkpoint_dir
 from distill.errors import UserError
 from distill.family import ModelSource, resolve
 from distill.recipe import load_recipe, validate
-from distill.vllm.service import Launch, Service
+from distill.vllm.launch import Launch
+from distill.vllm.service import Service
 from pipelines.export import export_run
 from pipelines.model_card import model_card, without_places
 from pipelines.resolution import resolve_run

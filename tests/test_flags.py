@@ -11,7 +11,7 @@ import pytest
 
 from distill.checkpoint import open_checkpoint
 from distill.family import resolve
-from distill.vllm.service import ROLES, Launch, Nodes
+from distill.vllm.launch import ROLES, Launch, Nodes
 
 pytestmark = pytest.mark.server
 

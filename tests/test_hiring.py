@@ -17,7 +17,8 @@ from distill.errors import UserError
 from distill.family import resolve
 from distill.journal import Journal
 from distill.vllm.client import is_healthy
-from distill.vllm.service import Launch, Service
+from distill.vllm.launch import Launch
+from distill.vllm.service import Service
 from pipelines.hiring import Shifts, found_servers, hired_teacher, server_launches
 from pipelines.resolution import resolve_run
 

@@ -21,7 +21,8 @@ from distill.errors import UserError
 from distill.family import resolve
 from distill.prompts import EmbeddedSource
 from distill.types import Rollout
-from distill.vllm.service import Launch, Role, Service
+from distill.vllm.launch import Launch, Role
+from distill.vllm.service import Service
 from pipelines.admission import Admission
 from pipelines.faculty import find_teachers, hired_faculty
 from pipelines.probes import PROBES

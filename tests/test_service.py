@@ -20,7 +20,8 @@ from distill.errors import DistillError, UserError
 from distill.family import resolve
 from distill.vllm.client import is_healthy
 from distill.vllm.cuts import needs_expert_parallel
-from distill.vllm.service import Launch, Nodes, Service, replicas
+from distill.vllm.launch import Launch, Nodes, replicas
+from distill.vllm.service import Service
 
 FAKE = """#!{python}
 import http.server, os, signal, subprocess, sys

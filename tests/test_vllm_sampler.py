@@ -23,8 +23,9 @@ from distill.family import resolve
 from distill.model_config import LoraSettings, StudentSettings
 from distill.types import MODES, Prompt, Request, Sampling
 from distill.vllm.client import Client
+from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
-from distill.vllm.service import Launch, Service
+from distill.vllm.service import Service
 from students.rescoring import rescore
 from students.student import Student
 from students.vllm_sampler import VllmSampler, WeightsError

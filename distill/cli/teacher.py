@@ -56,7 +56,7 @@ def teacher_serve(
     from distill.interrupt import deferred_signals
 
     with deferred_signals():
-        from distill.vllm.service import Nodes
+        from distill.vllm.launch import Nodes
         from pipelines.serving import serve
 
         serve(
