@@ -56,7 +56,7 @@ class TeacherSettings(Settings):
     """How long a vLLM server that does not answer is waited for; then the run stops with exit code 75."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_tokens: PositiveInt = 65536
-    """Most tokens in one scoring forward pass; under way at once to each vLLM server."""
+    """Most tokens in one scoring forward pass, on a CPU no more than 1,024; under way at once to each vLLM server."""
 
 
 class LoraSettings(Settings):
