@@ -36,11 +36,13 @@ from distill.model_config import StudentSettings
 from distill.sampler import TransformersSampler
 from distill.stage_config import OnPolicyStage, Optimiser
 from distill.types import Prompt, Request, Rollout, Sampling
+from pipelines.batches import AtOnce
 from pipelines.crew import Crew
 from pipelines.faculty import Faculty
 from pipelines.guards import Guards
 from pipelines.loop import run_stage
 from pipelines.meter import Meter
+from pipelines.phases import PHASES, Clock
 from pipelines.stages import OnPolicy
 from pipelines.tracker import UNTRACKED
 from students.batch import collate
@@ -142,6 +144,8 @@ def ours(steps: int, warmup: int) -> dict[str, Any]:
             guards=Guards(GuardSettings(), stage="on_policy", checkpoints=Path(folder), history=[]),
             tracking=UNTRACKED,
             examine=lambda done: False,
+            batches=AtOnce(stage, crew),
+            clock=Clock(dict.fromkeys(PHASES, 1)),
         )
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
         journal.close()

@@ -130,6 +130,23 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_staleness(self) -> Self:
+        if self.sampler.staleness == 0:
+            return self
+        if self.sampler.backend != "vllm":
+            raise ValueError(
+                f"sampler.staleness is 1, and sampler.backend={self.sampler.backend} samples with the very weights "
+                f"that are trained; set sampler.backend to vllm, whose server has its own, or sampler.staleness to 0"
+            )
+        for name, stage in self.stages.items():
+            if isinstance(stage, OnPolicyStage) and self.teacher.signal == "sampled":
+                raise ValueError(
+                    f"sampler.staleness is 1, and teacher.signal=sampled in stages.{name} takes tokens that were drawn "
+                    f"from the weights that are trained; set teacher.signal to hidden, or sampler.staleness to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_specialists(self) -> Self:
         for domain, settings in self.specialists.items():
             if "model" not in settings.model_fields_set:

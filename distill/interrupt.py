@@ -2,11 +2,13 @@
 
 A signal only leaves a note. Long work calls ``check`` between two tokens, passes or files; it raises there, never in
 the middle of an optimiser step or a write, so the state on disk and in memory is that of the last finished step.
+Work in a thread of its own can be called off besides, by whoever started it.
 """
 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,8 +21,23 @@ _received: signal.Signals | None = None
 _held = False
 
 
+class _Here(threading.local):
+    """What ends the work of this thread alone."""
+
+    called_off: threading.Event | None = None
+
+
+_here = _Here()
+
+
+class CalledOffError(Exception):
+    """The work of this thread is not wanted any more. Whoever called it off knows, and nobody else hears of it."""
+
+
 def check() -> None:
-    """Raise StoppedError if a signal has asked this process to stop."""
+    """Raise StoppedError if a signal has asked this process to stop, CalledOffError if this thread's work is."""
+    if _here.called_off is not None and _here.called_off.is_set():
+        raise CalledOffError
     if _received is not None and not _held:
         raise stopped(_received)
 
@@ -33,6 +50,16 @@ def received() -> signal.Signals | None:
 def stopped(by: signal.Signals) -> StoppedError:
     """What a process that was asked to stop raises."""
     return StoppedError(f"stopped by {by.name}", exit_code=EXIT_CODES[by])
+
+
+@contextmanager
+def until(called_off: threading.Event) -> Iterator[None]:
+    """Within the block ``check`` raises CalledOffError in this thread once the event is set."""
+    _here.called_off = called_off
+    try:
+        yield
+    finally:
+        _here.called_off = None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -57,8 +58,20 @@ class StudentSampler(Sampler, Protocol):
 
     weight_version: int
 
+    def take_weights(self) -> None:
+        """Take the model's weights as they are now, where it has none of its own yet or the model's have changed."""
+        ...
+
     def facts(self) -> Mapping[str, float]:
         """Metrics of its own, of the time since it was asked for them last."""
+        ...
+
+
+class IndependentSampler(StudentSampler, Protocol):
+    """A sampler whose weights are a copy, so that it can speak while the model is trained."""
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """A block in which it speaks with the weights that it took last, whatever becomes of the model's."""
         ...
 
 
@@ -100,6 +113,9 @@ class TransformersSampler:
         finally:
             self.model.train(training)
         return [rollouts[index] for index in range(len(requests))]
+
+    def take_weights(self) -> None:
+        """Nothing: there is one copy of the weights."""
 
     def facts(self) -> Mapping[str, float]:
         """None: there is one copy of the weights."""

@@ -12,7 +12,7 @@ from distill.chat import switch_in
 from distill.encode import Encoder
 from distill.family import Shape
 from distill.prompts import PromptSource
-from distill.sampler import OnFinished, StudentSampler
+from distill.sampler import StudentSampler
 from distill.seeding import derive, uniform
 from distill.stage_config import GrpoStage, Mixture, OffPolicyStage, OnPolicyStage, OpdRewardStage, StageSettings
 from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
@@ -119,16 +119,26 @@ def student_responses(
     settings: StudentSpeaks,
     *,
     first: int,
-    on_finished: OnFinished | None = None,
+    heard: bool,
 ) -> list[Rollout]:
     """What the student says to one step's prompts, one mode a prompt; of several processes, this one's share.
 
-    ``first`` is the position of the step's first prompt.
+    ``first`` is the position of the step's first prompt. ``heard`` has the teachers judge each response from when it
+    ends; those of a step that breaks off they forget.
     """
     prompts = crew.prompts.batch(first, settings.prompts_per_step)
     requests = student_requests(prompts, settings, crew.encoder, seed=crew.seed, stage=stage, first=first)
     sampler = MeteredSampler(crew.student_sampler, crew.meter, crew.student_shape, "student_sample", stage)
-    return sampler.generate(crew.ranks.share(requests, block=settings.samples_per_prompt), on_finished)
+    own = crew.ranks.share(requests, block=settings.samples_per_prompt)
+    if not heard:
+        return sampler.generate(own)
+    try:
+        rollouts = sampler.generate(own, crew.teachers.hear)
+        crew.teachers.heard_all()
+    except BaseException:
+        crew.teachers.forget()
+        raise
+    return rollouts
 
 
 def teacher_requests(

@@ -22,6 +22,7 @@ from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import Shape, resolve
 from distill.model_config import TeacherSettings
+from distill.spans import Span
 from distill.types import Prompt, Rollout, Signal
 from pipelines.hiring import Hired, hired_teacher
 from pipelines.meter import Meter
@@ -106,10 +107,19 @@ class Faculty:
         """Have the response's teacher take note of it; see ``Teacher.hear``."""
         self.of(rollout.request.prompt).hired.judge.hear(rollout)
 
+    def heard_all(self) -> None:
+        """Tell every teacher that the batch has been spoken; see ``Teacher.heard_all``."""
+        for tutor in self.tutors:
+            tutor.hired.judge.heard_all()
+
     def forget(self) -> None:
         """Have every teacher drop what it heard."""
         for tutor in self.tutors:
             tutor.hired.judge.forget()
+
+    def worked(self) -> list[Span]:
+        """When any teacher worked on what it judged since this was asked last; see ``Teacher.worked``."""
+        return [span for tutor in self.tutors for span in tutor.hired.judge.worked()]
 
     def groups(self, prompts: Sequence[Prompt]) -> list[tuple[Tutor, list[int]]]:
         """Each tutor that has work with the places of its prompts."""

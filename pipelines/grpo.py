@@ -118,7 +118,8 @@ class Grpo:
 
     def sample(self, step: int) -> list[Rollout]:
         first = self.first_prompt + step * self.settings.prompts_per_step
-        return student_responses(self.crew, self.name, self.settings, first=first)
+        heard = self.teacher_part == "judges"
+        return student_responses(self.crew, self.name, self.settings, first=first, heard=heard)
 
     def signal(self, rollouts: Sequence[Rollout]) -> Judged:
         with self.crew.meter.measure("verify", self.name) as cost:

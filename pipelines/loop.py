@@ -19,8 +19,10 @@ from distill.progress import track
 from distill.repetition import repetition
 from distill.seeding import derive
 from distill.types import MODES, Example, Mode, Rollout
+from pipelines.batches import Batches
 from pipelines.crew import Crew, Mean, Stage
 from pipelines.guards import Guards
+from pipelines.phases import Clock
 from pipelines.tracker import Tracking
 from students.ranks import Ranks
 from students.student import Student
@@ -45,6 +47,8 @@ def run_stage(
     guards: Guards,
     tracking: Tracking,
     examine: Examine,
+    batches: Batches,
+    clock: Clock,
 ) -> int:
     """Steps ``first_step`` to the stage's last, or to where ``examine`` ends it; the number of finished steps.
 
@@ -55,11 +59,12 @@ def run_stage(
     """
     done = first_step
     try:
-        with track(f"{stage.name}: steps", stage.num_steps, "steps", done=done) as bar:
+        with batches, track(f"{stage.name}: steps", stage.num_steps, "steps", done=done) as bar:
             for step in range(first_step, stage.num_steps):
+                batches.rest()
                 if examine(done):
                     break
-                metrics = _step(stage, student, crew, step)
+                metrics = _step(stage, student, crew, step, batches=batches, clock=clock)
                 done = step + 1
                 entry = {"stage": stage.name, "step": step, "global_step": global_step + done - first_step, **metrics}
                 journal.record(entry)
@@ -79,20 +84,20 @@ def run_stage(
     return done
 
 
-def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, Any]:
+def _step(stage: Stage, student: Student, crew: Crew, step: int, *, batches: Batches, clock: Clock) -> dict[str, Any]:
     started = time.perf_counter()
     torch.manual_seed(derive(crew.seed, stage.name, "torch", step))  # dropout: the same in a run that was resumed
     before = crew.meter.account.of_stage(stage.name)
-    with student.whole(), crew.ranks.together():
-        rollouts = stage.sample(step)
-        sampled = time.perf_counter()
-        judged = stage.signal(rollouts)
-    scored = time.perf_counter()
+    batch = batches.take(step)
+    rollouts, judged = batch.rollouts, batch.judged
+    taken = time.perf_counter()
     with crew.meter.measure("student_train", stage.name) as cost:
         metrics = _learn(stage, student, judged.updates, step, crew.ranks)
         trained = [example.rollout for examples in judged.updates for example in examples]
         cost.tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in trained)
         cost.flops = student.passes * rollout_flops(crew.student_shape, trained)
+    learnt = time.perf_counter()
+    staleness = _staleness(stage, crew, rollouts)
     crew.student_sampler.weight_version += 1
     crew.meter.pool(stage.name, before, crew.ranks)
     return {
@@ -103,11 +108,20 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int) -> dict[str, An
         **_facts(crew.ranks.gather(judged.facts)),
         **_describe(crew.ranks.gather([_Response.of(rollout, crew.encoder) for rollout in rollouts])),
         **crew.student_sampler.facts(),
+        **staleness,
         **_spent(before, crew.meter.account.of_stage(stage.name)),
-        "seconds": time.perf_counter() - started,
-        "seconds.sample": sampled - started,
-        "seconds.score": scored - sampled,
+        "seconds": (wall := batch.rested + time.perf_counter() - started),
+        **{f"seconds.{phase}": seconds for phase, seconds in batch.waited.items()},
+        **clock.metrics({**batch.spans, "train": [(taken, learnt)]}, wall=wall),
     }
+
+
+def _staleness(stage: Stage, crew: Crew, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Optimiser steps between the weights that spoke and those that are trained, where the student spoke."""
+    if stage.teacher_part == "speaks":
+        return {}
+    ages = [crew.student_sampler.weight_version - rollout.weight_version for rollout in rollouts]
+    return {"staleness": sum(ages) / len(ages)}
 
 
 def _learn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,16 +20,43 @@ from distill.types import Request, Rollout
 from students.ranks import Ranks
 
 
+class _Here(threading.local):
+    """Where this thread's costs go, if not into the run's account."""
+
+    account: CostAccount | None = None
+
+
 @dataclass
 class Meter:
     """Watches the clock and the memory while somebody works, and keeps the account."""
 
     account: CostAccount = field(default_factory=CostAccount)
+    _here: _Here = field(default_factory=_Here)
+
+    @contextmanager
+    def apart(self) -> Iterator[CostAccount]:
+        """Within the block what this thread spends goes into an account of its own, for ``enter`` when it is used.
+
+        No peak is noted in it: the memory is that of everything the process does meanwhile.
+        """
+        self._here.account = CostAccount()
+        try:
+            yield self._here.account
+        finally:
+            self._here.account = None
+
+    def enter(self, spent: CostAccount) -> None:
+        """Charge what was spent apart."""
+        for role, stages in spent.entries.items():
+            for stage, cost in stages.items():
+                self.account.charge(role, stage, cost)
 
     @contextmanager
     def measure(self, role: Role, stage: str) -> Iterator[Cost]:
         """Charge what the block enters into the cost, and the block's time, to ``role``."""
-        _reset_peak()
+        apart = self._here.account
+        if apart is None:
+            _reset_peak()
         started = time.perf_counter()
         cost = Cost()
         try:
@@ -36,8 +64,9 @@ class Meter:
         finally:
             # Time that ended in an interruption was spent all the same.
             cost.seconds += time.perf_counter() - started
-            self.account.charge(role, stage, cost)
-            self.account.note_peak(role, _peak())
+            (self.account if apart is None else apart).charge(role, stage, cost)
+            if apart is None:
+                self.account.note_peak(role, _peak())
 
     def pool(self, stage: str, before: Mapping[str, Cost], ranks: Ranks) -> None:
         """Make what all processes spent on ``stage`` since ``before`` every process's account of it."""

@@ -160,12 +160,8 @@ class OnPolicy:
         return ()
 
     def sample(self, step: int) -> list[Rollout]:
-        first, teachers = self.first_prompt + step * self.settings.prompts_per_step, self.crew.teachers
-        try:
-            return student_responses(self.crew, self.name, self.settings, first=first, on_finished=teachers.hear)
-        except BaseException:
-            teachers.forget()
-            raise
+        first = self.first_prompt + step * self.settings.prompts_per_step
+        return student_responses(self.crew, self.name, self.settings, first=first, heard=True)
 
     def signal(self, rollouts: Sequence[Rollout]) -> Judged:
         signals = self.crew.teachers.judge(rollouts, self.crew.meter, self.name)

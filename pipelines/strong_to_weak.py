@@ -41,6 +41,7 @@ from eval.switching import TASK as MODE_SWITCHING
 from eval.switching import ModeSwitching
 from eval.tasks import load_task
 from pipelines.admission import Admission, is_judge_wanted
+from pipelines.batches import batches_of
 from pipelines.crew import Crew, Stage
 from pipelines.curve import Curve
 from pipelines.examination import Examined, Subject, examine_mode_switching, examine_task
@@ -49,6 +50,7 @@ from pipelines.guards import Guards
 from pipelines.launch import choose_engine
 from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
+from pipelines.phases import Clock, devices_of
 from pipelines.specimens import Specimens
 from pipelines.stages import STAGES
 from pipelines.student_sampling import check_sampler, student_sampler
@@ -321,6 +323,8 @@ class _Run:
             guards=guards,
             tracking=self.tracking,
             examine=examine,
+            batches=batches_of(stage, self.crew, staleness=self.config.sampler.staleness),
+            clock=Clock(devices_of(self.config, self.ranks.count)),
         )
         return _Position(number + 1, 0, before + done)
 

@@ -8,7 +8,8 @@ difference above the tolerance stops the run with both numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,18 +63,33 @@ class VllmSampler:
         self.weight_version = 0
         self.probes = _probes(remote.vocabulary)
         self._synced: int | None = None
+        self._keeps = False
         self._facts: dict[str, float] = {}
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
         """Raises WeightsError where the server does not hold the student's weights after they were sent."""
-        if self._synced != self.student.num_changes:
-            self._bring_up_to_date()
-        self.remote.weight_version = self.weight_version
+        if not self._keeps:
+            self.take_weights()
         rollouts = self.remote.generate(requests, on_finished)
         if self.sleep is not None:
             self.sleep.begin()
             self._synced = None
         return rollouts
+
+    def take_weights(self) -> None:
+        """Raises WeightsError where the server does not hold the student's weights after they were sent."""
+        if self._synced != self.student.num_changes:
+            self._bring_up_to_date()
+        self.remote.weight_version = self.weight_version
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within the block nothing is sent: the server speaks, and its responses are stamped, as it stands."""
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
 
     def facts(self) -> Mapping[str, float]:
         """The gap after the last transfer, in nats, and the transfer's seconds, the check among them."""

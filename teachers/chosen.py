@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import DistillError, UserError
+from distill.spans import Span
 from distill.sparse import tail_of
 from distill.types import Rollout, TopK
 from distill.vllm.client import Client, Job, RefusedError
@@ -40,8 +41,15 @@ class ChosenTeacher:
     def hear(self, rollout: Rollout) -> None:
         """Nothing: what is asked about a response is known when all have been spoken."""
 
+    def heard_all(self) -> None:
+        """Nothing was heard."""
+
     def forget(self) -> None:
         """Nothing was heard."""
+
+    def worked(self) -> list[Span]:
+        """None but while ``score`` is called."""
+        return []
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TopK]:
         """In the order of ``rollouts``; a row for each response token, in float32.

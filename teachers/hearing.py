@@ -1,12 +1,19 @@
-"""Judging in the background: responses that have ended are sent to be scored while others are still being spoken."""
+"""Judging in the background: responses that have ended are sent to be scored while others are still being spoken.
+
+Two batches may be under way at once, the one that is trained on next and the one behind it: whoever asks for the
+answers of the first leaves the second alone. ``hear`` may be called in another thread than ``answers``.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from distill.spans import Span
 from distill.types import Rollout
 from distill.vllm.client import Client, Job
 
@@ -36,57 +43,91 @@ class ScoringRequest:
         return sum(map(len, self.inputs))
 
 
+@dataclass(slots=True)
+class _Asked(Generic[R]):
+    """A request that was sent, and when it was and when it was answered."""
+
+    request: ScoringRequest
+    future: Future[Sequence[R]]
+    begun: float = field(default_factory=time.perf_counter)
+    ended: float | None = None
+
+    def __post_init__(self) -> None:
+        self.future.add_done_callback(self._note)
+
+    def _note(self, _: Future[Sequence[R]]) -> None:
+        self.ended = time.perf_counter()
+
+
 class Hearing(Generic[R]):
     """Scoring requests under way. ``ask`` has one answered: an answer for each of its rollouts, in their order."""
 
     def __init__(self, client: Client, ask: Callable[[ScoringRequest], Awaitable[Sequence[R]]]) -> None:
         self.client, self.ask = client, ask
-        self._heard: list[Rollout] = []
-        self._under_way: list[tuple[ScoringRequest, Future[Sequence[R]]]] = []
+        self._lock = threading.Lock()
+        self._held_back: list[Rollout] = []
+        """Heard, and waiting for others to be asked about with them."""
+        self._under_way: list[_Asked[R]] = []
+        self._worked: list[Span] = []
 
     def hear(self, rollout: Rollout) -> None:
         """Start judging ``rollout`` in the background, with others that end at about the same time.
 
         Raises what went wrong with those that were heard before.
         """
-        for _, future in self._under_way:
-            if future.done():
-                future.result()
-        self._heard.append(rollout)
-        request = ScoringRequest(tuple(self._heard))
-        if request.num_tokens >= HEARD_TOKENS or len(self._heard) >= REQUEST_SEQUENCES:
-            self._heard = []
-            self._under_way.append((request, self._submit(request)))
+        with self._lock:
+            for asked in self._under_way:
+                if asked.future.done():
+                    asked.future.result()
+            self._held_back.append(rollout)
+            request = ScoringRequest(tuple(self._held_back))
+            if request.num_tokens >= HEARD_TOKENS or len(self._held_back) >= REQUEST_SEQUENCES:
+                self._held_back = []
+                self._under_way.append(self._submit(request))
+
+    def heard_all(self) -> None:
+        """Ask about what was heard and is held back: nothing else is coming that could go with it."""
+        with self._lock:
+            self._under_way += map(self._submit, scoring_requests(self._held_back))
+            self._held_back = []
 
     def forget(self) -> None:
         """Drop what was heard and not asked for; requests under way are ended."""
-        for _, future in self._under_way:
-            future.cancel()
-        self._heard, self._under_way = [], []
+        with self._lock:
+            for asked in self._under_way:
+                asked.future.cancel()
+            self._held_back, self._under_way = [], []
 
     def answers(self, rollouts: Sequence[Rollout]) -> list[R]:
         """The answer for each of ``rollouts``, in their order.
 
-        What was heard of them is under way already; the rest is asked for now, and what else was heard is dropped.
+        What was heard of them is under way already; the rest is asked for now. What else was heard stays under way.
         """
         wanted = {id(rollout): rollout for rollout in rollouts}
-        under_way: list[tuple[ScoringRequest, Future[Sequence[R]]]] = []
-        others: list[tuple[ScoringRequest, Future[Sequence[R]]]] = []
-        for request, future in self._under_way:
-            is_wanted = all(id(rollout) in wanted for rollout in request.rollouts)
-            (under_way if is_wanted else others).append((request, future))
-        self._under_way = others
-        self.forget()
-        known = {id(rollout) for request, _ in under_way for rollout in request.rollouts}
+        with self._lock:
+            asked, others = list[_Asked[R]](), list[_Asked[R]]()
+            for one in self._under_way:
+                is_wanted = all(id(rollout) in wanted for rollout in one.request.rollouts)
+                (asked if is_wanted else others).append(one)
+            self._under_way = others
+            self._held_back = [rollout for rollout in self._held_back if id(rollout) not in wanted]
+        known = {id(rollout) for one in asked for rollout in one.request.rollouts}
         missing = [rollout for place, rollout in wanted.items() if place not in known]
-        under_way += [(request, self._submit(request)) for request in scoring_requests(missing)]
+        asked += map(self._submit, scoring_requests(missing))
         found: dict[int, R] = {}
-        for request, answers in self.client.collect(under_way):
+        for request, answers in self.client.collect([(one.request, one.future) for one in asked]):
             found |= zip(map(id, request.rollouts), answers, strict=True)
+        now = time.perf_counter()
+        self._worked += [(one.begun, now if one.ended is None else one.ended) for one in asked]
         return [found[id(rollout)] for rollout in rollouts]
 
-    def _submit(self, request: ScoringRequest) -> Future[Sequence[R]]:
-        return self.client.submit(Job(request, request.num_tokens), self.ask)
+    def worked(self) -> list[Span]:
+        """When requests were under way of which ``answers`` gave the answers since this was asked last."""
+        worked, self._worked = self._worked, []
+        return worked
+
+    def _submit(self, request: ScoringRequest) -> _Asked[R]:
+        return _Asked(request, self.client.submit(Job(request, request.num_tokens), self.ask))
 
 
 def scoring_requests(rollouts: Sequence[Rollout]) -> list[ScoringRequest]:

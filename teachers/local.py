@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from distill import interrupt
 from distill.attention import PACKED, Packing
 from distill.memory import pass_tokens
+from distill.spans import Span
 from distill.types import HiddenStates, Rollout
 
 
@@ -35,8 +36,15 @@ class LocalTeacher:
     def hear(self, rollout: Rollout) -> None:
         """Nothing: student and teacher share a processor, and larger batches are faster."""
 
+    def heard_all(self) -> None:
+        """Nothing was kept."""
+
     def forget(self) -> None:
         """Nothing was kept."""
+
+    def worked(self) -> list[Span]:
+        """None but while ``score`` is called."""
+        return []
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import DistillError, UserError
+from distill.spans import Span
 from distill.sparse import tail_of
 from distill.types import Rollout, SampledLogprobs, Signal, TopK
 from distill.vllm.client import Client, RefusedError
@@ -44,9 +45,17 @@ class LogprobTeacher:
         """Start judging ``rollout`` in the background; see ``Hearing.hear``."""
         self._hearing.hear(rollout)
 
+    def heard_all(self) -> None:
+        """Ask about what is held back; see ``Hearing.heard_all``."""
+        self._hearing.heard_all()
+
     def forget(self) -> None:
         """Drop what was heard and not asked for."""
         self._hearing.forget()
+
+    def worked(self) -> list[Span]:
+        """When requests were under way."""
+        return self._hearing.worked()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         """In the order of ``rollouts``; a row for each response token, in float32.

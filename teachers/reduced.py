@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.divergence import linear_logprobs
+from distill.spans import Span
 from distill.sparse import linear_logprobs_at, linear_topk
 from distill.types import Rollout, SampledLogprobs, Signal, TopK
 from teachers.teacher import ExactTeacher
@@ -34,8 +35,14 @@ class ReducedTeacher:
     def hear(self, rollout: Rollout) -> None:
         self.teacher.hear(rollout)
 
+    def heard_all(self) -> None:
+        self.teacher.heard_all()
+
     def forget(self) -> None:
         self.teacher.forget()
+
+    def worked(self) -> Sequence[Span]:
+        return self.teacher.worked()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         if not rollouts:

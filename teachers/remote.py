@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distill.checkpoint import Checkpoint, final_norm, lm_head
 from distill.errors import DistillError
+from distill.spans import Span
 from distill.types import HiddenStates, Rollout
 from distill.vllm.client import Client
 from teachers.hearing import Hearing, ScoringRequest
@@ -55,9 +56,17 @@ class RemoteTeacher:
         """Start judging ``rollout`` in the background; see ``Hearing.hear``."""
         self._hearing.hear(rollout)
 
+    def heard_all(self) -> None:
+        """Ask about what is held back; see ``Hearing.heard_all``."""
+        self._hearing.heard_all()
+
     def forget(self) -> None:
         """Drop what was heard and not asked for."""
         self._hearing.forget()
+
+    def worked(self) -> list[Span]:
+        """When requests were under way."""
+        return self._hearing.worked()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
         """The last hidden states that predict each response token, rows P-1 .. P+R-2, in the order of ``rollouts``.

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from distill.spans import Span
 from distill.types import HiddenStates, Rollout, Signal
 
 
@@ -28,8 +29,16 @@ class Teacher(Protocol):
         """
         ...
 
+    def heard_all(self) -> None:
+        """Nothing else of this batch is coming: whatever waits for company may be judged now."""
+        ...
+
     def forget(self) -> None:
         """Drop what was heard: nobody is going to ask for it."""
+        ...
+
+    def worked(self) -> Sequence[Span]:
+        """When it worked on what ``score`` gave since this was asked last, besides while ``score`` was called."""
         ...
 
     def score(self, rollouts: Sequence[Rollout]) -> Sequence[Signal]:

@@ -15,6 +15,7 @@ from distill.errors import StoppedError, UserError
 from distill.interrupt import deferred_signals
 from distill.types import Advantage, Example, Prompt, Request, Rollout, Sampling
 from pipelines.grpo import _over_constant
+from pipelines.phases import reproducible
 from pipelines.resolution import resolve_run
 from pipelines.rewards import group_advantages, overlong_penalty
 from pipelines.strong_to_weak import run
@@ -82,7 +83,7 @@ def configuration(stage: dict[str, Any], *more: str, **choices: Any) -> Any:
 def numbers(out: Path, stage: str = "rl") -> Metrics:
     """The stage's lines of metrics.jsonl, times aside."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows if row["stage"] == stage]
+    return [reproducible(row) for row in rows if row["stage"] == stage]
 
 
 SEVERAL = {"kind": "grpo", "kl_coefficient": 0.1, "policy_gradient": {"updates_per_step": 2}}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distill.errors import UserError
+from pipelines.phases import reproducible
 from pipelines.resolution import resolve_run
 from pipelines.strong_to_weak import run
 
@@ -35,7 +36,7 @@ def small_run(out: Path, *assignments: str, **choices: Any) -> tuple[dict[str, A
 
 def numbers(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Times aside."""
-    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in metrics]
+    return [reproducible(line) for line in metrics]
 
 
 def forget_the_last_step(out: Path, *, step: int, stage: str) -> None:
