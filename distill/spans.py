@@ -8,15 +8,15 @@ Span = tuple[float, float]
 """Begin and end in seconds, as ``time.perf_counter`` gives them."""
 
 
-def united(spans: Iterable[Span]) -> list[Span]:
-    """The same time in stretches that do not touch, in order.
+def united(spans: Iterable[Span], *, gap: float = 0.0) -> list[Span]:
+    """The same time in stretches that do not touch, in order; what is no more than ``gap`` apart becomes one.
 
     >>> united([(4, 5), (0, 2), (1, 3)])
     [(0, 3), (4, 5)]
     """
     found: list[Span] = []
     for begin, end in sorted(spans):
-        if found and begin <= found[-1][1]:
+        if found and begin <= found[-1][1] + gap:
             found[-1] = (found[-1][0], max(found[-1][1], end))
         else:
             found.append((begin, end))

@@ -16,6 +16,7 @@ from eval.browser import SHADES, browsers, divergence_names, shaded
 from eval.comparison_report import FILE as COMPARISON
 from eval.comparison_report import write_comparison_report
 from eval.curve_charts import AXES, Places, metric_charts, score_charts
+from eval.gantt import gantt_charts
 from eval.page import MODE_NAMES, Document, named, page, percent
 from eval.run_files import RunFiles, by_task, has_budget
 from eval.score_charts import budget_charts, pass_charts, switching_charts, switching_table
@@ -28,8 +29,9 @@ PHASES = {
     "seconds.score": "judging",
     "seconds.train": "training",
     "": "everything else",
+    "seconds.sync": "sending weights",
 }
-"""The parts of a step's time, in the order in which they follow each other."""
+"""The parts of a step's time."""
 
 
 def write_report(folder: Path) -> Path:
@@ -72,6 +74,7 @@ def render(folder: Path) -> str:
         warnings=run.warnings,
         costs=costs_by_role(run.costs, run.summary),
         phases=time_by_phase(run.metrics),
+        gantt=gantt_charts(run.metrics),
         phase_names=list(PHASES.values()),
         shaded=shaded(run.samples),
         divergences=divergence_names(run.samples),
@@ -155,7 +158,17 @@ def time_by_phase(metrics: Sequence[Document]) -> list[Document]:
             "stage": stage,
             "steps": steps[stage],
             "seconds": sum(spent.values()),
+            "efficiency": _mean([row["overlap_efficiency"] for row in metrics if _is_overlapping(row, stage)]),
             "shares": [seconds / (sum(spent.values()) or 1.0) for seconds in spent.values()],
         }
         for stage, spent in stages.items()
     ]
+
+
+def _is_overlapping(row: Document, stage: str) -> bool:
+    """Whether a step of ``stage`` has phases that could hide behind each other."""
+    return row["stage"] == stage and "staleness" in row
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

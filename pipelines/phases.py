@@ -24,6 +24,10 @@ PHASES = ("sample", "score", "sync", "train")
 sending new weights to a sampler that has its own, and checking that they arrived."""
 
 
+SHOWN_GAP = 0.01
+"""Share of a step below which a pause is not shown in its timeline."""
+
+
 @dataclass
 class Clock:
     """Keeps the phases of one stage in one process. ``devices`` are how many each phase occupies."""
@@ -45,7 +49,9 @@ class Clock:
             if own:
                 self._ended[phase] = own[-1][1]
             busy[phase] = length(own)
-            shown = [[round(begin - self.begun, 4), round(end - self.begun, 4)] for begin, end in own]
+            # A bar of many thin ones is shown as one: a line of metrics stays a line.
+            whole = united(own, gap=SHOWN_GAP * wall)
+            shown = [[round(begin - self.begun, 4), round(end - self.begun, 4)] for begin, end in whole]
             timeline[phase] = [span for span in shown if span[0] < span[1]]
         return {
             **{f"busy.{phase}": seconds for phase, seconds in busy.items()},

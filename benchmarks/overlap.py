@@ -1,0 +1,377 @@
+"""How much of a step hides behind its longest phase: ``python -m benchmarks.overlap --json``.
+
+``embedded``: the embedded pair after a short off-policy stage, with a vLLM teacher on a core of its own (``--cores``:
+this process's, the teacher's), staleness 0; null with ``--no-vllm``. Each step's wall time is compared with the larger
+of sample + train and score, where sampling and scoring were measured alone on the same step's responses (the learning
+rate is next to nothing, so that they are the same). ``simulated``: sampler, teacher and trainer on three devices that
+take their time elsewhere (they sleep), staleness 1, with each phase in turn as the longest: wall time of a step over
+the longest phase. In both the loop is the one that ``distill run`` runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distill import interrupt
+from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
+from distill.config import GuardSettings, RunConfig
+from distill.encode import Encoder
+from distill.family import resolve
+from distill.journal import Journal
+from distill.model_config import StudentSettings
+from distill.prompt_config import EmbeddedPrompts
+from distill.prompts import EmbeddedSource
+from distill.sampler import OnFinished, StudentSampler, TransformersSampler
+from distill.spans import Span
+from distill.stage_config import ModeSampling, OnPolicyStage, Optimiser, SamplingSettings
+from distill.types import HiddenStates, Request, Rollout
+from distill.vllm.service import Service
+from pipelines.batches import Batches, batches_of
+from pipelines.crew import Crew, Stage, student_responses
+from pipelines.faculty import Faculty, find_teachers, hired_faculty
+from pipelines.guards import Guards
+from pipelines.hiring import server_launches
+from pipelines.loop import run_stage
+from pipelines.meter import Meter
+from pipelines.phases import PHASES, Clock
+from pipelines.resolution import resolve_run
+from pipelines.stages import OnPolicy
+from pipelines.strong_to_weak import run
+from pipelines.tracker import UNTRACKED
+from students.student import Student
+
+NUM_PROMPTS = 16
+SLICE_SECONDS = 0.005
+
+
+@cache
+def encoder() -> Encoder:
+    return Encoder(load_tokenizer(open_checkpoint(resolve("tiny", role="teacher"))))
+
+
+def work(until: float) -> None:
+    """What a device elsewhere does to this process: time goes by, and a request to stop is heard."""
+    while (left := until - time.perf_counter()) > 0:
+        interrupt.check()
+        time.sleep(min(left, SLICE_SECONDS))
+
+
+@dataclass
+class SimulatedSampler:
+    """Has weights of its own, and speaks for ``seconds`` a batch: a response ends every now and then."""
+
+    seconds: float
+    trainer: SimulatedTrainer
+    weight_version: int = 0
+    asked: list[Sequence[Request]] = field(default_factory=list)
+    _version: int = 0
+    _keeps: bool = False
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        if not self._keeps:
+            self.take_weights()
+        self.asked.append(requests)
+        began, rollouts = time.perf_counter(), list[Rollout]()
+        for number, request in enumerate(requests, start=1):
+            work(began + self.seconds * number / len(requests))
+            ids = (1 + number, encoder().stop_ids[0])
+            rollouts.append(Rollout(request, ids, (False,) * 2, (-0.5,) * 2, "stop", "student", self._version))
+            if on_finished is not None:
+                on_finished(rollouts[-1])
+        return rollouts
+
+    def take_weights(self) -> None:
+        assert not self._keeps, "weights were sent while they are to be kept"
+        self._version = self.trainer.num_changes
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
+
+    def facts(self) -> Mapping[str, float]:
+        return {}
+
+
+@dataclass
+class SimulatedTeacher:
+    """Takes one response after the other, ``seconds`` for a batch, from when it hears of it."""
+
+    seconds: float
+    name: str = "teacher"
+    head_VD: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
+    _done: dict[int, Span] = field(default_factory=dict)
+    _free_at: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _worked: list[Span] = field(default_factory=list)
+
+    def hear(self, rollout: Rollout) -> None:
+        with self._lock:
+            begin = max(time.perf_counter(), self._free_at)
+            self._free_at = begin + self.seconds / NUM_PROMPTS
+            self._done[id(rollout)] = begin, self._free_at
+
+    def heard_all(self) -> None:
+        """Nothing is held back."""
+
+    def forget(self) -> None:
+        with self._lock:
+            self._done = {}
+
+    def worked(self) -> list[Span]:
+        worked, self._worked = self._worked, []
+        return worked
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
+        for rollout in rollouts:
+            if id(rollout) not in self._done:
+                self.hear(rollout)
+        spans = [self._done.pop(id(rollout)) for rollout in rollouts]
+        work(max(end for _, end in spans))
+        self._worked += spans
+        return [HiddenStates(torch.zeros(len(rollout.response_ids), 1), self.name) for rollout in rollouts]
+
+
+@dataclass
+class SimulatedTrainer:
+    """Stands for the student: a step takes ``seconds``."""
+
+    seconds: float
+    num_changes: int = 0
+    passes: int = 3
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(self, examples: Sequence[Any], loss: object, **_: object) -> dict[str, Any]:
+        work(time.perf_counter() + self.seconds)
+        self.num_changes += 1
+        return {"loss": 0.0, "num_tokens": len(examples), "seconds.train": self.seconds}
+
+
+def simulated_crew(*, sample: float, score: float, train: float) -> Crew:
+    """Three devices elsewhere; the seconds are those of a batch."""
+    shape = open_checkpoint(resolve("nano", role="student")).shape
+    trainer = SimulatedTrainer(train)
+    tutor = SimpleNamespace(
+        name="teacher",
+        shape=shape,
+        role=lambda role: role,
+        hired=SimpleNamespace(judge=SimulatedTeacher(score)),
+        candidate=SimpleNamespace(domains=()),
+    )
+    return Crew(
+        encoder=encoder(),
+        teachers=Faculty([cast(Any, tutor)]),
+        student=cast(Any, trainer),
+        student_sampler=SimulatedSampler(sample, trainer),
+        student_shape=shape,
+        start_of=cast(Any, None),
+        prompts=EmbeddedSource(EmbeddedPrompts(), seed=0),
+        store=cast(Any, None),
+        meter=Meter(),
+        seed=0,
+        run_id="",
+    )
+
+
+def settings(steps: int, *, prompts: int = NUM_PROMPTS, most: int = 96) -> OnPolicyStage:
+    sampling = ModeSampling(think=SamplingSettings(max_new_tokens=most), no_think=SamplingSettings(max_new_tokens=16))
+    return OnPolicyStage(steps=steps, prompts_per_step=prompts, samples_per_prompt=1, sampling=sampling)
+
+
+def metrics_of(stage: Stage, crew: Crew, batches: Batches, **options: Any) -> list[dict[str, Any]]:
+    """What the loop records of the stage's steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder), RunConfig())
+        try:
+            run_stage(
+                stage,
+                crew.student,
+                crew,
+                journal,
+                **{
+                    "first_step": 0,
+                    "global_step": 0,
+                    "checkpoint": lambda done, ended: None,
+                    "checkpoint_every": 10**9,
+                    "guards": Guards(GuardSettings(), stage=stage.name, checkpoints=Path(folder), history=[]),
+                    "tracking": UNTRACKED,
+                    "examine": lambda done: False,
+                    "clock": Clock(dict.fromkeys(PHASES, 1)),
+                    **options,
+                },
+                batches=batches,
+            )
+            return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        finally:
+            journal.close()
+
+
+def seconds_a_step(metrics: Sequence[Mapping[str, Any]], *, skip: int) -> float:
+    """From the end of one step's training to the next one's, of the steps behind the first ``skip``: half the median
+    of two steps, which may be a short and a long one in turn."""
+    ends = [row["timeline"]["train"][-1][1] for row in metrics[skip - 1 :]]
+    return statistics.median(later - now for now, later in zip(ends, ends[2:], strict=False)) / 2
+
+
+def simulated(steps: int, seconds: float) -> dict[str, Any]:
+    """Each phase in turn as the longest, and all of one length."""
+    found = {}
+    for longest in ("sample", "score", "train", "none"):
+        phases = {
+            phase: seconds if longest in (phase, "none") else 0.6 * seconds for phase in ("sample", "score", "train")
+        }
+        crew = simulated_crew(**phases)
+        stage = OnPolicy("on_policy", settings(steps), crew, first_prompt=0)
+        metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
+        wall = seconds_a_step(metrics, skip=3)
+        found[longest] = {
+            "seconds": phases,
+            "wall": wall,
+            "wall_over_longest": wall / max(phases.values()),
+            "overlap_efficiency": statistics.median(row["overlap_efficiency"] for row in metrics[3:]),
+        }
+    return found
+
+
+def embedded(cores: Sequence[int], *, steps: int, warmup: int, taught: int, prompts: int) -> dict[str, Any]:
+    """Staleness 0 with a vLLM teacher on a core of its own."""
+    own, teachers = cores
+    os.sched_setaffinity(0, {own})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        student = taught_student(folder, taught)
+        config = resolve_run(
+            assignments=["teacher.backend=vllm", f"student.model={student}", f"store={folder / 'store'}"],
+        )
+        checkpoint = find_teachers(config)[0].checkpoint
+        (launch,) = server_launches(config, checkpoint, "score", on_gpu=False, devices=[str(teachers)])
+        os.sched_setaffinity(0, {teachers})  # a server inherits it
+        service = Service(replace(launch, devices=(str(teachers),)), log=folder / "log")
+        with service:
+            os.sched_setaffinity(0, {own})
+            service.wait()
+            config = resolve_run(assignments=["teacher.backend=vllm", f"teacher.urls.score=[{service.url}]"])
+            return steps_of(config, student, folder, steps=steps, warmup=warmup, prompts=prompts)
+
+
+def taught_student(folder: Path, steps: int) -> Path:
+    """The embedded student after so many steps of the off-policy stage: one that ends its responses."""
+    config = resolve_run(
+        assignments=[
+            "stages.on_policy=null",
+            f"stages.off_policy.num_prompts={32 * steps // 2}",
+            "evaluation.num_questions=2",
+            "evaluation.references=false",
+            f"store={folder / 'store'}",
+        ]
+    )
+    run(config, folder / "taught", command=["benchmarks.overlap"])
+    return folder / "taught" / "student"
+
+
+def steps_of(
+    config: RunConfig, checkpoint: Path, folder: Path, *, steps: int, warmup: int, prompts: int
+) -> dict[str, Any]:
+    found = open_checkpoint(resolve(str(checkpoint), role="student"))
+    student = Student(
+        load_model(found, torch.float32, "cpu"),
+        StudentSettings(dtype="float32", gradient_checkpointing=False, micro_batch_tokens=None),
+        stop_ids=encoder().stop_ids,
+    )
+    student.begin(Optimiser(learning_rate=1e-9, warmup_steps=0))
+    sampler: StudentSampler = TransformersSampler(student.model, encoder(), speaker="student")
+    device = torch.device("cpu")
+    with hired_faculty(
+        config, find_teachers(config), encoder(), device=device, logs=folder, choose=cast(Any, None)
+    ) as faculty:
+        crew = Crew(
+            encoder=encoder(),
+            teachers=faculty,
+            student=student,
+            student_sampler=sampler,
+            student_shape=found.shape,
+            start_of=cast(Any, None),
+            prompts=EmbeddedSource(EmbeddedPrompts(), seed=0),
+            store=cast(Any, None),
+            meter=Meter(),
+            seed=0,
+            run_id="",
+        )
+        stage = OnPolicy("on_policy", settings(steps + warmup, prompts=prompts), crew, first_prompt=0)
+        metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=0))[warmup:]
+        judge = faculty.default.hired.judge
+        walls, bounds, parts = list[float](), list[float](), list[dict[str, float]]()
+        for row in metrics:
+            rollouts: list[Rollout] = []
+            requests_at = row["step"]
+            sample = seconds_of(lambda at=requests_at, into=rollouts: into.extend(alone(stage, at)))  # type: ignore[misc]
+            score = seconds_of(lambda said=rollouts: judge.score(said))  # type: ignore[misc]
+            parts.append({"sample": sample, "score": score, "train": row["seconds.train"]})
+            walls.append(row["seconds"])
+            bounds.append(max(sample + row["seconds.train"], score))
+    return {
+        "steps": len(metrics),
+        "tokens_a_step": statistics.mean(row["tokens.student_sample"] for row in metrics),
+        "wall": statistics.median(walls),
+        "alone": {name: statistics.median(part[name] for part in parts) for name in parts[0]},
+        "wall_over_bound": sum(walls) / sum(bounds),
+        "worst_step": max(wall / bound for wall, bound in zip(walls, bounds, strict=True)),
+        "waited_for_score": statistics.median(row["seconds.score"] for row in metrics),
+    }
+
+
+def alone(stage: OnPolicy, step: int) -> list[Rollout]:
+    """The step's responses, and nobody is told of them."""
+    first = step * stage.settings.prompts_per_step
+    return student_responses(stage.crew, stage.name, stage.settings, first=first, heard=False)
+
+
+def seconds_of(what: Any) -> float:
+    began = time.perf_counter()
+    what()
+    return time.perf_counter() - began
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--no-vllm", action="store_true")
+    parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], help="this process's, the teacher's")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--taught", type=int, default=300, help="off-policy steps of the student beforehand")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=0.5, help="the longest simulated phase")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(arguments)
+    results: dict[str, Any] = {"simulated": simulated(args.steps, args.seconds), "embedded": None}
+    if not args.no_vllm:
+        results["embedded"] = embedded(
+            args.cores, steps=args.steps, warmup=args.warmup, taught=args.taught, prompts=args.prompts
+        )
+    print(json.dumps(results) if args.json else json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

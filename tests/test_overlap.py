@@ -1,0 +1,627 @@
+"""The pipeline sample -> score -> train: what overlaps, in which order weights and batches go, and how it ends."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.overlap import (
+    SimulatedSampler,
+    SimulatedTeacher,
+    encoder,
+    metrics_of,
+    seconds_a_step,
+    settings,
+    simulated_crew,
+    work,
+)
+from distill import interrupt
+from distill.checkpoint import load_model, open_checkpoint
+from distill.costs import CostAccount
+from distill.errors import DistillError, NonFiniteError, StoppedError, UserError
+from distill.family import resolve
+from distill.model_config import StudentSettings
+from distill.prompt_config import EmbeddedPrompts
+from distill.prompts import EmbeddedSource
+from distill.sampler import OnFinished, TransformersSampler
+from distill.spans import after, length, united
+from distill.stage_config import GrpoStage, ModeSampling, Optimiser, SamplingSettings
+from distill.types import MODES, Request, Rollout
+from pipelines.batches import Ahead, AtOnce, batches_of
+from pipelines.crew import Crew
+from pipelines.faculty import find_teachers, hired_faculty
+from pipelines.grpo import Grpo
+from pipelines.meter import Meter
+from pipelines.phases import Clock, devices_of, reproducible
+from pipelines.resolution import resolve_run
+from pipelines.stages import OnPolicy
+from students.rescoring import rescore
+from students.student import Student
+
+NANO = open_checkpoint(resolve("nano", role="student"))
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 5
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
+
+
+def stage_of(crew: Crew, steps: int) -> OnPolicy:
+    return OnPolicy("on_policy", settings(steps), crew, first_prompt=0)
+
+
+def sampler_of(crew: Crew) -> SimulatedSampler:
+    assert isinstance(crew.student_sampler, SimulatedSampler)
+    return crew.student_sampler
+
+
+def teacher_of(crew: Crew) -> SimulatedTeacher:
+    return cast(SimulatedTeacher, crew.teachers.default.hired.judge)
+
+
+# Three devices elsewhere
+
+
+@pytest.mark.parametrize(
+    ("sample", "score", "train"),
+    [(0.5, 0.3, 0.3), (0.3, 0.5, 0.3), (0.3, 0.3, 0.5), (0.5, 0.05, 0.5), (0.5, 0.5, 0.05)],
+)
+def test_a_step_is_as_long_as_its_longest_phase(sample: float, score: float, train: float) -> None:
+    crew = simulated_crew(sample=sample, score=score, train=train)
+    stage = stage_of(crew, 9)
+    metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
+    longest = max(sample, score, train)
+    assert 0.95 * longest <= seconds_a_step(metrics, skip=3) <= 1.1 * longest
+    for phase, seconds in (("sample", sample), ("score", score), ("train", train)):
+        assert median(row[f"busy.{phase}"] for row in metrics[3:]) == pytest.approx(seconds, rel=0.1, abs=0.05)
+    assert median(row["overlap_efficiency"] for row in metrics[3:]) == pytest.approx(1, abs=0.1)
+    assert [row["staleness"] for row in metrics] == [0.0] + [1.0] * 8
+
+
+def test_without_staleness_scoring_hides_behind_sampling_alone() -> None:
+    crew = simulated_crew(sample=0.3, score=0.25, train=0.2)
+    stage = stage_of(crew, 4)
+    metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=0))
+    assert [row["staleness"] for row in metrics] == [0.0] * 4
+    assert 0.49 <= seconds_a_step(metrics, skip=1) <= 1.15 * 0.5
+    assert median(row["seconds.score"] for row in metrics) < 0.1
+    assert median(row["busy.score"] for row in metrics) == pytest.approx(0.25, abs=0.06)
+    assert median(row["overlap_efficiency"] for row in metrics) == pytest.approx(0.3 / 0.5, abs=0.1)
+    for row in metrics:
+        assert row["seconds"] == pytest.approx(
+            sum(row[f"seconds.{phase}"] for phase in ("sample", "sync", "score", "train")), abs=0.03
+        )
+
+
+def test_one_batch_ahead_and_no_further() -> None:
+    """The trainer is slow: the sampler has spoken one batch more than were taken, and waits."""
+    crew = simulated_crew(sample=0.02, score=0.02, train=0.3)
+    stage, seen = stage_of(crew, 4), list[int]()
+    step = crew.student.step
+
+    def watched(*arguments: Any, **options: Any) -> dict[str, Any]:
+        found = step(*arguments, **options)
+        seen.append(len(sampler_of(crew).asked))
+        return found
+
+    crew.student.step = watched  # type: ignore[method-assign]
+    metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
+    assert seen == [2, 3, 4, 4]
+
+
+def test_the_sampler_rests_where_somebody_else_wants_it() -> None:
+    """An examination between two steps speaks with the newest weights, and the batch ahead with its own."""
+    crew = simulated_crew(sample=0.1, score=0.02, train=0.02)
+    stage, found = stage_of(crew, 4), list[int]()
+
+    def examine(done: int) -> bool:
+        if done:
+            (said,) = sampler_of(crew).generate(sampler_of(crew).asked[0][:1])
+            found.append(said.weight_version)
+        return False
+
+    metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=1), examine=examine)
+    assert found == [1, 2, 3, 4]
+    assert [row["staleness"] for row in metrics] == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_a_stage_that_ends_early_calls_off_the_batch_under_way() -> None:
+    crew = simulated_crew(sample=0.2, score=0.02, train=0.02)
+    stage = stage_of(crew, 50)
+    began = time.perf_counter()
+    metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=1), examine=lambda done: done == 2)
+    assert len(metrics) == 2 and time.perf_counter() - began < 2
+    # What was never trained on is nobody's cost.
+    costs = crew.meter.account.of_stage("on_policy")
+    assert costs["student_sample"].tokens == sum(row["tokens.student_sample"] for row in metrics) == 2 * 2 * 16
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_error_says_its_stage_and_phase(staleness: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = simulated_crew(sample=0.05, score=0.05, train=0.05)
+    sampler, teacher = sampler_of(crew), teacher_of(crew)
+    speak, score = sampler.generate, teacher.score
+
+    def broken_speech(*arguments: Any) -> list[Rollout]:
+        if len(sampler.asked) == 2:
+            raise DistillError("the server is gone")
+        return speak(*arguments)
+
+    def run(steps: int = 5) -> None:
+        stage = stage_of(crew, steps)
+        metrics_of(stage, crew, batches_of(stage, crew, staleness=staleness))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "generate", broken_speech)
+        with pytest.raises(DistillError, match=r"^on_policy, sampling step 2: the server is gone$"):
+            run()
+    judged = list[int]()
+
+    def broken_judgement(rollouts: Sequence[Rollout]) -> Any:
+        judged.append(1)
+        if len(judged) == 3:
+            raise UserError("the key is refused")
+        return score(rollouts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "score", broken_judgement)
+        with pytest.raises(UserError, match=r"^on_policy, scoring step 2: the key is refused$"):
+            run()
+    run(2)  # the same crew goes on afterwards
+
+
+def test_an_error_of_the_teacher_that_the_sampler_hears_first_is_not_lost() -> None:
+    crew = simulated_crew(sample=0.05, score=0.02, train=0.4)
+    teacher, hear, heard = teacher_of(crew), teacher_of(crew).hear, list[float]()
+
+    def deaf(rollout: Rollout) -> None:
+        heard.append(time.perf_counter())
+        if len(heard) == 20:
+            raise DistillError("no answer")
+        hear(rollout)
+
+    teacher.hear = deaf  # type: ignore[method-assign]
+    stage = stage_of(crew, 5)
+    with pytest.raises(DistillError, match=r"^on_policy, sampling step 1: no answer$"):
+        metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
+    assert time.perf_counter() - heard[-1] < 0.6  # not after another step
+
+
+def test_numbers_that_are_not_finite_end_the_batch_under_way(tmp_path: Path) -> None:
+    crew = simulated_crew(sample=5.0, score=0.0, train=0.05)
+    sampler_of(crew).seconds = 0.05
+    stage, kept = stage_of(crew, 5), list[int]()
+    step = crew.student.step
+
+    def broken(*arguments: Any, **options: Any) -> dict[str, Any]:
+        if options["where"] == "on_policy step 1":
+            sampler_of(crew).seconds = 5.0
+            raise NonFiniteError("the loss is nan at on_policy step 1")
+        return step(*arguments, **options)
+
+    crew.student.step = broken  # type: ignore[method-assign]
+    began = time.perf_counter()
+    with pytest.raises(NonFiniteError, match="on_policy step 1"):
+        metrics_of(
+            stage,
+            crew,
+            batches_of(stage, crew, staleness=1),
+            checkpoint=lambda done, ended: kept.append(done),
+        )
+    assert time.perf_counter() - began < 2
+    assert kept == [1]
+    assert not sampler_of(crew)._keeps  # the next stage sends its weights again
+
+
+@pytest.mark.parametrize("during", ["sampling", "training"])
+def test_a_request_to_stop_ends_both_threads(during: str) -> None:
+    slow = {"sampling": {"sample": 5.0, "train": 0.02}, "training": {"sample": 0.02, "train": 5.0}}[during]
+    crew = simulated_crew(score=0.02, **slow)
+    stage, kept = stage_of(crew, 5), list[int]()
+    began = time.perf_counter()
+    with interrupt.deferred_signals():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(StoppedError, match=r"^stopped by SIGINT$") as stopped:
+            metrics_of(
+                stage,
+                crew,
+                batches_of(stage, crew, staleness=1),
+                checkpoint=lambda done, ended: kept.append(done),
+            )
+    assert stopped.value.exit_code == 130 and time.perf_counter() - began < 2
+
+
+# Real weights
+
+
+class CopiedSampler:
+    """The student's model a second time: what a server of its own is, in this process, and bit-reproducible."""
+
+    def __init__(self, student: Student) -> None:
+        self.student, self.weight_version = student, 0
+        self.speaker = TransformersSampler(copy.deepcopy(student.model), encoder(), speaker="student")
+        self.sent: list[int] = []
+        self._keeps, self._taken = False, -1
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        if not self._keeps:
+            self.take_weights()
+        return self.speaker.generate(requests, on_finished)
+
+    def take_weights(self) -> None:
+        assert not self._keeps
+        if self._taken != self.student.num_changes:
+            self.speaker.model.load_state_dict(self.student.model.state_dict())
+            self._taken = self.student.num_changes
+            self.sent.append(self.weight_version)
+        self.speaker.weight_version = self.weight_version
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
+
+    def facts(self) -> dict[str, float]:
+        return {}
+
+
+def real_crew() -> Crew:
+    torch.manual_seed(0)
+    student = Student(
+        load_model(NANO, torch.float32, "cpu"),
+        StudentSettings(dtype="float32", gradient_checkpointing=False, micro_batch_tokens=None),
+        stop_ids=encoder().stop_ids,
+    )
+    student.begin(Optimiser(learning_rate=2e-4, warmup_steps=0))
+    return Crew(
+        encoder=encoder(),
+        teachers=simulated_crew(sample=0, score=0, train=0).teachers,
+        student=student,
+        student_sampler=CopiedSampler(student),
+        student_shape=NANO.shape,
+        start_of=cast(Any, None),
+        prompts=EmbeddedSource(EmbeddedPrompts(), seed=0),
+        store=cast(Any, None),
+        meter=Meter(),
+        seed=0,
+        run_id="",
+    )
+
+
+class Rewarded(Grpo):
+    """Group-relative policy gradient with a reward that an untrained student earns: even sums of ids."""
+
+    def __init__(self, crew: Crew, steps: int, **policy_gradient: Any) -> None:
+        sampling = ModeSampling(**{mode: SamplingSettings(max_new_tokens=8) for mode in MODES})
+        super().__init__(
+            "rl",
+            GrpoStage(
+                steps=steps,
+                prompts_per_step=4,
+                samples_per_prompt=4,
+                sampling=sampling,
+                policy_gradient={"overlong_share": 0.0, **policy_gradient},  # type: ignore[arg-type]
+            ),
+            crew,
+            first_prompt=0,
+        )
+        self.verifier.verdicts = lambda rollouts: [sum(said.response_ids) % 2 == 0 for said in rollouts]  # type: ignore[assignment, method-assign]
+        self.seen: list[list[Rollout]] = []
+
+    def signal(self, rollouts: Sequence[Rollout]) -> Any:
+        self.seen.append(list(rollouts))
+        return super().signal(rollouts)
+
+
+def test_a_stale_batch_weighs_what_is_likelier_now_and_what_is_less() -> None:
+    """Against a loss in float64 of whole softmaxes: -A min(p_now / p_sampler, cap), a constant times the gradient of
+    log p_now."""
+    crew = real_crew()
+    stage = Rewarded(crew, 3, importance_cap=1.1)
+    before: list[dict[str, Any]] = []
+    step = crew.student.step
+
+    def watched(examples: Any, loss: Any, **options: Any) -> dict[str, Any]:
+        model = copy.deepcopy(crew.student.model).double()
+        total, weights, count = torch.zeros((), dtype=torch.float64), list[float](), 0
+        for example in examples:
+            said = example.rollout
+            ids = torch.tensor([said.prompt_ids + said.response_ids])
+            first = len(said.prompt_ids) - 1
+            logprobs = model(ids).logits[0, first : first + len(said.response_ids)].log_softmax(-1)
+            stops = list(encoder().stop_ids)
+            for row, (token, sampled) in enumerate(zip(said.response_ids, said.logprobs, strict=True)):
+                action = logprobs[row, stops].logsumexp(0) if token in stops else logprobs[row, token]
+                weight = min(float((logprobs[row, token].detach() - sampled).exp()), 1.1)
+                weights.append(weight)
+                total = total - example.signal.value * weight * (action - action.detach()).exp()
+                count += 1
+        (total / count).backward()
+        norm = float(sum(p.grad.square().sum() for p in model.parameters()).sqrt())  # type: ignore[union-attr, misc]
+        before.append({"loss": float(total.detach()) / count, "importance": sum(weights) / count, "norm": norm})
+        return step(examples, loss, **options)
+
+    crew.student.step = watched  # type: ignore[method-assign]
+    metrics = metrics_of(stage, crew, Ahead(stage, crew))
+    assert len(before) == 3 and [row["staleness"] for row in metrics] == [0.0, 1.0, 1.0]
+    for row, naive in zip(metrics, before, strict=True):
+        assert row["loss"] == pytest.approx(naive["loss"], rel=1e-4, abs=1e-6)
+        assert row["importance"] == pytest.approx(naive["importance"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(naive["norm"], rel=1e-3)
+    assert metrics[0]["importance"] == pytest.approx(1.0, abs=1e-4)
+    assert all(abs(row["importance"] - 1) > 1e-3 and row["logprob_gap"] > 1e-3 for row in metrics[1:])
+
+
+def test_weights_go_out_and_batches_come_back_in_order() -> None:
+    """What is trained on at step n is what the weights before step n - 1 say to step n's prompts, and nothing else."""
+    crew = real_crew()
+    stage = Rewarded(crew, 4)
+    metrics = metrics_of(stage, crew, Ahead(stage, crew))
+    sampler = cast(CopiedSampler, crew.student_sampler)
+    assert sampler.sent == [0, 1, 2]  # version 3 has no batch left to speak
+    serial = real_crew()
+    naive, said = Rewarded(serial, 4), list[list[Rollout]]()
+    said.append(naive.sample(0))
+    for step in range(4):
+        if step + 1 < 4:
+            said.append(naive.sample(step + 1))
+        updates = naive.signal(said[step]).updates
+        if updates[0]:
+            torch.manual_seed(0)
+            serial.student.step(updates[0], naive.loss, step=step, num_steps=4, where="")
+        serial.student_sampler.weight_version += 1
+    for ours, theirs in zip(stage.seen, naive.seen, strict=True):
+        assert ours == theirs
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    for mine, other in zip(crew.student.model.parameters(), serial.student.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_several_updates_are_clipped_around_the_weights_that_the_batch_is_trained_from() -> None:
+    """The policy before the step is the trainer's, not the older one that spoke: that one is in the importance."""
+    crew = real_crew()
+    stage = Rewarded(crew, 3, updates_per_step=2)
+    olds: list[Any] = []
+    signal_of = stage.signal
+
+    def watched(rollouts: Sequence[Rollout]) -> Any:
+        judged = signal_of(rollouts)
+        examples = [example for update in judged.updates for example in update]
+        now = rescore(crew.student, [example.rollout for example in examples])
+        for example, found in zip(examples, now, strict=True):
+            assert torch.equal(example.signal.old.token_R, found.token_R)
+        olds.append(len(examples))
+        return judged
+
+    stage.signal = watched  # type: ignore[method-assign]
+    metrics = metrics_of(stage, crew, Ahead(stage, crew))
+    assert sum(olds) > 0 and metrics[2]["importance"] != pytest.approx(1.0, abs=1e-3)
+
+
+def test_reverse_kl_is_that_of_the_weights_that_learn() -> None:
+    """The batch is stale, its divergence is not: the trainer's states are new at every step."""
+    config = resolve_run(assignments=["stages.off_policy=null"])
+    with hired_faculty(
+        config,
+        find_teachers(config),
+        encoder(),
+        device=torch.device("cpu"),
+        logs=Path("."),
+        choose=cast(Any, None),
+    ) as faculty:
+        crew = replace(real_crew(), teachers=faculty)
+        stage = OnPolicy("on_policy", settings(3, prompts=4, most=12), crew, first_prompt=0)
+        naive: list[float] = []
+        step = crew.student.step
+
+        def watched(examples: Any, loss: Any, **options: Any) -> dict[str, Any]:
+            teacher = cast(Any, faculty.default.hired.judge).model
+            stops, found = list(encoder().stop_ids), list[float]()
+            for example in examples:
+                said = example.rollout
+                rows = slice(len(said.prompt_ids) - 1, len(said.prompt_ids) - 1 + len(said.response_ids))
+                ids = torch.tensor([said.prompt_ids + said.response_ids])
+                with torch.no_grad():
+                    p, q = (model(ids).logits[0, rows].double().softmax(-1) for model in (crew.student.model, teacher))
+                others = [token for token in range(p.shape[1]) if token not in stops]
+                p, q = (torch.cat([x[:, others], x[:, stops].sum(-1, True)], dim=1) for x in (p, q))
+                found += (p * (p.log() - q.log())).sum(-1).tolist()
+            naive.append(sum(found) / len(found))
+            return step(examples, loss, **options)
+
+        crew.student.step = watched  # type: ignore[method-assign]
+        metrics = metrics_of(stage, crew, Ahead(stage, crew))
+    assert [row["staleness"] for row in metrics] == [0.0, 1.0, 1.0]
+    assert [row["reverse_kl"] for row in metrics] == pytest.approx(naive, rel=1e-4)
+    assert metrics[0]["logprob_gap"] < 1e-4 < metrics[1]["logprob_gap"]
+
+
+def test_costs_of_a_step_are_those_of_its_batch() -> None:
+    """Sampled ahead or not, a checkpoint's costs are those of the steps that it has finished."""
+    crew = real_crew()
+    stage, kept = Rewarded(crew, 4), dict[int, Any]()
+
+    def checkpoint(done: int, ended: bool) -> None:
+        kept[done] = CostAccount.from_state(crew.meter.account.state()).of_stage("rl")
+
+    metrics = metrics_of(stage, crew, Ahead(stage, crew), checkpoint=checkpoint, checkpoint_every=1)
+    spoken = [sum(len(said.response_ids) for said in rollouts) for rollouts in stage.seen]
+    assert [row["tokens.student_sample"] for row in metrics] == spoken
+    for done in range(1, 5):
+        assert kept[done]["student_sample"].tokens == sum(spoken[:done])
+        assert kept[done]["student_sample"].seconds > 0
+    assert crew.meter.account.peak_bytes["student_train"] > 0
+
+
+def test_ahead_of_nothing_is_at_once() -> None:
+    crew = simulated_crew(sample=0, score=0, train=0)
+    stage = stage_of(crew, 1)
+    assert isinstance(batches_of(stage, crew, staleness=0), AtOnce)
+    stage.teacher_part = "speaks"
+    assert isinstance(batches_of(stage, crew, staleness=1), AtOnce)
+
+
+# Settings, arithmetic
+
+
+@pytest.mark.parametrize(
+    ("assignments", "sentence"),
+    [
+        ([], "sampler.backend=transformers samples with the very weights that are trained"),
+        (
+            [
+                "sampler.backend=vllm",
+                "teacher.signal=sampled",
+                "stages.on_policy.divergence.merge_stop_ids=false",
+            ],
+            "teacher.signal=sampled in stages.on_policy takes tokens",
+        ),
+        (["sampler.staleness=2"], "staleness"),
+    ],
+)
+def test_staleness_that_cannot_be_is_refused(assignments: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        resolve_run(assignments=["sampler.staleness=1", *assignments])
+
+
+def test_devices_by_phase() -> None:
+    def of(*assignments: str, processes: int = 1) -> tuple[int, ...]:
+        found = devices_of(resolve_run(assignments=assignments), processes)
+        return found["sample"], found["score"], found["train"]
+
+    assert of() == (1, 1, 1)
+    assert of(processes=4) == (4, 4, 4)
+    assert of("teacher.backend=vllm", "teacher.replicas=2", "teacher.tensor_parallel=4", processes=2) == (2, 8, 2)
+    assert of("sampler.backend=vllm", "sampler.devices=['3']") == (1, 1, 1)
+    urls = "teacher.urls.score=[http://a:1, http://b:1, http://c:1]"
+    assert of("teacher.backend=vllm", urls) == (1, 3, 1)
+
+
+def test_a_phase_counts_no_second_twice() -> None:
+    """A request that waited behind the step before occupied nobody then."""
+    clock = Clock({"sample": 1, "score": 8, "sync": 1, "train": 2}, begun=100.0)
+    clock.metrics({"score": [(100.0, 104.0)], "train": [(104.0, 105.0)]}, wall=5.0)
+    row = clock.metrics({"score": [(102.0, 106.0), (105.0, 107.0), (108.0, 109.0)]}, wall=8.0)
+    assert row["timeline"]["score"] == [[4.0, 7.0], [8.0, 9.0]]
+    assert row["busy.score"] == 4.0 and row["device_seconds.score"] == 32.0 and row["overlap_efficiency"] == 0.5
+    assert row["timeline"]["train"] == [] and row["busy.train"] == 0.0
+    assert reproducible({**row, "seconds": 8.0, "seconds.train": 1.0, "loss": 0.5}) == {"loss": 0.5}
+
+
+def test_stretches_of_time() -> None:
+    assert united([(0, 1), (1, 2), (5, 6), (0.5, 1.5)]) == [(0, 2), (5, 6)]
+    assert after([(0, 2), (5, 6)], 1) == [(1, 2), (5, 6)] and after([(0, 2)], 2) == []
+    assert length([(0, 2), (5, 6)]) == 3
+
+
+def test_work_of_one_thread_is_called_off_and_no_others() -> None:
+    off, heard = threading.Event(), list[str]()
+
+    def work_on() -> None:
+        try:
+            with interrupt.until(off):
+                work(time.perf_counter() + 5)
+        except interrupt.CalledOffError:
+            heard.append("off")
+        interrupt.check()
+
+    thread = threading.Thread(target=work_on)
+    thread.start()
+    off.set()
+    interrupt.check()
+    thread.join(1)
+    assert heard == ["off"]
+
+
+# Real servers
+
+
+@pytest.mark.server
+@pytest.mark.timeout(900)
+def test_a_run_with_two_servers_one_batch_ahead(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    limits = {mode: {"max_new_tokens": 16} for mode in MODES}
+    optimiser = {"learning_rate": 1e-3, "warmup_steps": 0}
+    shape = {"prompts_per_step": 4, "samples_per_prompt": 2, "sampling": limits, "optimiser": optimiser}
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "teacher": {"model": "tiny", "dtype": "float32", "backend": "vllm", "wire": "fp32"},
+                "student": {"model": "nano", "dtype": "float32", "gradient_checkpointing": False},
+                "sampler": {"backend": "vllm", "staleness": 1},
+                "stages": {
+                    "on_policy": {"kind": "on_policy", "steps": 5, **shape},
+                    "rl": {"kind": "grpo", "steps": 4, **shape},
+                },
+                "evaluation": {"num_questions": 2, "sampling": limits, "references": False},
+                "checkpoint_every": 2,
+                "max_prompt_tokens": 64,
+            }
+        )
+    )
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "distill.cli", "run", "--recipe", str(recipe), "--out", str(out), "--json"]
+
+    def lines() -> list[dict[str, Any]]:
+        path = out / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 400
+    while len(lines()) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr[-3000:]
+    before = len(lines())
+    assert before >= 3
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = lines()
+    assert [(row["stage"], row["step"]) for row in steps] == [("on_policy", n) for n in range(5)] + [
+        ("rl", n) for n in range(4)
+    ]
+    first = [row for row in steps if row["stage"] == "on_policy"]
+    # The first batch of a process is not ahead of anything, and every other one is by one.
+    assert [row["staleness"] for row in first] == [0.0 if n in (0, before) else 1.0 for n in range(5)]
+    assert [row["staleness"] for row in steps if row["stage"] == "rl"] == [0.0, 1.0, 1.0, 1.0]
+    assert all(row.get("sampler.gap", 0.0) <= 1e-4 for row in steps)
+    for row in first:
+        # Stale weights show in what trainer and sampler say of the same token, fresh ones do not.
+        assert (row["logprob_gap"] > 1e-3) == (row["staleness"] == 1.0), row
+        assert row["timeline"]["sample"] and row["timeline"]["score"] and row["timeline"]["train"]
+    ahead = [(row, following) for row, following in pairwise(first) if following["staleness"]]
+    for row, following in ahead:
+        assert following["timeline"]["sample"][0][0] < row["timeline"]["train"][0][0]
+    costs = json.loads(done.stdout)["costs"]
+    assert costs["student_sample"]["stages"]["on_policy"]["tokens"] == sum(
+        row["tokens.student_sample"] for row in first
+    )
