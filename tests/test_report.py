@@ -21,6 +21,7 @@ from distill.sampler import OnFinished
 from distill.types import MODES, Prompt, Request, Rollout, Sampling
 from eval.curve_charts import Places, score_charts
 from eval.figure import Series, line_chart, short
+from eval.gantt import LEFT, RIGHT, WIDTH, gantt_charts, strips
 from eval.page import count, duration
 from eval.report import render, verdict, write_report
 from eval.run_files import RunFiles
@@ -302,6 +303,67 @@ def test_curves_costs_and_samples_are_there(page: str) -> None:
     assert page.count('class="badge">last student wrong') >= 1 and page.count('class="badge">learned') >= 1
     assert "transformers 5.19.0" in page
     assert "key0007" in page and "key0008" not in page and "and 1,992 more" in page
+
+
+def phased(step: int, begin: float, *, stage: str = "on_policy", **timeline: list[list[float]]) -> dict[str, Any]:
+    lanes = {"sample": [], "score": [], "sync": [], "train": [], **timeline}
+    busy = {f"busy.{name}": sum(b - a for a, b in spans) for name, spans in lanes.items()}
+    moved = {name: [[begin + a, begin + b] for a, b in spans] for name, spans in lanes.items()}
+    row = {"stage": stage, "step": step, "staleness": 1.0, "overlap_efficiency": 0.75, "seconds": 4.0}
+    return {**row, "seconds.train": 1.0, **busy, "timeline": moved}
+
+
+def overlapping(num: int, begin: float = 0.0) -> list[dict[str, Any]]:
+    """Steps of 4 seconds, each sampled while the one before is trained on."""
+    lanes = {"sample": [[0.0, 3.0]], "score": [[1.0, 2.0], [2.5, 3.5]], "train": [[4.0, 7.0]]}
+    return [phased(step, begin + 4.0 * step, **lanes) for step in range(num)]
+
+
+def test_a_strip_shows_when_each_phase_worked() -> None:
+    (chart,) = gantt_charts(overlapping(2))
+    assert chart.title == "on-policy, steps 0 to 1: overlap efficiency 75 %"
+    svg = str(chart.views["steps"])
+    # 0 to 11 seconds over 336 units: the second step's training is at 8 to 11 seconds.
+    scale = (WIDTH - LEFT - RIGHT) / 11
+    bars = re.findall(
+        r'<rect class="(\S+) (\S+)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)".*?<title>(.*?)</title>', svg
+    )
+    assert len(bars) == 2 * 4
+    last = bars[-1]
+    assert last[:2] == ("s2", "weak") and last[-1] == "train, step 1: 8 to 11 s"
+    assert float(last[2]) == pytest.approx(LEFT + 8 * scale, abs=0.1)
+    assert float(last[4]) == pytest.approx(3 * scale, abs=0.1)
+    assert len({y for _, _, _, y, _, _ in bars}) == 3  # lanes; nobody sent weights
+    assert all(float(x) >= LEFT and float(x) + float(width) <= WIDTH - RIGHT + 0.1 for _, _, x, _, width, _ in bars)
+    assert 'aria-label="on-policy, steps 0 to 1: overlap efficiency 75 %; busy a step: sample 3 s, score 2 s, ' in svg
+    Elements(svg)
+
+
+def test_strips_are_the_first_the_middle_and_the_last_steps() -> None:
+    def steps(rows: list[dict[str, Any]]) -> list[list[int]]:
+        return [[row["step"] for row in strip] for strip in strips(rows)]
+
+    assert steps(overlapping(100)) == [[0, 1, 2, 3], [48, 49, 50, 51], [96, 97, 98, 99]]
+    assert steps(overlapping(6)) == [[0, 1, 2, 3], [4, 5]]
+    assert steps([]) == []
+    # A process that resumed the run after two steps began its clock again.
+    resumed = [*overlapping(2, begin=50.0), *overlapping(4)[2:]]
+    assert steps(resumed) == [[0, 1], [2, 3]]
+    # What was recorded before there were phases, and stages in which the teacher speaks, have none.
+    assert gantt_charts([{"stage": "on_policy", "step": 0}, phased(0, 0.0) | {"timeline": {}}]) == []
+    spoken = phased(0, 0.0, stage="off_policy", train=[[0.0, 1.0]])
+    del spoken["staleness"]
+    assert gantt_charts([spoken]) == []
+
+
+def test_the_page_has_the_strips_and_the_overlap(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    rows = [row | {"global_step": row["step"] + 1, "stage": f"a{HOSTILE}"} for row in overlapping(20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    Elements(page)
+    assert "<script>" not in page and page.count("busy a step: sample 3 s") == 3
+    assert "When each phase worked" in page and "<td>75 %</td>" in page
 
 
 def test_the_page_is_a_function_of_the_files(run: Path) -> None:
