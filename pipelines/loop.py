@@ -54,6 +54,7 @@ def run_stage(
 
     A step that is interrupted leaves no trace; see ``interrupt``.
 
+    ``batches`` is where the stage's batches come from, ``clock`` keeps when its phases worked.
     ``global_step`` counts the run's finished steps before ``first_step``. A stop on request or by a guard, or a loss
     that is not finite, writes a checkpoint of the last finished step on its way out.
     """

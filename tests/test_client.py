@@ -318,6 +318,56 @@ def test_what_is_heard_is_judged_while_others_still_speak_and_nothing_depends_on
                 assert torch.equal(ours.states_Rd, theirs.states_Rd)
 
 
+def test_two_batches_are_judged_at_once_and_neither_takes_the_others_answers() -> None:
+    """The one that is asked for, and the one that is still being spoken behind it, in another thread."""
+    first = [rollout(number, prompt=3, response=2 + number % 5) for number in range(40)]
+    second = [rollout(100 + number, prompt=4, response=2 + number % 7) for number in range(50)]
+    asked: list[list[int]] = []
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        asked.extend(body["input"])
+        time.sleep(0.05)
+        return pooled(body)
+
+    with serving(handle) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        references = teacher.score(first), teacher.score(second)
+        teacher.worked()
+        asked.clear()
+        begun = time.perf_counter()
+        for one in first:
+            teacher.hear(one)
+        teacher.heard_all()  # the last eight would wait for company otherwise
+
+        def speak() -> None:
+            for one in second:
+                teacher.hear(one)
+                time.sleep(0.001)
+            teacher.heard_all()
+
+        speaker = threading.Thread(target=speak)
+        speaker.start()
+        ours = teacher.score(first)
+        spans = teacher.worked()
+        speaker.join()
+        deadline = time.monotonic() + 10
+        while len(asked) < 90 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(asked) == 90  # all is on its way before anybody asks
+        time.sleep(0.3)
+        found = time.perf_counter()
+        theirs = teacher.score(second)
+        assert len(asked) == 90  # and nothing is asked twice
+        for reference, scored in zip(references, (ours, theirs), strict=True):
+            for right, mine in zip(reference, scored, strict=True):
+                assert torch.equal(right.states_Rd, mine.states_Rd)
+        # When the requests were under way, not when somebody came for their answers.
+        assert len(spans) == 2 and all(begun <= begin < end for begin, end in spans)
+        later = teacher.worked()
+        assert len(later) == 2 and all(begin < end < found for begin, end in later)
+        assert teacher.worked() == []
+
+
 def test_an_abandoned_step_ends_what_is_under_way() -> None:
     arrived, leave = threading.Semaphore(0), threading.Event()
 

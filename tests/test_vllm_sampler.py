@@ -133,6 +133,25 @@ def test_fifty_steps_each_with_the_trainers_weights(client: Client) -> None:
     assert speaker.facts() == {}
 
 
+def test_it_speaks_with_the_weights_that_it_took_while_the_model_is_trained(client: Client) -> None:
+    learner = student()
+    speaker = sampler(client, learner)
+    speaker.take_weights()
+    with speaker.keeping():
+        train(learner, 3)
+        speaker.weight_version = 1
+        stale = speaker.generate(requests(4))
+    fresh = speaker.generate(requests(4))
+    for rollouts, version in ((stale, 0), (fresh, 1)):
+        assert {rollout.weight_version for rollout in rollouts} == {version}
+        gaps = [
+            abs(said - found)
+            for rollout, scored in zip(rollouts, rescore(learner, rollouts), strict=True)
+            for said, found in zip(rollout.logprobs, scored.token_R.tolist(), strict=True)
+        ]
+        assert (max(gaps) <= 1e-4) == (version == 1), max(gaps)
+
+
 def test_adapters_arrive_merged(client: Client) -> None:
     learner = student(lora=LORA)
     speaker = sampler(client, learner)
