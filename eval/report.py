@@ -32,6 +32,8 @@ PHASES = {
     "seconds.sync": "sending weights",
 }
 """The parts of a step's time."""
+LEAST_SHARE = 0.005
+"""Share of a stage's time from which on sending weights is shown."""
 
 
 def write_report(folder: Path) -> Path:
@@ -75,7 +77,6 @@ def render(folder: Path) -> str:
         costs=costs_by_role(run.costs, run.summary),
         phases=time_by_phase(run.metrics),
         gantt=gantt_charts(run.metrics),
-        phase_names=list(PHASES.values()),
         shaded=shaded(run.samples),
         divergences=divergence_names(run.samples),
         shades=SHADES,
@@ -143,7 +144,10 @@ def costs_by_role(costs: Mapping[str, Any], summary: Mapping[str, Any]) -> list[
 
 
 def time_by_phase(metrics: Sequence[Document]) -> list[Document]:
-    """For each stage the seconds of its steps, and the share of each phase in them."""
+    """For each stage the seconds of its steps, and the share of each phase in them.
+
+    Sending weights counts as everything else where it is hardly anything in every stage: most samplers get none.
+    """
     stages: dict[str, dict[str, float]] = {}
     for row in metrics:
         if "seconds.train" not in row:
@@ -152,23 +156,24 @@ def time_by_phase(metrics: Sequence[Document]) -> list[Document]:
         known = {phase: float(row.get(phase, 0.0)) for phase in PHASES if phase}
         for phase, seconds in {**known, "": max(row["seconds"] - sum(known.values()), 0.0)}.items():
             spent[phase] += seconds
-    steps = {stage: sum(row["stage"] == stage for row in metrics) for stage in stages}
+    sends = any(spent["seconds.sync"] >= LEAST_SHARE * sum(spent.values()) > 0 for spent in stages.values())
+    if not sends:
+        for spent in stages.values():
+            spent[""] += spent.pop("seconds.sync")
     return [
-        {
-            "stage": stage,
-            "steps": steps[stage],
-            "seconds": sum(spent.values()),
-            "efficiency": _mean([row["overlap_efficiency"] for row in metrics if _is_overlapping(row, stage)]),
-            "shares": [seconds / (sum(spent.values()) or 1.0) for seconds in spent.values()],
-        }
-        for stage, spent in stages.items()
+        _stage_time(stage, spent, [row for row in metrics if row["stage"] == stage]) for stage, spent in stages.items()
     ]
 
 
-def _is_overlapping(row: Document, stage: str) -> bool:
-    """Whether a step of ``stage`` has phases that could hide behind each other."""
-    return row["stage"] == stage and "staleness" in row
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _stage_time(stage: str, spent: Mapping[str, float], rows: Sequence[Document]) -> Document:
+    total = sum(spent.values())
+    # Where the teacher speaks there are no phases that could hide behind each other.
+    efficiencies = [row["overlap_efficiency"] for row in rows if "staleness" in row]
+    return {
+        "stage": stage,
+        "steps": len(rows),
+        "seconds": total,
+        "names": [PHASES[phase] for phase in spent],
+        "shares": [seconds / (total or 1.0) for seconds in spent.values()],
+        "efficiency": sum(efficiencies) / len(efficiencies) if efficiencies else None,
+    }

@@ -620,7 +620,7 @@ def test_a_run_with_two_servers_one_batch_ahead(tmp_path: Path) -> None:
         assert row["timeline"]["sample"] and row["timeline"]["score"] and row["timeline"]["train"]
     ahead = [(row, following) for row, following in pairwise(first) if following["staleness"]]
     for row, following in ahead:
-        assert following["timeline"]["sample"][0][0] < row["timeline"]["train"][0][0]
+        assert following["timeline"]["sample"][0][0] < row["timeline"]["train"][0][1]
     costs = json.loads(done.stdout)["costs"]
     assert costs["student_sample"]["stages"]["on_policy"]["tokens"] == sum(
         row["tokens.student_sample"] for row in first
