@@ -173,7 +173,7 @@ class Ahead:
         if step + 1 < stage.num_steps:
             self._begin(step + 1)
         synced = time.perf_counter()
-        with _naming(stage, step, "scoring"):
+        with crew.student.whole(), _naming(stage, step, "scoring"):
             judged, spans = _judged(stage, crew, spoken.rollouts)
         if self._under_way is not None and self._under_way[1].done():
             self.rest()  # what went wrong there is not kept until this batch has been trained on
