@@ -131,6 +131,26 @@ def test_one_batch_ahead_and_no_further() -> None:
     assert seen == [2, 3, 4, 4]
 
 
+def test_a_sampler_that_begins_late_speaks_with_the_weights_it_was_given() -> None:
+    """The batch ahead begins when the trainer has changed its weights already."""
+    crew = simulated_crew(sample=0.02, score=0.0, train=0.02)
+    stage, trained = stage_of(crew, 4), threading.Semaphore(0)
+    step, sample = crew.student.step, stage.sample
+
+    def watched(*arguments: Any, **options: Any) -> dict[str, Any]:
+        found = step(*arguments, **options)
+        trained.release()
+        return found
+
+    def late(number: int) -> list[Rollout]:
+        assert number == 0 or trained.acquire(timeout=5)
+        return sample(number)
+
+    crew.student.step, stage.sample = watched, late  # type: ignore[method-assign]
+    metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
+    assert [row["staleness"] for row in metrics] == [0.0, 1.0, 1.0, 1.0]
+
+
 def test_the_sampler_rests_where_somebody_else_wants_it() -> None:
     """An examination between two steps speaks with the newest weights, and the batch ahead with its own."""
     crew = simulated_crew(sample=0.1, score=0.02, train=0.02)
@@ -210,6 +230,21 @@ def test_an_error_of_the_teacher_that_the_sampler_hears_first_is_not_lost() -> N
     with pytest.raises(DistillError, match=r"^on_policy, sampling step 1: no answer$"):
         metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
     assert time.perf_counter() - heard[-1] < 0.6  # not after another step
+
+
+def test_an_error_in_the_batch_ahead_is_raised_before_the_next_step_begins() -> None:
+    crew = simulated_crew(sample=0.02, score=0.3, train=0.02)
+    stage, sample = stage_of(crew, 5), stage_of(crew, 5).sample
+
+    def broken(number: int) -> list[Rollout]:
+        if number == 1:
+            raise DistillError("no server")
+        return sample(number)
+
+    stage.sample = broken  # type: ignore[method-assign]
+    with pytest.raises(DistillError, match=r"^on_policy, sampling step 1: no server$"):
+        metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
+    assert crew.student.num_changes == 0
 
 
 def test_numbers_that_are_not_finite_end_the_batch_under_way(tmp_path: Path) -> None:
