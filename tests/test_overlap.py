@@ -540,6 +540,7 @@ def test_ahead_of_nothing_is_at_once() -> None:
             "teacher.signal=sampled in stages.on_policy takes tokens",
         ),
         (["sampler.staleness=2"], "staleness"),
+        (["sampler.backend=vllm", "sampler.sleep=true"], "sampler.sleep gives the server's memory away"),
     ],
 )
 def test_staleness_that_cannot_be_is_refused(assignments: list[str], sentence: str) -> None:
