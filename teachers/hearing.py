@@ -24,7 +24,7 @@ REQUEST_TOKENS = 8192
 REQUEST_SEQUENCES = 32
 """Most sequences in one request: each takes about 130 bytes of the reply's header."""
 HEARD_TOKENS = 2048
-"""Tokens of finished responses that are worth a request while others are still being spoken."""
+"""Tokens of finished responses that are worth a request while others are still being spoken and judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Hearing(Generic[R]):
         self._worked: list[Span] = []
 
     def hear(self, rollout: Rollout) -> None:
-        """Start judging ``rollout`` in the background, with others that end at about the same time.
+        """Start judging ``rollout`` in the background, with others that end while the servers are busy.
 
         Raises what went wrong with those that were heard before.
         """
@@ -81,7 +81,8 @@ class Hearing(Generic[R]):
                     asked.future.result()
             self._held_back.append(rollout)
             request = ScoringRequest(tuple(self._held_back))
-            if request.num_tokens >= HEARD_TOKENS or len(self._held_back) >= REQUEST_SEQUENCES:
+            is_idle = all(asked.future.done() for asked in self._under_way)
+            if is_idle or request.num_tokens >= HEARD_TOKENS or len(self._held_back) >= REQUEST_SEQUENCES:
                 self._held_back = []
                 self._under_way.append(self._submit(request))
 
