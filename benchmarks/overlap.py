@@ -3,7 +3,8 @@
 ``embedded``: the embedded pair after a short off-policy stage, with a vLLM teacher on a core of its own (``--cores``:
 this process's, the teacher's), staleness 0; null with ``--no-vllm``. Each step's wall time is compared with the larger
 of sample + train and score, where sampling and scoring were measured alone on the same step's responses (the learning
-rate is next to nothing, so that they are the same). ``simulated``: sampler, teacher and trainer on three devices that
+rate is next to nothing, so that they are the same). ``one_response`` is what judging a single one takes: no step can wait
+for less after its last response. ``simulated``: sampler, teacher and trainer on three devices that
 take their time elsewhere (they sleep), staleness 1, with each phase in turn as the longest: wall time of a step over
 the longest phase. In both the loop is the one that ``distill run`` runs.
 """
@@ -331,6 +332,7 @@ def steps_of(
             parts.append({"sample": sample, "score": score, "train": row["seconds.train"]})
             walls.append(row["seconds"])
             bounds.append(max(sample + row["seconds.train"], score))
+        ones = [seconds_of(lambda one=one: judge.score([one])) for one in rollouts]  # type: ignore[misc]
     return {
         "steps": len(metrics),
         "tokens_a_step": statistics.mean(row["tokens.student_sample"] for row in metrics),
@@ -339,6 +341,7 @@ def steps_of(
         "wall_over_bound": sum(walls) / sum(bounds),
         "worst_step": max(wall / bound for wall, bound in zip(walls, bounds, strict=True)),
         "waited_for_score": statistics.median(row["seconds.score"] for row in metrics),
+        "one_response": statistics.median(ones),
     }
 
 

@@ -65,22 +65,23 @@ def _chart(stage: str, rows: Sequence[Document]) -> Chart:
     first, last = rows[0]["step"], rows[-1]["step"]
     steps = f"step {first}" if first == last else f"steps {first} to {last}"
     efficiency = sum(row["overlap_efficiency"] for row in rows) / len(rows)
-    title = f"{named(stage)}, {steps}: overlap efficiency {percent(efficiency, 0)}"
+    title = f"{named(stage)}, {steps}: overlap {percent(efficiency, 0)}"
     return Chart(title, {"steps": strip(title, rows)})
 
 
 def strip(title: str, rows: Sequence[Document]) -> Markup:
-    """An SVG element with the lanes of the rows; its text alternative has each phase's mean seconds."""
+    """An SVG element with the lanes that the rows worked in; its text alternative has each phase's mean seconds."""
+    lanes = {phase: lane for phase, lane in LANES.items() if any(row["timeline"].get(phase) for row in rows)}
     spans = [span for row in rows for lane in row["timeline"].values() for span in lane]
     begin, end = min((span[0] for span in spans), default=0.0), max((span[1] for span in spans), default=1.0)
     scale = (WIDTH - LEFT - RIGHT) / ((end - begin) or 1.0)
-    bottom = TOP + LANE * len(LANES)
+    bottom = TOP + LANE * len(lanes)
     parts = []
     for tick in _ticks(end - begin):
         x = LEFT + tick * scale
         parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{bottom}"/>')
         parts.append(f'<text class="axis" x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{short(tick)} s</text>')
-    for lane, (phase, (name, colour)) in enumerate(LANES.items()):
+    for lane, (phase, (name, colour)) in enumerate(lanes.items()):
         top = TOP + lane * LANE + (LANE - BAR) / 2
         parts.append(f'<text class="axis" x="{LEFT - 6}" y="{top + BAR - 3:.1f}" text-anchor="end">{name}</text>')
         for row in rows:
@@ -93,7 +94,7 @@ def strip(title: str, rows: Sequence[Document]) -> Markup:
                     f"<title>{said}</title></rect>"
                 )
     means = ", ".join(
-        f"{name} {short(sum(row[f'busy.{phase}'] for row in rows) / len(rows))} s" for phase, (name, _) in LANES.items()
+        f"{name} {short(sum(row[f'busy.{phase}'] for row in rows) / len(rows))} s" for phase, (name, _) in lanes.items()
     )
     return Markup(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {bottom + 20}" role="img" '

@@ -26,6 +26,8 @@ sending new weights to a sampler that has its own, and checking that they arrive
 
 SHOWN_GAP = 0.01
 """Share of a step below which a pause is not shown in its timeline."""
+SHOWN_WORK = 0.001
+"""Share of a step below which work is not: a sampler that has no weights of its own is done at once with taking them."""
 
 
 @dataclass
@@ -51,8 +53,11 @@ class Clock:
             busy[phase] = length(own)
             # A bar of many thin ones is shown as one: a line of metrics stays a line.
             whole = united(own, gap=SHOWN_GAP * wall)
-            shown = [[round(begin - self.begun, 4), round(end - self.begun, 4)] for begin, end in whole]
-            timeline[phase] = [span for span in shown if span[0] < span[1]]
+            timeline[phase] = [
+                [round(begin - self.begun, 4), round(end - self.begun, 4)]
+                for begin, end in whole
+                if end - begin > SHOWN_WORK * wall
+            ]
         return {
             **{f"busy.{phase}": seconds for phase, seconds in busy.items()},
             **{f"device_seconds.{phase}": seconds * self.devices[phase] for phase, seconds in busy.items()},

@@ -321,7 +321,7 @@ def overlapping(num: int, begin: float = 0.0) -> list[dict[str, Any]]:
 
 def test_a_strip_shows_when_each_phase_worked() -> None:
     (chart,) = gantt_charts(overlapping(2))
-    assert chart.title == "on-policy, steps 0 to 1: overlap efficiency 75 %"
+    assert chart.title == "on-policy, steps 0 to 1: overlap 75 %"
     svg = str(chart.views["steps"])
     # 0 to 11 seconds over 336 units: the second step's training is at 8 to 11 seconds.
     scale = (WIDTH - LEFT - RIGHT) / 11
@@ -335,7 +335,7 @@ def test_a_strip_shows_when_each_phase_worked() -> None:
     assert float(last[4]) == pytest.approx(3 * scale, abs=0.1)
     assert len({y for _, _, _, y, _, _ in bars}) == 3  # lanes; nobody sent weights
     assert all(float(x) >= LEFT and float(x) + float(width) <= WIDTH - RIGHT + 0.1 for _, _, x, _, width, _ in bars)
-    assert 'aria-label="on-policy, steps 0 to 1: overlap efficiency 75 %; busy a step: sample 3 s, score 2 s, ' in svg
+    assert 'aria-label="on-policy, steps 0 to 1: overlap 75 %; busy a step: sample 3 s, score 2 s, ' in svg
     Elements(svg)
 
 
