@@ -3,10 +3,10 @@
 ``embedded``: the embedded pair after a short off-policy stage, with a vLLM teacher on a core of its own (``--cores``:
 this process's, the teacher's), staleness 0; null with ``--no-vllm``. Each step's wall time is compared with the larger
 of sample + train and score, where sampling and scoring were measured alone on the same step's responses (the learning
-rate is next to nothing, so that they are the same). ``one_response`` is what judging a single one takes: no step can wait
-for less after its last response. ``simulated``: sampler, teacher and trainer on three devices that
-take their time elsewhere (they sleep), staleness 1, with each phase in turn as the longest: wall time of a step over
-the longest phase. In both the loop is the one that ``distill run`` runs.
+rate is next to nothing, so that they are the same). ``one_response`` is what judging a single one takes: no step can
+wait for less after its last response. ``simulated``: sampler, teacher and trainer on three devices that take their time
+elsewhere (they sleep), staleness 1, with each phase in turn as the longest: wall time of a step over the longest phase.
+In both the loop is the one that ``distill run`` runs.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ sending new weights to a sampler that has its own, and checking that they arrive
 SHOWN_GAP = 0.01
 """Share of a step below which a pause is not shown in its timeline."""
 SHOWN_WORK = 0.001
-"""Share of a step below which work is not: a sampler that has no weights of its own is done at once with taking them."""
+"""Share of a step below which work is not: a sampler without weights of its own takes new ones in no time."""
 
 
 @dataclass
