@@ -9,7 +9,7 @@ nothing again; the run that made them was charged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -77,6 +77,12 @@ class CostAccount:
             for role, stages in self.entries.items()
             if stage in stages and role != "evaluate"
         }
+
+    def put_back(self, stage: str, then: Mapping[str, Cost]) -> None:
+        """Make what ``stage`` has cost again what ``of_stage`` gave once; examinations are left as they are."""
+        for role, stages in self.entries.items():
+            if role != "evaluate" and stage in stages:
+                stages[stage] = replace(then.get(role, Cost()))
 
     def to_json(self) -> dict[str, Any]:
         """By role: ``Cost``'s fields, tokens_per_second, peak_memory_bytes, and the same by stage in ``stages``."""

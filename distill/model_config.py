@@ -108,7 +108,7 @@ class SamplerSettings(Settings):
     """GPUs of the server's own, by number, or CPU cores; empty leaves the choice to vLLM, which on a GPU is the
     trainer's."""
     staleness: Literal[0, 1] = 0
-    """Optimiser steps between the weights that speak and those that learn from it. 0: a batch is sampled when it is
+    """Steps between the weights that speak and those that learn from it. 0: a batch is sampled when it is
     trained on. 1: the next batch is sampled while this one trains; the server has weights of its own, so it takes
     ``backend`` vllm."""
     tolerance: PositiveFloat | None = None

@@ -53,7 +53,7 @@ class Sampler(Protocol):
 class StudentSampler(Sampler, Protocol):
     """A sampler of the model that is trained. It speaks with the weights that the model has when it is asked.
 
-    ``weight_version`` counts the optimiser steps behind these weights, and is stamped on the rollouts.
+    ``weight_version`` counts the run's steps behind these weights, and is stamped on the rollouts.
     """
 
     weight_version: int

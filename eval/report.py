@@ -16,7 +16,7 @@ from eval.browser import SHADES, browsers, divergence_names, shaded
 from eval.comparison_report import FILE as COMPARISON
 from eval.comparison_report import write_comparison_report
 from eval.curve_charts import AXES, Places, metric_charts, score_charts
-from eval.gantt import gantt_charts
+from eval.gantt import gantt_charts, overlap
 from eval.page import MODE_NAMES, Document, named, page, percent
 from eval.run_files import RunFiles, by_task, has_budget
 from eval.score_charts import budget_charts, pass_charts, switching_charts, switching_table
@@ -168,12 +168,12 @@ def time_by_phase(metrics: Sequence[Document]) -> list[Document]:
 def _stage_time(stage: str, spent: Mapping[str, float], rows: Sequence[Document]) -> Document:
     total = sum(spent.values())
     # Where the teacher speaks there are no phases that could hide behind each other.
-    efficiencies = [row["overlap_efficiency"] for row in rows if "staleness" in row]
+    phased = [row for row in rows if "staleness" in row]
     return {
         "stage": stage,
         "steps": len(rows),
         "seconds": total,
         "names": [PHASES[phase] for phase in spent],
         "shares": [seconds / (total or 1.0) for seconds in spent.values()],
-        "efficiency": sum(efficiencies) / len(efficiencies) if efficiencies else None,
+        "efficiency": overlap(phased) if phased else None,
     }

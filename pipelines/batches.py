@@ -9,7 +9,8 @@ while the teacher judges batch n and the trainer learns from it:
     teacher       score n, as its responses end ...      | score n+1, as its responses end ...
 
 Batch n+1 is trained on when n+1 updates were made and was sampled after n: its staleness is 1, never more, and the
-first batch of a process has 0. One batch ahead is the bound: the sampler waits for the trainer, and the trainer for it.
+first batch of a stage, and of a process that resumes one, has 0. One batch ahead is the bound: the sampler waits for
+the trainer, and the trainer for it.
 """
 
 from __future__ import annotations
@@ -134,6 +135,8 @@ class Ahead:
         self._keeping = ExitStack()
         self._under_way: tuple[int, Future[_Spoken]] | None = None
         self._ready: _Spoken | None = None
+        self._sent: Span = (0.0, 0.0)
+        """When the newest weights were sent."""
         self._rested = 0.0
 
     def __enter__(self) -> Self:
@@ -164,12 +167,13 @@ class Ahead:
         already, self._rested = self._rested, 0.0
         if self._ready is None and self._under_way is None:
             self._begin(step)
+        begun, own = time.perf_counter(), self._sent
         self.rest()
         self._rested = 0.0
         spoken, self._ready = self._ready, None
         assert spoken is not None and spoken.step == step, "batches are taken in the order of the steps"
-        crew.meter.enter(spoken.spent)
         sampled = time.perf_counter()
+        crew.meter.enter(spoken.spent, seconds=already + sampled - begun)
         if step + 1 < stage.num_steps:
             self._begin(step + 1)
         synced = time.perf_counter()
@@ -181,14 +185,20 @@ class Ahead:
         return Batch(
             spoken.rollouts,
             judged,
-            waited={"sample": already + sampled - began, "sync": synced - sampled, "score": scored - synced},
-            spans={"sample": [spoken.span], "sync": [(sampled, synced)], "score": spans},
+            waited={
+                "sample": already + sampled - begun,
+                "sync": begun - began + synced - sampled,
+                "score": scored - synced,
+            },
+            spans={"sample": [spoken.span], "sync": [own], "score": spans},
             rested=already,
         )
 
     def _begin(self, step: int) -> None:
+        began = time.perf_counter()
         with self.crew.student.whole(), _naming(self.stage, step, "sampling"):
             _send_weights(self.stage, self.crew)
+        self._sent = began, time.perf_counter()
         self._keeping.enter_context(self._sampler.keeping())
         self._under_way = step, self._thread.submit(self._speak, step)
 

@@ -56,9 +56,9 @@ def run_stage(
 
     ``batches`` is where the stage's batches come from, ``clock`` keeps when its phases worked.
     ``global_step`` counts the run's finished steps before ``first_step``. A stop on request or by a guard, or a loss
-    that is not finite, writes a checkpoint of the last finished step on its way out.
+    that is not finite, writes a checkpoint of the last finished step on its way out, with the costs of that step.
     """
-    done = first_step
+    done, spent = first_step, crew.meter.account.of_stage(stage.name)
     try:
         with batches, track(f"{stage.name}: steps", stage.num_steps, "steps", done=done) as bar:
             for step in range(first_step, stage.num_steps):
@@ -66,7 +66,7 @@ def run_stage(
                 if examine(done):
                     break
                 metrics = _step(stage, student, crew, step, batches=batches, clock=clock)
-                done = step + 1
+                done, spent = step + 1, crew.meter.account.of_stage(stage.name)
                 entry = {"stage": stage.name, "step": step, "global_step": global_step + done - first_step, **metrics}
                 journal.record(entry)
                 tracking.step(entry)
@@ -79,6 +79,7 @@ def run_stage(
     except (StoppedError, NonFiniteError, GuardError):
         # All are raised between steps, or before one changes anything: the weights are those of the last finished step.
         if done > first_step:
+            crew.meter.account.put_back(stage.name, spent)
             checkpoint(done, False)
         raise
     checkpoint(done, True)
@@ -118,7 +119,7 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int, *, batches: Bat
 
 
 def _staleness(stage: Stage, crew: Crew, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Optimiser steps between the weights that spoke and those that are trained, where the student spoke."""
+    """Steps between the weights that spoke and those that are trained, where the student spoke."""
     if stage.teacher_part == "speaks":
         return {}
     ages = [crew.student_sampler.weight_version - rollout.weight_version for rollout in rollouts]

@@ -45,11 +45,11 @@ class Meter:
         finally:
             self._here.account = None
 
-    def enter(self, spent: CostAccount) -> None:
-        """Charge what was spent apart."""
-        for role, stages in spent.entries.items():
-            for stage, cost in stages.items():
-                self.account.charge(role, stage, cost)
+    def enter(self, spent: CostAccount, *, seconds: float) -> None:
+        """Charge what one role spent apart, and ``seconds`` for it: those for which it was waited for."""
+        ((role, stages),) = spent.entries.items()
+        ((stage, cost),) = stages.items()
+        self.account.charge(role, stage, replace(cost, seconds=seconds))
 
     @contextmanager
     def measure(self, role: Role, stage: str) -> Iterator[Cost]:

@@ -3,6 +3,8 @@
 A phase is busy while it works on a step's batch, wherever that is: in this process, behind a server, in the background
 of another phase. So phases overlap, and their seconds may come to more than the step's own. A step is as long as its
 longest phase where everything else hides behind it: ``overlap_efficiency`` is that phase's seconds over the step's.
+One batch ahead, some of a batch's work is done while the step before is timed, so that a single step's figure may be
+above 1; of many steps together it is not.
 
 ``seconds.*`` are something else: what the step itself waited for or did, one after the other.
 """
@@ -66,18 +68,19 @@ class Clock:
         }
 
 
-def devices_of(config: RunConfig, num_processes: int) -> dict[str, int]:
-    """How many devices each phase of a run occupies: the student's processes, and what servers have of their own.
+def devices_of(config: RunConfig, num_processes: int, *, teacher_judges: bool) -> dict[str, int]:
+    """How many devices each phase of a stage occupies: the student's processes, and what servers have of their own.
 
-    Somebody else's server counts as one device: it does not say how many it has.
+    Somebody else's server counts as one device: it does not say how many it has. Where no teacher judges, the
+    student's processes do.
     """
     sampler = config.sampler
     own = len(sampler.devices) or 1
     teachers = {config.teacher, *config.specialists.values()}
-    served = sum(_served(teacher) for teacher in teachers)
+    served = [_served(teacher) for teacher in teachers] if teacher_judges else [0]
     return {
         "sample": num_processes if sampler.backend == "transformers" else own,
-        "score": served or num_processes,
+        "score": sum(served) + (num_processes if 0 in served else 0),
         "sync": num_processes,
         "train": num_processes,
     }

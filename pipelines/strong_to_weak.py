@@ -324,7 +324,7 @@ class _Run:
             tracking=self.tracking,
             examine=examine,
             batches=batches_of(stage, self.crew, staleness=self.config.sampler.staleness),
-            clock=Clock(devices_of(self.config, self.ranks.count)),
+            clock=Clock(devices_of(self.config, self.ranks.count, teacher_judges=stage.teacher_part == "judges")),
         )
         return _Position(number + 1, 0, before + done)
 

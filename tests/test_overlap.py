@@ -516,6 +516,29 @@ def test_costs_of_a_step_are_those_of_its_batch() -> None:
     assert crew.meter.account.peak_bytes["student_train"] > 0
 
 
+@pytest.mark.parametrize("batches", [AtOnce, Ahead])
+def test_an_interrupted_steps_costs_are_not_in_the_checkpoint(batches: type[AtOnce] | type[Ahead]) -> None:
+    crew = real_crew()
+    stage, kept = Rewarded(crew, 4), dict[int, Any]()
+    trained = crew.student.step
+
+    def step(*args: Any, **options: Any) -> Any:
+        if len(stage.seen) > 2 and options["step"] == 2:
+            raise StoppedError("stopped by SIGINT", exit_code=130)
+        return trained(*args, **options)
+
+    crew.student.step = step  # type: ignore[method-assign]
+
+    def checkpoint(done: int, ended: bool) -> None:
+        kept[done] = CostAccount.from_state(crew.meter.account.state()).of_stage("rl")
+
+    with pytest.raises(StoppedError):
+        metrics_of(stage, crew, batches(stage, crew), checkpoint=checkpoint)
+    spoken = [sum(len(said.response_ids) for said in rollouts) for rollouts in stage.seen]
+    assert kept[2]["student_sample"].tokens == sum(spoken[:2]) < sum(spoken[:3])
+    assert kept[2]["student_train"].seconds > 0
+
+
 def test_ahead_of_nothing_is_at_once() -> None:
     crew = simulated_crew(sample=0, score=0, train=0)
     stage = stage_of(crew, 1)
@@ -549,13 +572,15 @@ def test_staleness_that_cannot_be_is_refused(assignments: list[str], sentence: s
 
 
 def test_devices_by_phase() -> None:
-    def of(*assignments: str, processes: int = 1) -> tuple[int, ...]:
-        found = devices_of(resolve_run(assignments=assignments), processes)
+    def of(*assignments: str, processes: int = 1, teacher_judges: bool = True) -> tuple[int, ...]:
+        found = devices_of(resolve_run(assignments=assignments), processes, teacher_judges=teacher_judges)
         return found["sample"], found["score"], found["train"]
 
     assert of() == (1, 1, 1)
     assert of(processes=4) == (4, 4, 4)
     assert of("teacher.backend=vllm", "teacher.replicas=2", "teacher.tensor_parallel=4", processes=2) == (2, 8, 2)
+    served = ("teacher.backend=vllm", "teacher.replicas=2", "teacher.tensor_parallel=4")
+    assert of(*served, processes=2, teacher_judges=False) == (2, 2, 2)
     assert of("sampler.backend=vllm", "sampler.devices=['3']") == (1, 1, 1)
     urls = "teacher.urls.score=[http://a:1, http://b:1, http://c:1]"
     assert of("teacher.backend=vllm", urls) == (1, 3, 1)
