@@ -253,6 +253,18 @@ def pick(x_BV: Tensor, ids_B: Tensor) -> Tensor:
     return x_BV.gather(-1, ids_B[:, None]).squeeze(-1)
 
 
+def check_choices(kind: str, beta: float, temperature: float) -> None:
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0)[0]
+        raise UserError(f"There is no divergence kind {kind!r}; did you mean {near!r}? There are: {', '.join(KINDS)}.")
+    if not 0 < beta < 1:
+        raise UserError(
+            f"beta is {beta} and must lie between 0 and 1; its limits are the kinds forward and reverse_kl."
+        )
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature is {temperature} and must be a positive number; 1 is the model's own.")
+
+
 # --- The public functions ---------------------------------------------------------------------------------------------
 
 Params = ParamSpec("Params")
@@ -347,18 +359,3 @@ def linear_cross_entropy(
 def linear_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, *, chunk_rows: int | None = None) -> Tensor:
     """log softmax(hidden @ head.T)[ids] for ``hidden`` [N, d], ``head`` [V, d] and ``ids`` [N]; [N], no gradient."""
     return -linear_cross_entropy(hidden, head, ids, chunk_rows=chunk_rows).values
-
-
-# --- What is refused --------------------------------------------------------------------------------------------------
-
-
-def check_choices(kind: str, beta: float, temperature: float) -> None:
-    if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0)[0]
-        raise UserError(f"There is no divergence kind {kind!r}; did you mean {near!r}? There are: {', '.join(KINDS)}.")
-    if not 0 < beta < 1:
-        raise UserError(
-            f"beta is {beta} and must lie between 0 and 1; its limits are the kinds forward and reverse_kl."
-        )
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature is {temperature} and must be a positive number; 1 is the model's own.")

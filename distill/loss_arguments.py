@@ -1,4 +1,7 @@
-"""What every loss over hidden states and heads refuses of its arguments, and the weights it computes with."""
+"""What every loss over hidden states and heads refuses of its arguments, and the weights it computes with.
+
+All of these raise UserError.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from distill.errors import UserError
 
 
 def check_linear(whose: str, hidden: Tensor, head: Tensor) -> None:
+    """Hidden states [N, d] and a head [V, d] of one dtype, whole in this process."""
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise UserError(
             f"{whose}: hidden states of shape {list(hidden.shape)} do not fit a head of shape {list(head.shape)};"
@@ -34,6 +38,7 @@ def _is_sharded(x: Tensor) -> bool:
 
 
 def check_ids(name: str, ids: Tensor, num_rows: int, num_vocab: int) -> None:
+    """One id of the vocabulary a row."""
     if ids.shape != (num_rows,) or ids.dtype != torch.int64:
         raise UserError(f"{name} is {ids.dtype} of shape {list(ids.shape)}; it must be int64 of shape [{num_rows}].")
     if num_rows and not 0 <= int(ids.min()) <= int(ids.max()) < num_vocab:
@@ -41,6 +46,7 @@ def check_ids(name: str, ids: Tensor, num_rows: int, num_vocab: int) -> None:
 
 
 def check_groups(groups: Sequence[Sequence[int]], num_vocab: int) -> list[list[int]]:
+    """Groups of ids that count as one action."""
     ids = [token for group in groups for token in group]
     if not all(groups) or len(set(ids)) != len(ids) or not all(0 <= token < num_vocab for token in ids):
         raise UserError(

@@ -103,12 +103,12 @@ def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Map
             names = table.schema_arrow.names
             wanted = [name for name in columns if name in names]
             if columns[0] not in names:
+                # Also where the table has no row: whoever asked says which columns there are.
                 yield f"{file}", dict.fromkeys(names)
             number = 0
             for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
-                    # Arrow fills in None for what a message of the list does not have.
                     yield f"{file}, row {number}", row
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(

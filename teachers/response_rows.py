@@ -30,8 +30,8 @@ COLUMNS = {
     "run": "string",
     "content_hash": "string",
 }
-RESPONSE_COLUMNS = ("response_ids", "forced", "logprobs", "finish_reason")
-READ_COLUMNS = ["key", *RESPONSE_COLUMNS, "run", "created", "content_hash"]
+_RESPONSE_COLUMNS = ("response_ids", "forced", "logprobs", "finish_reason")
+READ_COLUMNS = ["key", *_RESPONSE_COLUMNS, "run", "created", "content_hash"]
 
 
 def table_of(rows: list[dict[str, Any]]) -> Any:
@@ -49,7 +49,7 @@ def table_of(rows: list[dict[str, Any]]) -> Any:
 
 
 def with_plain_times(table: Any) -> Any:
-    """``created`` in microseconds."""
+    """The table with ``created`` as a number of microseconds."""
     where = table.schema.get_field_index("created")
     return table.set_column(where, "created", table["created"].cast("int64"))
 

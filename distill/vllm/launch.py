@@ -26,8 +26,8 @@ ROLES: tuple[Role, ...] = ("generate", "score")
 
 MAX_RESTARTS = 3
 """Times in a row that a server which had been healthy is started again."""
-_CPU_BATCH_TOKENS = 4096  # most tokens in one pass of a CPU server that generates
-
+_CPU_BATCH_TOKENS = 4096
+"""Most tokens in one pass of a CPU server that generates."""
 
 _ROLE_FLAGS: dict[Role, tuple[str, ...]] = {
     # The log-probabilities that come with a response are the model's own: before penalties, temperature and top-p.
