@@ -231,10 +231,11 @@ def _print_dry_run(config: RunConfig, folder: Path, as_json: bool, *, processes:
     for line in steps:
         print(f"#   {line}")
     if isinstance(planned, Planned):
+        print("# memory of the configuration as it is:")
         for line in planned.lines(GPU_BYTES):
-            print(f"# {line}")
+            print(f"#   {line}")
     else:
         print("# memory: the models' shapes are not known before they are opened")
-    print("#\n# the cheapest layout (`distill plan --gpus ...` for other devices):")
+    print("#\n# the cheapest layout that fits, with what it changes (`distill plan --gpus ...` for other devices):")
     for line in [f"none: {obstacle}"] if estimate is None else lines(estimate):
         print(f"#   {line}".rstrip())
