@@ -134,6 +134,9 @@ class SimulatedTeacher:
     def heard_all(self) -> None:
         """Nothing is held back."""
 
+    def break_off(self) -> None:
+        """Nothing is broken off here."""
+
     def forget(self) -> None:
         with self._lock:
             self._done = {}

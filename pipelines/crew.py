@@ -136,7 +136,7 @@ def student_responses(
         rollouts = sampler.generate(own, crew.teachers.hear)
         crew.teachers.heard_all()
     except BaseException:
-        crew.teachers.forget()
+        crew.teachers.break_off()
         raise
     return rollouts
 

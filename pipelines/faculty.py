@@ -112,8 +112,13 @@ class Faculty:
         for tutor in self.tutors:
             tutor.hired.judge.heard_all()
 
+    def break_off(self) -> None:
+        """Tell every teacher that the batch will not be spoken whole; see ``Teacher.break_off``."""
+        for tutor in self.tutors:
+            tutor.hired.judge.break_off()
+
     def forget(self) -> None:
-        """Have every teacher drop what it heard."""
+        """Have every teacher drop all that it heard."""
         for tutor in self.tutors:
             tutor.hired.judge.forget()
 

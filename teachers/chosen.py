@@ -44,6 +44,9 @@ class ChosenTeacher:
     def heard_all(self) -> None:
         """Nothing was heard."""
 
+    def break_off(self) -> None:
+        """Nothing was heard."""
+
     def forget(self) -> None:
         """Nothing was heard."""
 

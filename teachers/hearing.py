@@ -1,7 +1,8 @@
 """Judging in the background: responses that have ended are sent to be scored while others are still being spoken.
 
-Two batches may be under way at once, the one that is trained on next and the one behind it: whoever asks for the
-answers of the first leaves the second alone. ``hear`` may be called in another thread than ``answers``.
+Two batches may be under way at once, the one that is trained on next and the one behind it. Neither is the other's
+business: whoever speaks the second learns nothing of what went wrong with the first, and ends none of it; whoever asks
+for the answers of the first leaves the second alone. ``hear`` may be called in another thread than ``answers``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class ScoringRequest:
         return sum(map(len, self.inputs))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Asked(Generic[R]):
     """A request that was sent, and when it was and when it was answered."""
 
@@ -67,37 +68,54 @@ class Hearing(Generic[R]):
         self._lock = threading.Lock()
         self._held_back: list[Rollout] = []
         """Heard, and waiting for others to be asked about with them."""
-        self._under_way: list[_Asked[R]] = []
+        self._open: list[_Asked[R]] = []
+        """Of the batch that is being spoken."""
+        self._closed: list[_Asked[R]] = []
+        """Of batches that were spoken whole."""
+        self._awaited: list[_Asked[R]] = []
+        """Those that ``answers`` waits for."""
         self._worked: list[Span] = []
 
     def hear(self, rollout: Rollout) -> None:
         """Start judging ``rollout`` in the background, with others that end while the servers are busy.
 
-        Raises what went wrong with those that were heard before.
+        Raises what went wrong with those of its batch that were heard before.
         """
         with self._lock:
-            for asked in self._under_way:
+            for asked in self._open:
                 if asked.future.done():
                     asked.future.result()
             self._held_back.append(rollout)
             request = ScoringRequest(tuple(self._held_back))
-            is_idle = all(asked.future.done() for asked in self._under_way)
+            is_idle = all(asked.future.done() for asked in (*self._open, *self._closed, *self._awaited))
             if is_idle or request.num_tokens >= HEARD_TOKENS or len(self._held_back) >= REQUEST_SEQUENCES:
                 self._held_back = []
-                self._under_way.append(self._submit(request))
+                self._open.append(self._submit(request))
 
     def heard_all(self) -> None:
-        """Ask about what was heard and is held back: nothing else is coming that could go with it."""
+        """Close the batch: ask about what is held back, since nothing else is coming that could go with it.
+
+        What goes wrong with the batch from now on, whoever asks for its answers is told.
+        """
         with self._lock:
-            self._under_way += map(self._submit, scoring_requests(self._held_back))
-            self._held_back = []
+            self._open += map(self._submit, scoring_requests(self._held_back))
+            self._closed += self._open
+            self._held_back, self._open = [], []
+
+    def break_off(self) -> None:
+        """Drop what was heard of the batch that is being spoken; its requests under way are ended."""
+        with self._lock:
+            for asked in self._open:
+                asked.future.cancel()
+            self._held_back, self._open = [], []
 
     def forget(self) -> None:
-        """Drop what was heard and not asked for; requests under way are ended."""
+        """Drop what was heard and not asked for, of every batch; requests under way are ended."""
+        self.break_off()
         with self._lock:
-            for asked in self._under_way:
+            for asked in self._closed:
                 asked.future.cancel()
-            self._held_back, self._under_way = [], []
+            self._closed = []
 
     def answers(self, rollouts: Sequence[Rollout]) -> list[R]:
         """The answer for each of ``rollouts``, in their order.
@@ -106,18 +124,24 @@ class Hearing(Generic[R]):
         """
         wanted = {id(rollout): rollout for rollout in rollouts}
         with self._lock:
-            asked, others = list[_Asked[R]](), list[_Asked[R]]()
-            for one in self._under_way:
-                is_wanted = all(id(rollout) in wanted for rollout in one.request.rollouts)
-                (asked if is_wanted else others).append(one)
-            self._under_way = others
+            asked = [
+                one
+                for one in (*self._closed, *self._open)
+                if all(id(rollout) in wanted for rollout in one.request.rollouts)
+            ]
+            self._closed = [one for one in self._closed if one not in asked]
+            self._open = [one for one in self._open if one not in asked]
             self._held_back = [rollout for rollout in self._held_back if id(rollout) not in wanted]
+            self._awaited = asked
         known = {id(rollout) for one in asked for rollout in one.request.rollouts}
         missing = [rollout for place, rollout in wanted.items() if place not in known]
-        asked += map(self._submit, scoring_requests(missing))
         found: dict[int, R] = {}
-        for request, answers in self.client.collect([(one.request, one.future) for one in asked]):
-            found |= zip(map(id, request.rollouts), answers, strict=True)
+        try:
+            asked += map(self._submit, scoring_requests(missing))
+            for request, answers in self.client.collect([(one.request, one.future) for one in asked]):
+                found |= zip(map(id, request.rollouts), answers, strict=True)
+        finally:
+            self._awaited = []
         now = time.perf_counter()
         self._worked += [(one.begun, now if one.ended is None else one.ended) for one in asked]
         return [found[id(rollout)] for rollout in rollouts]

@@ -39,6 +39,9 @@ class LocalTeacher:
     def heard_all(self) -> None:
         """Nothing was kept."""
 
+    def break_off(self) -> None:
+        """Nothing was kept."""
+
     def forget(self) -> None:
         """Nothing was kept."""
 

@@ -46,11 +46,15 @@ class LogprobTeacher:
         self._hearing.hear(rollout)
 
     def heard_all(self) -> None:
-        """Ask about what is held back; see ``Hearing.heard_all``."""
+        """Close the batch; see ``Hearing.heard_all``."""
         self._hearing.heard_all()
 
+    def break_off(self) -> None:
+        """Drop what was heard of the batch that is being spoken."""
+        self._hearing.break_off()
+
     def forget(self) -> None:
-        """Drop what was heard and not asked for."""
+        """Drop what was heard and not asked for, of every batch."""
         self._hearing.forget()
 
     def worked(self) -> list[Span]:

@@ -38,6 +38,9 @@ class ReducedTeacher:
     def heard_all(self) -> None:
         self.teacher.heard_all()
 
+    def break_off(self) -> None:
+        self.teacher.break_off()
+
     def forget(self) -> None:
         self.teacher.forget()
 

@@ -33,8 +33,12 @@ class Teacher(Protocol):
         """Nothing else of this batch is coming: whatever waits for company may be judged now."""
         ...
 
+    def break_off(self) -> None:
+        """The batch that is being spoken will not be whole: drop what was heard since the last ``heard_all``."""
+        ...
+
     def forget(self) -> None:
-        """Drop what was heard: nobody is going to ask for it."""
+        """Drop all that was heard: nobody is going to ask for it."""
         ...
 
     def worked(self) -> Sequence[Span]:

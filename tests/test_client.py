@@ -369,6 +369,114 @@ def test_two_batches_are_judged_at_once_and_neither_takes_the_others_answers() -
         assert teacher.worked() == []
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_goes_wrong_with_a_batch_is_told_to_whoever_asks_for_it_and_not_to_the_one_behind() -> None:
+    first = [*(rollout(number) for number in range(39)), rollout(39, prompt=5)]
+    second = [rollout(100 + number) for number in range(5)]
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        broken = any(len(ids) == 6 for ids in body["input"])  # the first batch's last
+        return pooled(body, with_nan if broken else lambda states: states)
+
+    with serving(handle) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        submitted = list[Any]()
+        submit = client.submit
+        client.submit = lambda job, ask: submitted.append(submit(job, ask)) or submitted[-1]  # type: ignore
+        for one in first:
+            teacher.hear(one)
+        teacher.heard_all()
+        until(lambda: all(future.done() for future in submitted))
+        assert any(future.exception() for future in submitted)
+        for one in second:
+            teacher.hear(one)
+        teacher.heard_all()
+        with pytest.raises(DistillError, match="not finite"):
+            teacher.score(first)
+        assert len(teacher.score(second)) == 5
+
+
+def test_a_batch_that_breaks_off_leaves_the_one_before_it_alone_and_the_end_ends_both() -> None:
+    first, second = [rollout(number) for number in range(40)], [rollout(100 + number) for number in range(33)]
+    asked, leave = list[list[int]](), threading.Event()
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        asked.extend(body["input"])
+        leave.wait(20)
+        return pooled(body)
+
+    with serving(handle) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+
+        def hear(rollouts: list[Rollout]) -> None:
+            for one in rollouts:
+                teacher.hear(one)
+
+        try:
+            hear(first)
+            teacher.heard_all()
+            hear(second)
+            until(lambda: len(asked) == 40 + 32)
+            load = client.replicas[0].load
+            teacher.break_off()
+            until(lambda: 0 < client.replicas[0].load < load)
+            leave.set()
+            scored = teacher.score(first)
+            assert len(asked) == 40 + 32  # nothing of it had to be asked again
+            for one, states in zip(first, scored, strict=True):
+                assert torch.equal(states.states_Rd, honest_states([*one.prompt_ids, *one.response_ids][2:-1]))
+            leave.clear()
+            hear(first)
+            teacher.heard_all()
+            hear(second)
+            until(lambda: len(asked) == 2 * (40 + 32))
+            teacher.forget()
+            until(lambda: client.replicas[0].load == 0)
+        finally:
+            leave.set()
+
+
+def test_servers_that_work_on_the_batch_before_are_not_idle() -> None:
+    """Waited for or not: what ends meanwhile waits for company, and does not go by itself."""
+    first, second = [rollout(number) for number in range(4)], [rollout(100 + number) for number in range(5)]
+    sizes, leave = list[int](), threading.Event()
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        sizes.append(len(body["input"]))
+        leave.wait(20)
+        return pooled(body)
+
+    with serving(handle) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        try:
+            for one in first:
+                teacher.hear(one)
+            teacher.heard_all()
+            until(lambda: sorted(sizes) == [1, 3])
+            teacher.hear(second[0])  # nobody waits for the first batch yet
+            scored = list[int]()
+            thread = threading.Thread(target=lambda: scored.append(len(teacher.score(first))))
+            thread.start()
+            until(lambda: not teacher._hearing._closed)
+            for one in second[1:]:
+                teacher.hear(one)
+            time.sleep(0.1)
+            assert sorted(sizes) == [1, 3]
+        finally:
+            leave.set()
+        thread.join()
+        assert scored == [4]
+        teacher.heard_all()
+        teacher.score(second)
+        assert sizes[2:] == [5]
+
+
 def test_an_abandoned_step_ends_what_is_under_way() -> None:
     arrived, leave = threading.Semaphore(0), threading.Event()
 

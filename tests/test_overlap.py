@@ -247,6 +247,33 @@ def test_an_error_in_the_batch_ahead_is_raised_before_the_next_step_begins() -> 
     assert crew.student.num_changes == 0
 
 
+def test_a_batch_ahead_that_breaks_off_leaves_the_judging_of_the_one_before_it_alone() -> None:
+    crew = simulated_crew(sample=0.02, score=0.3, train=0.02)
+    sampler, teacher, told = sampler_of(crew), teacher_of(crew), list[str]()
+    speak, score, forget = sampler.generate, teacher.score, teacher.forget
+
+    def broken(*arguments: Any) -> list[Rollout]:
+        if len(sampler.asked) == 1:
+            raise DistillError("no server")
+        return speak(*arguments)
+
+    def scored(rollouts: Sequence[Rollout]) -> Any:
+        found = score(rollouts)
+        told.append("scored")
+        return found
+
+    def forgotten() -> None:
+        told.append("forget")
+        forget()
+
+    sampler.generate, teacher.score, teacher.forget = broken, scored, forgotten  # type: ignore[method-assign]
+    teacher.break_off = lambda: told.append("break_off")  # type: ignore[method-assign]
+    stage = stage_of(crew, 5)
+    with pytest.raises(DistillError, match=r"^on_policy, sampling step 1: no server$"):
+        metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
+    assert told == ["break_off", "scored", "forget"]
+
+
 def test_numbers_that_are_not_finite_end_the_batch_under_way(tmp_path: Path) -> None:
     crew = simulated_crew(sample=5.0, score=0.0, train=0.05)
     sampler_of(crew).seconds = 0.05
