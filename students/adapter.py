@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from distill.model_config import LoraSettings
+from students.handover import filling
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as ``--max-lora-rank``."""
@@ -43,12 +44,14 @@ def adapter_flags(lora: LoraSettings) -> tuple[str, ...]:
 
 
 def write_adapter(adapted: Any, dtype: torch.dtype, folder: Path) -> None:
-    """What the ``save_pretrained`` of peft's model ``adapted`` writes, with the tensors in ``dtype``."""
+    """What the ``save_pretrained`` of peft's model ``adapted`` writes, with the tensors in ``dtype``.
+
+    Raises DistillError where the folder has no room for them.
+    """
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    save_file(
-        {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()},
-        folder / "adapter_model.safetensors",
-    )
-    adapted.peft_config[adapted.active_adapter].save_pretrained(str(folder))
+    tensors = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    with filling(folder, tensors.values()):
+        save_file(tensors, folder / "adapter_model.safetensors")
+        adapted.peft_config[adapted.active_adapter].save_pretrained(str(folder))

@@ -12,9 +12,7 @@ them.
 from __future__ import annotations
 
 import socket
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,6 +24,7 @@ from distill.errors import DistillError, UserError
 from distill.model_config import LoraSettings
 from distill.vllm.client import Client, Job
 from students.adapter import adapter_flags, why_not_served
+from students.handover import filling, private_folder
 
 Way = Literal["file", "nccl", "ipc", "adapter"]
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -35,7 +34,6 @@ _CUTS = ("--tensor-parallel", "--pipeline-parallel", "--data-parallel")
 _CUTS_SHORT = ("-tp", "-pp", "-dp")
 
 WORKER = "distill.vllm.worker.WeightsFromFile"
-_MEMORY = Path("/dev/shm")
 
 
 class WeightSync(Protocol):
@@ -56,9 +54,10 @@ class FileSync:
     def send(self) -> None:
         # Tensors of a model are views here and there; a file holds each by itself.
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.weights()}
-        with _private_folder() as folder:
+        with private_folder() as folder:
             path = folder / "weights.safetensors"
-            save_file(tensors, path)
+            with filling(folder, tensors.values()):
+                save_file(tensors, path)
             ask(self.client, "/collective_rpc", {"method": "take_weights", "args": [str(path)]})
 
 
@@ -75,7 +74,7 @@ class AdapterSync:
         self._served: str | None = None
 
     def send(self) -> str:
-        with _private_folder() as folder:
+        with private_folder() as folder:
             self.write(folder)
             ask(self.client, "/v1/load_lora_adapter", {"lora_name": folder.name, "lora_path": str(folder)})
         if self._served is not None:
@@ -216,10 +215,3 @@ def ask(client: Client, path: str, body: dict[str, Any]) -> Any:
 
     ((_, said),) = client.each([Job(path, 1)], one)
     return said
-
-
-@contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A folder of this process's user alone, in memory where the machine has that."""
-    with tempfile.TemporaryDirectory(prefix="distill-", dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
-        yield Path(folder)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from distill.checkpoint import load_model, open_checkpoint
 from distill.config import RunConfig
-from distill.errors import UserError
+from distill.errors import DistillError, UserError
 from distill.family import resolve
 from distill.model_config import LoraSettings, SamplerSettings, StudentSettings
 from pipelines.student_sampling import check_sampler
@@ -23,7 +25,7 @@ from students.adapter import MODULES, RANKS
 from students.ranks import ALONE
 from students.sleep import check_sleep
 from students.student import Student
-from students.weight_sync import AdapterSync, EngineSync, choose_way, flags_of, variables_of
+from students.weight_sync import AdapterSync, EngineSync, FileSync, WeightSync, choose_way, flags_of, variables_of
 
 NANO = open_checkpoint(resolve("nano", role="student"))
 LORA = LoraSettings(rank=4, alpha=8.0)
@@ -240,6 +242,53 @@ def test_an_adapter_has_a_new_name_and_a_private_folder_each_time(monkeypatch: p
     assert len(folders) == 2
     assert not any(Path(folder).exists() for folder in folders)
     assert all("load_inplace" not in body for _, body in asked)
+
+
+def file_sync() -> FileSync:
+    return FileSync(None, lambda: [("weight", torch.zeros(1000, 1000))])  # type: ignore[arg-type]
+
+
+def adapter_sync() -> AdapterSync:
+    return AdapterSync(None, lora_student().write_adapter)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sync", [file_sync, adapter_sync])
+def test_memory_without_room_for_the_weights_is_a_sentence(
+    sync: Callable[[], WeightSync], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("students.weight_sync.ask", lambda *_: pytest.fail("nothing was to be sent"))
+    with pytest.raises(
+        DistillError, match=r"MB, and /dev/shm has 0\.0 MB free; .*larger --shm-size, or set.*TMPDIR"
+    ) as one:
+        sync().send()
+    assert one.value.exit_code == 1
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(DistillError, match=rf"and {tmp_path} has 0\.0 MB free; make room there, or set.*TMPDIR"):
+        sync().send()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sync", [file_sync, adapter_sync])
+def test_weights_that_cannot_be_written_are_a_sentence(
+    sync: Callable[[], WeightSync], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A limit of a file's size stands in for memory that fills up meanwhile: the write fails half way."""
+    made, limits = sync(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(
+            DistillError, match=rf"could not be written to {tmp_path} for its server: .*too large.*TMPDIR"
+        ):
+            made.send()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    with pytest.raises(DistillError, match=r"gone for its server: No such file or directory; .*TMPDIR"):
+        made.send()
 
 
 def test_a_server_sleeps_only_on_the_trainers_gpu() -> None:
