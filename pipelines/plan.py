@@ -176,9 +176,10 @@ def make_plan(
     """
     check_pair(pair, config)
     if config.sampler.backend == "vllm" and processes is not None and processes > 1:
+        too = ", and sampler.staleness to 0" if config.sampler.staleness else ""
         raise UserError(
             f"sampler.backend=vllm is for one process, and the plan is asked for {processes}; set it to transformers, "
-            f"which samples with all of them"
+            f"which samples with all of them{too}"
         )
     work = workload(config, lengths)
     if config.specialists:

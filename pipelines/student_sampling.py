@@ -80,9 +80,11 @@ def check_sampler(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> No
 
 def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
     if ranks.count > 1:
+        # The trained model itself is never a step behind.
+        too = ", and sampler.staleness to 0" if config.sampler.staleness else ""
         raise UserError(
             f"sampler.backend=vllm is for one process, and the run has {ranks.count}; set it to transformers, which "
-            f"samples with all of them"
+            f"samples with all of them{too}"
         )
     check_uncut(config.sampler.server_args)
     on_gpu, own_devices = ranks.device.type == "cuda", bool(config.sampler.devices)

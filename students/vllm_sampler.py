@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from distill.errors import DistillError
 from distill.sampler import OnFinished
@@ -111,10 +112,17 @@ class VllmSampler:
             raise WeightsError(
                 f"the sampler does not hold the student's weights after they were sent (step {self.weight_version}): "
                 f"it gives token {gap.token} of probe {gap.probe} the log-probability {gap.sampler:.6f}, the trainer "
-                f"gives it {gap.trainer:.6f}; the gap of {gap.size:.2g} is above sampler.tolerance {self.tolerance:g}"
+                f"gives it {gap.trainer:.6f}; the gap of {gap.size:.2g} is above sampler.tolerance {self.tolerance:g}; "
+                f"{self._way_out(gap)}"
             )
         self._synced = self.student.num_changes
         self._facts = {"sampler.gap": gap.size, "sampler.sync_seconds": time.perf_counter() - started}
+
+    def _way_out(self, gap: Gap) -> str:
+        others = "set another sampler.sync, or sampler.backend to transformers and sampler.staleness to 0"
+        if self.student.dtype == torch.bfloat16 and np.isfinite(gap.size):
+            return f"where the rounding of bfloat16 alone explains it, raise sampler.tolerance; otherwise {others}"
+        return others
 
     def gap(self) -> Gap:
         """The largest difference between trainer and sampler on the probes."""

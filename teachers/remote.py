@@ -32,6 +32,7 @@ REPLY_BYTES = 2 * 2**30
 NORM_TOLERANCE: dict[Wire, float] = {"bf16": 0.02, "fp32": 0.02, "fp8": 0.1}
 """Relative error of a state's length that rounding may cause."""
 
+_WAY_OUT = "serve this teacher with `distill teacher serve --role score` (vLLM 0.32 or newer)"
 _VLLM_NAME = {"bf16": "bfloat16", "fp32": "float32", "fp8": "fp8_e4m3"}
 _DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 
@@ -135,22 +136,24 @@ def read_states(answer: httpx.Response, lengths: Sequence[int], *, width: int, w
     dtype = _DTYPE[wire]
     items = _items(answer, url)
     if len(items) != len(lengths):
-        raise DistillError(f"{url} returned states of {len(items)} sequences and was asked for {len(lengths)}")
+        raise DistillError(
+            f"{url} returned states of {len(items)} sequences and was asked for {len(lengths)}; {_WAY_OUT}"
+        )
     needed = sum(lengths) * width * dtype.itemsize
     for item, length in zip(items, lengths, strict=True):
         if item.get("embed_dtype") != _VLLM_NAME[wire]:
             raise DistillError(
-                f"{url} returned states in {item.get('embed_dtype')} and was asked for {_VLLM_NAME[wire]}"
+                f"{url} returned states in {item.get('embed_dtype')} and was asked for {_VLLM_NAME[wire]}; {_WAY_OUT}"
             )
         shape = item.get("shape")
         if shape != [length, width]:
             raise DistillError(
                 f"{url} returned states of shape {shape} for a sequence of {length} tokens, and [{length}, {width}] is "
-                f"what this teacher has; the server holds another model or cuts sequences off"
+                f"what this teacher has; the server holds another model or cuts sequences off: {_WAY_OUT}"
             )
     body = bytearray(answer.content)
     if len(body) != needed:
-        raise DistillError(f"{url} returned {len(body)} bytes of states and announced {needed}")
+        raise DistillError(f"{url} returned {len(body)} bytes of states and announced {needed}; {_WAY_OUT}")
     states_Nd = torch.frombuffer(body, dtype=dtype).view(-1, width)
     if wire == "fp8":
         states_Nd = states_Nd.to(torch.bfloat16)  # exact, and arithmetic exists for it
@@ -158,8 +161,7 @@ def read_states(answer: httpx.Response, lengths: Sequence[int], *, width: int, w
         row = int((~states_Nd.isfinite()).any(dim=1).nonzero()[0])
         raise DistillError(
             f"{url} returned states that are not finite (row {row} of {len(states_Nd)}): the teacher's numbers "
-            f"overflow; "
-            f"serve it in bfloat16 or float32"
+            f"overflow; serve it in bfloat16 or float32"
         )
     return list(states_Nd.split(list(lengths)))
 
@@ -171,9 +173,9 @@ def _items(answer: httpx.Response, url: str) -> list[dict[str, Any]]:
         starts = [item["start"] for item in items]
         ends = [item["end"] for item in items]
     except (KeyError, TypeError, ValueError):
-        raise DistillError(
-            f"{url} answered /pooling without a readable metadata header; is it a vLLM server (0.32 or newer)?"
-        ) from None
+        raise DistillError(f"{url} answered /pooling without a readable metadata header; {_WAY_OUT}") from None
     if starts != [0, *ends[:-1]][: len(items)]:
-        raise DistillError(f"{url} returned blocks of states that do not follow each other (they start at {starts})")
+        raise DistillError(
+            f"{url} returned blocks of states that do not follow each other (they start at {starts}); {_WAY_OUT}"
+        )
     return items

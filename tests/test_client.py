@@ -142,11 +142,13 @@ def with_nan(states: torch.Tensor) -> torch.Tensor:
     return states
 
 
+SERVE_IT = "serve this teacher with `distill teacher serve --role score`"
+
 LIES: dict[str, tuple[Handle, str]] = {
     "a row is missing": (lambda path, body: pooled(body, lambda states: states[1:]), r"shape \[3, 160\].*\[4, 160\]"),
     "another width": (
         lambda path, body: pooled(body, lambda states: states[:, 1:]),
-        r"shape \[4, 159\].*another model",
+        rf"shape \[4, 159\].*another model.*: {SERVE_IT}",
     ),
     "not a number": (lambda path, body: pooled(body, with_nan), "not finite"),
     "scaled to length one": (
@@ -154,14 +156,17 @@ LIES: dict[str, tuple[Handle, str]] = {
         "final norm of tiny does not make",
     ),
     "before the norm": (lambda path, body: pooled(body, lambda states: 3 * states), "another model"),
-    "another number type": (break_metadata(embed_dtype="float16"), "in float16 and was asked for float32"),
+    "another number type": (break_metadata(embed_dtype="float16"), f"in float16 and was asked for float32; {SERVE_IT}"),
     "a sequence is missing": (
         lambda path, body: pooled({**body, "input": body["input"][1:]}),
-        "of 1 sequences and was asked for 2",
+        f"of 1 sequences and was asked for 2; {SERVE_IT}",
     ),
-    "blocks that overlap": (break_metadata(end=8), "do not follow each other"),
-    "cut off": (lambda path, body: (*pooled(body)[:2], pooled(body)[2][:-8]), "bytes of states and announced"),
-    "no header": (lambda path, body: (200, {}, b"{}"), "metadata header"),
+    "blocks that overlap": (break_metadata(end=8), rf"do not follow each other \(.*\); {SERVE_IT}"),
+    "cut off": (
+        lambda path, body: (*pooled(body)[:2], pooled(body)[2][:-8]),
+        rf"bytes of states and announced \d+; {SERVE_IT}",
+    ),
+    "no header": (lambda path, body: (200, {}, b"{}"), f"metadata header; {SERVE_IT}"),
 }
 
 

@@ -167,6 +167,9 @@ def test_a_student_that_a_server_speaks_for_is_one_process() -> None:
     assert not any("sampler.backend" in note for note in notes(plan_for("4B", "0.6B", "8xH100")))
     with pytest.raises(UserError, match=r"sampler\.backend=vllm is for one process, and the plan is asked for 2"):
         plan_for("4B", "0.6B", "8xH100", "sampler.backend=vllm", processes=2)
+    ahead = ("sampler.backend=vllm", "sampler.staleness=1")
+    with pytest.raises(UserError, match=r"set it to transformers, .*, and sampler\.staleness to 0$"):
+        plan_for("4B", "0.6B", "8xH100", *ahead, processes=2)
 
 
 # Memory.

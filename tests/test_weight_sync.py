@@ -22,9 +22,10 @@ from distill.family import resolve
 from distill.model_config import LoraSettings, SamplerSettings, StudentSettings
 from pipelines.student_sampling import check_sampler
 from students.adapter import MODULES, RANKS
-from students.ranks import ALONE
+from students.ranks import ALONE, Ranks
 from students.sleep import check_sleep
 from students.student import Student
+from students.vllm_sampler import Gap, VllmSampler, WeightsError
 from students.weight_sync import AdapterSync, EngineSync, FileSync, WeightSync, choose_way, flags_of, variables_of
 
 NANO = open_checkpoint(resolve("nano", role="student"))
@@ -108,6 +109,36 @@ def test_a_run_is_refused_before_anything_starts() -> None:
     with pytest.raises(UserError, match=r"sampler\.sync=nccl needs a GPU"):
         check_sampler(config, NANO, ALONE)
     check_sampler(RunConfig(sampler=SamplerSettings(sync="nccl")), NANO, ALONE)  # nobody will ask for it
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_several_processes_are_sent_to_what_is_not_refused_next(staleness: Any) -> None:
+    sampler = SamplerSettings(backend="vllm", staleness=staleness)
+    config = RunConfig(student=StudentSettings(model="nano"), sampler=sampler)
+    with pytest.raises(UserError, match="is for one process, and the run has 2; set it to transformers") as found:
+        check_sampler(config, NANO, Ranks(0, 2))
+    assert ("sampler.staleness to 0" in str(found.value)) == bool(staleness)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said", "way_out"),
+    [
+        ("float32", -2.0, "sampler.tolerance 0.1; set another sampler.sync, or sampler.backend to transformers"),
+        ("bfloat16", -2.0, "bfloat16 alone explains it, raise sampler.tolerance; otherwise set another sampler.sync"),
+        ("bfloat16", float("nan"), "sampler.tolerance 0.1; set another sampler.sync"),  # no tolerance lets it through
+    ],
+)
+def test_weights_that_did_not_arrive_name_a_way_out(
+    dtype: Any, said: float, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = StudentSettings(dtype=dtype, gradient_checkpointing=False)
+    learner = Student(load_model(NANO, torch.float32, "cpu"), settings, stop_ids=[0])
+    remote: Any = SimpleNamespace(vocabulary=100, client=SimpleNamespace(before=lambda: None), model=None)
+    sampler = VllmSampler(learner, remote, SimpleNamespace(send=lambda: None), tolerance=0.1)
+    monkeypatch.setattr("students.vllm_sampler.forget_prefixes", lambda client: None)
+    monkeypatch.setattr(sampler, "gap", lambda: Gap(0, 1, -1.0, said))
+    with pytest.raises(WeightsError, match=way_out):
+        sampler.take_weights()
 
 
 @pytest.mark.parametrize("words", [("--tensor-parallel-size", "2"), ("--pipeline_parallel_size=2",), ("-tp", "2")])
