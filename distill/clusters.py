@@ -27,7 +27,7 @@ def _one_line(text: str) -> str:
 
 def _absolute(path: str) -> str:
     if not path.startswith("/"):
-        raise ValueError(f"{path} is no full path; begin it with /")
+        raise ValueError("it is no full path; begin it with /")
     return path
 
 

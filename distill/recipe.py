@@ -25,6 +25,9 @@ from distill.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 
+_VARIABLES = frozenset({"environment", "secrets", "secret_files"})
+"""Keys whose blocks are about environment variables: what is written there by mistake may be a secret."""
+
 
 class _Yaml12Loader(yaml.SafeLoader):
     """PyYAML follows YAML 1.1, where ``no`` is a boolean and ``1e-5`` a string; recipes follow YAML 1.2.
@@ -97,10 +100,14 @@ def _refuse_cycles(value: Any, where: str, above: set[int], seen: set[int]) -> N
 
 
 def _short(value: Any) -> str:
-    """A value as Python writes it, long ones cut: aliases make huge ones of a few lines."""
+    """A value as Python writes it, long ones cut: aliases make huge ones of a few lines.
+
+    Nothing is shown of what a block holds: it may be a secret that somebody wrote where none belongs.
+    """
     shown = reprlib.Repr()
     shown.maxlevel, shown.maxstring, shown.maxlong, shown.maxother = 4, 200, 60, 200
-    shown.maxdict = shown.maxlist = shown.maxtuple = 8
+    shown.maxlist = shown.maxtuple = 8
+    shown.maxdict = 0
     return shown.repr(value)
 
 
@@ -200,9 +207,13 @@ def _sentence(details: Any, model: type[Settings]) -> str:
         return f"unknown key {shown} ({hint} known here: {', '.join(known)})"
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return f"{shown}: kind must be one of {', '.join(repr(kind) for kind in kinds)}"
-    return (
-        f"{shown or 'configuration'}: {details['msg'].removeprefix('Value error, ')} (got {_short(details['input'])})"
-    )
+    said = f"{shown or 'configuration'}: {details['msg'].removeprefix('Value error, ')}"
+    # What is wrong with a block as a whole names the key itself.
+    if details["type"] == "value_error" and isinstance(details["input"], Mapping):
+        return said
+    if _VARIABLES.intersection(location):
+        return said
+    return f"{said} (got {_short(details['input'])})"
 
 
 def _walk(location: Sequence[str | int], model: type[Settings]) -> tuple[list[str], list[str], list[str]]:

@@ -476,3 +476,29 @@ def test_every_shipped_recipe_is_a_job(tmp_path: Path) -> None:
     for name in recipe_names():
         config = resolve_recipe({"extends": name}, where="the recipe")
         assert config == resolve_run(recipe=name)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"environment": {"HF_TOKEN": "hf_secret123"}},
+        {"environment": {"HF_TOKEN": "hf_secret123\n"}},
+        {"environment": {"HF_TOKEN": ["hf_secret123"]}},
+        {"environment": ["HF_TOKEN=hf_secret123"]},
+        {"environment": "HF_TOKEN=hf_secret123"},
+        {"slurm": {"secret_files": {"HF_TOKEN": "hf_secret123"}}},
+        {"kubernetes": {"secrets": {"HF_TOKEN": "hf_secret123"}}},
+        {"skypilot": {"secrets": [{"HF_TOKEN": "hf_secret123"}]}},
+        {"gpus": {"HF_TOKEN": "hf_secret123"}},
+        [{"environment": {"HF_TOKEN": "hf_secret123"}}],
+    ],
+)
+@pytest.mark.parametrize("command", [("launch", "--on", "slurm"), ("queue", "add"), ("schedule", "add")])
+def test_a_secret_in_a_job_file_is_refused_and_not_shown(
+    typed: Any, tmp_path: Path, block: Any, command: tuple[str, ...]
+) -> None:
+    job = {"extends": "embedded", "schedule": {"cron": "0 2 * * *"}, "launch": block}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    code, out, err = typed(*command, "job.yaml")
+    assert code == 2 and "launch" in err, err
+    assert "hf_secret123" not in out + err
