@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from distill.cache import cache_home
 from distill.errors import UserError
@@ -35,16 +35,22 @@ PER_NODE = 8
 MOST = 100_000
 """Devices that a plan is made for at most."""
 
-CalibratedShare = Annotated[float, Field(gt=0.0, le=4.0)]
+CalibratedShare = Annotated[float, Field(ge=1e-9, le=4.0)]
 """Of a peak; a measured one may be above 1, where the peak was measured on other shapes."""
+
+
+Figure = Annotated[float, Field(ge=1e-6, le=1e9)]
+"""What some device could have; a plan divides by it, and multiplies it."""
+Microseconds = Annotated[float, Field(ge=0.0, le=1e9)]
+Dollars = Annotated[float, Field(gt=0.0, le=1e6)]
 
 
 class Tera(Settings):
     """10^12 FLOP/s by number type; null where the device does not multiply in it."""
 
-    fp32: PositiveFloat
-    bf16: PositiveFloat
-    fp8: PositiveFloat | None = None
+    fp32: Figure
+    bf16: Figure
+    fp8: Figure | None = None
 
 
 class Shares(Settings):
@@ -59,28 +65,28 @@ class Shares(Settings):
 class Latency(Settings):
     """Microseconds that one pass through one layer costs, however little it works on."""
 
-    train: Annotated[float, Field(ge=0.0)] = 2000.0
-    score: Annotated[float, Field(ge=0.0)] = 500.0
-    sample: Annotated[float, Field(ge=0.0)] = 700.0
-    serve: Annotated[float, Field(ge=0.0)] = 60.0
+    train: Microseconds = 2000.0
+    score: Microseconds = 500.0
+    sample: Microseconds = 700.0
+    serve: Microseconds = 60.0
 
 
 class Device(Settings):
     """One kind of device. Figures as in ``hardware.yaml``."""
 
     kind: Literal["gpu", "cpu"] = "gpu"
-    memory: PositiveFloat
+    memory: Figure
     """10^9 bytes."""
-    bandwidth: PositiveFloat
+    bandwidth: Figure
     """Of the memory, 10^9 bytes a second."""
     tflops: Tera
-    link: PositiveFloat
+    link: Figure
     """To another device of the machine, one direction, 10^9 bytes a second."""
-    network: PositiveFloat
+    network: Figure
     """To another machine, this device's share, one direction, 10^9 bytes a second."""
     source: str
     """Where the figures are from."""
-    usd_per_hour: PositiveFloat | None = None
+    usd_per_hour: Dollars | None = None
     """What an hour of it costs; ``--price`` wins."""
     shares: Shares = Shares()
     bandwidth_share: CalibratedShare = 0.7

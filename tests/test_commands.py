@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from distill import cli
+from distill.cli.options import one_of_many
 
 
 @pytest.fixture
@@ -95,3 +96,84 @@ def test_a_report_says_where_it_lies(typed: Any, tmp_path: Path) -> None:
     code, out, _ = typed("report", str(tmp_path), "--json")
     assert (code, json.loads(out)) == (0, {"report": str(tmp_path / "report.html")})
     assert "not finished" in (tmp_path / "report.html").read_text()
+
+
+HUGE = "9" * 26
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "--nodes", "2", "--node-address", "h:99999999"], "--node-address 'h:99999999'"),
+        (["run", "--nodes", "2", "--node-address", "h:0"], "no port from 1 to 65535"),
+        (["run", "--nodes", "2", "--node-address", "h:\u00b2"], "no port from 1 to 65535"),
+        (["run", "--nodes", "2", "--node-address", "h:" + "9" * 5000], "no port from 1 to 65535"),
+        (["run", "--nodes", "2", "--node-address", "h:"], "no port from 1 to 65535"),
+        (["run", "--nodes", "2", "--node-address", ":8000"], "names no host"),
+        (["run", "--nodes", "2", "--node-address", ""], "names no host"),
+        (
+            ["teacher", "serve", "--teacher=tiny", "--role=score", "--nodes=2", "--node-address=h:\u00b2"],
+            "no port from 1 to 65535",
+        ),
+        (["queue", "list", "--last", HUGE], "--last"),
+        (["plan", "--prompt-tokens", "1e300"], "--prompt-tokens"),
+        (["plan", "--think-tokens", "1e300"], "--think-tokens"),
+        (["plan", "--no-think-tokens", "1e300"], "--no-think-tokens"),
+        (["plan", "--price", "1e308", "--json"], "--price"),
+        (["plan", "--hardware", "usd_per_hour: 1.0e+308", "--json"], "usd_per_hour"),
+        (["plan", "--hardware", "bandwidth: 1.0e-320", "--json"], "bandwidth"),
+        (["plan", "--hardware", "latency: {train: 1.0e+308}", "--json"], "latency.train"),
+        (["plan", "--hardware", "shares: {score: 1.0e-320}", "--json"], "shares.score"),
+        (["plan", "--hardware", "tflops: {bf16: 1.0e+308}", "--json"], "tflops.bf16"),
+        (["eval", "tiny", "--questions", HUGE], "--questions"),
+        (["eval", "tiny", "--samples", HUGE], "--samples"),
+        (["eval", "tiny", "--max-new-tokens", HUGE], "--max-new-tokens"),
+        (["eval", "tiny", "--seed", HUGE], "--seed"),
+        (["eval", "tiny", "--budget", "9" * 5000], "--budget"),
+        (["eval", "tiny", "--pass-at", HUGE], "--pass-at"),
+        (["worker", "--once", "--slots", "99999999999"], "--slots"),
+        (["preview", "--first", "1" + "0" * 23], "--first"),
+        (["responses", "show", "--first", HUGE], "--first"),
+    ],
+    ids=lambda value: " ".join(value)[:60].encode("ascii", "replace").decode() if isinstance(value, list) else "",
+)
+def test_a_number_that_nothing_could_have_is_a_sentence(
+    typed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTILL_QUEUE", str(tmp_path / "queue"))
+    if "--hardware" in arguments:
+        place = arguments.index("--hardware") + 1
+        Path("own.yaml").write_text(f"H100:\n  {arguments[place]}\n")
+        arguments = [*arguments[:place], "own.yaml", *arguments[place + 1 :]]
+    code, out, err = typed(*arguments)
+    assert code == 2 and says in err and "Traceback" not in err and out == "", err
+
+
+def test_the_largest_numbers_that_are_taken_make_a_plan(typed: Any, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(
+        "H100:\n  bandwidth: 1.0e-6\n  link: 1.0e-6\n  network: 1.0e-6\n  tflops: {fp32: 1.0e-6, bf16: 1.0e-6}\n"
+        "  shares: {train: 1.0e-9, score: 1.0e-9, sample: 1.0e-9, serve: 1.0e-9}\n  bandwidth_share: 1.0e-9\n"
+        "  latency: {train: 1.0e+9, score: 1.0e+9, sample: 1.0e+9, serve: 1.0e+9}\n"
+    )
+    for more in (["--json"], []):
+        code, out, err = typed("plan", "--gpus=8xH100", f"--hardware={tmp_path / 'own.yaml'}", "--price=1e6", *more)
+        assert code == 0 and out, err
+        code, out, err = typed("plan", "--gpus=8xH100", "--prompt-tokens=1e9", "--think-tokens=1e9", *more)
+        # Whether it fits or not, it is said.
+        assert code in (0, 2) and (out or err.startswith("distill: ")), err
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("gpu-1", ("gpu-1",)),
+        ("gpu-1:29500", ("gpu-1", 29500)),
+        ("10.0.0.1:65535", ("10.0.0.1", 65535)),
+        ("[fd00::1]:8000", ("[fd00::1]", 8000)),
+        ("[fd00::1]", ("[fd00::1]",)),
+        ("fd00::abcd", ("fd00::abcd",)),
+    ],
+)
+def test_an_address_is_a_host_and_perhaps_a_port(address: str, expected: tuple[Any, ...]) -> None:
+    assert one_of_many(lambda num, rank, *where: where, 2, 1, address) == expected

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill.cli.options import Json, numbers_of
+from distill.cli.options import MANY, Json, numbers_of
 from distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,19 +29,23 @@ def evaluate(
         list[str] | None, typer.Option(help="Thinking budgets in tokens: 8,16,24, or the option repeated.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Responses to each question [default: the task's; 64 for AIME, else 1]")
+        int | None,
+        typer.Option(min=1, max=MANY, help="Responses to each question [default: the task's; 64 for AIME, else 1]"),
     ] = None,
     pass_at: Annotated[
         list[str] | None, typer.Option(help="The k of pass@k, like --budget [default: the number of samples]")
     ] = None,
     questions: Annotated[
-        int | None, typer.Option(min=1, help="Only the task's first questions; conversations of mode_switching.")
+        int | None,
+        typer.Option(min=1, max=MANY, help="Only the task's first questions; conversations of mode_switching."),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response [default: the report's]")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, max=MANY, help="Longest response [default: the report's]")
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="For a server's URL: size name, hub id or folder of the model that it serves.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the responses.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**53, help="Seed of the responses.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for scores and per-sample parquet; resumes [default: a run's own, else none]"),

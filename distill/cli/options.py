@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 
 from distill.errors import UserError
+
+MANY = 1_000_000
+"""The most of anything that is counted out one by one: responses, questions, rows."""
+LONGEST = 1e9
+"""Tokens; more is no length of a text."""
+DEAREST = 1e6
+"""USD for an hour of one device."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
@@ -53,8 +61,8 @@ def numbers_of(texts: list[str] | None, option: str) -> tuple[int, ...]:
     """Positive whole numbers, separated by commas or given in turn."""
     parts = [part.strip() for text in texts or () for part in text.split(",")]
     for part in parts:
-        if not (part.isascii() and part.isdigit() and int(part) > 0):
-            raise UserError(f"{option} {part!r} is no whole number from 1 on; write {option} 8,16,24")
+        if not (part.isascii() and part.isdigit() and len(part) <= len(str(MANY)) and 1 <= int(part) <= MANY):
+            raise UserError(f"{option} {part!r} is no whole number from 1 to {MANY}; write {option} 8,16,24")
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -81,5 +89,22 @@ def one_of_many(make: OneOfMany[M], num: int, rank: int, address: str | None) ->
         return None
     if address is None:
         raise UserError(f"--nodes {num} needs --node-address, the host name of machine 0 as the others see it")
-    host, _, port = address.rpartition(":")
-    return make(num, rank, host, int(port)) if port.isdigit() and host else make(num, rank, address)
+    host, colon, port = address.rpartition(":")
+    if not colon and address:
+        return make(num, rank, address)
+    if not host:
+        raise UserError(f"--node-address {address!r} names no host; write HOST or HOST:PORT")
+    if port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535:
+        return make(num, rank, host, int(port))
+    if _is_ip(address.removeprefix("[").removesuffix("]")):
+        return make(num, rank, address)
+    raise UserError(f"--node-address {address!r}: {port!r} is no port from 1 to 65535; write HOST or HOST:PORT")
+
+
+def _is_ip(text: str) -> bool:
+    """Whether it is an address as it stands: those of version 6 have colons of their own."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import Assignments, Json, Prompts, Recipe, Student, Teacher
+from distill.cli.options import DEAREST, LONGEST, Assignments, Json, Prompts, Recipe, Student, Teacher
 
 
 def plan(
@@ -21,10 +21,14 @@ def plan(
     gpus_teacher: Annotated[str | None, typer.Option(help="The teacher's own, with --gpus-student.")] = None,
     gpus_student: Annotated[str | None, typer.Option(help="The student's own, with --gpus-teacher.")] = None,
     hardware: Annotated[Path | None, typer.Option(help="Your own devices, as YAML (docs/plan.md).")] = None,
-    price: Annotated[float | None, typer.Option(min=0.0, help="USD for an hour of one GPU.")] = None,
-    prompt_tokens: Annotated[float | None, typer.Option(min=1.0, help="Tokens of a prompt on the mean.")] = None,
-    think_tokens: Annotated[float | None, typer.Option(min=1.0, help="Of a response with thinking.")] = None,
-    no_think_tokens: Annotated[float | None, typer.Option(min=1.0, help="Of a response without.")] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, max=DEAREST, help="USD for an hour of one GPU.")] = None,
+    prompt_tokens: Annotated[
+        float | None, typer.Option(min=1.0, max=LONGEST, help="Tokens of a prompt on the mean.")
+    ] = None,
+    think_tokens: Annotated[
+        float | None, typer.Option(min=1.0, max=LONGEST, help="Of a response with thinking.")
+    ] = None,
+    no_think_tokens: Annotated[float | None, typer.Option(min=1.0, max=LONGEST, help="Of a response without.")] = None,
     prompts: Prompts = None,
     recipe: Recipe = None,
     assignments: Assignments = None,

@@ -9,6 +9,9 @@ import typer
 
 from distill.cli.options import Assignments, Json, Prompts, Recipe, Seed, Student, Teacher
 
+MOST = 10_000
+"""More prompts nobody reads, and each is rendered before any is shown."""
+
 
 def preview(
     recipe: Recipe = None,
@@ -17,7 +20,7 @@ def preview(
     prompts: Prompts = None,
     seed: Seed = None,
     assignments: Assignments = None,
-    num: Annotated[int, typer.Option("--first", min=1, help="Prompts of each stage that are shown.")] = 2,
+    num: Annotated[int, typer.Option("--first", min=1, max=MOST, help="Prompts of each stage that are shown.")] = 2,
     stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
     as_json: Json = False,
 ) -> None:

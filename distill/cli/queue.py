@@ -30,7 +30,7 @@ def _queue(folder: Path | None, *, create: bool = False) -> Queue:
 @app.command("list")
 def queue_list(
     schedule: Annotated[str | None, typer.Option(help="Only jobs of this schedule.")] = None,
-    last: Annotated[int, typer.Option(min=1, help="How many that are finished, the newest.")] = RECENT,
+    last: Annotated[int, typer.Option(min=1, max=2**63 - 1, help="How many that are finished, the newest.")] = RECENT,
     queue: QueueFolder = None,
     as_json: Json = False,
 ) -> None:

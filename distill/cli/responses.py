@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import Json, Store
+from distill.cli.options import MANY, Json, Store
 
 app = typer.Typer(help="The store of teachers' responses.", no_args_is_help=True)
 
@@ -37,7 +37,7 @@ def responses_list(store: Store = None, collection: Collection = "", as_json: Js
 @app.command("show")
 def responses_show(
     key: Annotated[str | None, typer.Argument(help="The first letters of a response's key.")] = None,
-    num: Annotated[int, typer.Option("--first", min=1, help="Without a key: how many are shown.")] = 3,
+    num: Annotated[int, typer.Option("--first", min=1, max=MANY, help="Without a key: how many are shown.")] = 3,
     store: Store = None,
     collection: Collection = "",
     as_json: Json = False,

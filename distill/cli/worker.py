@@ -17,7 +17,7 @@ def worker(
     ] = False,
     slots: Annotated[
         int | None,
-        typer.Option(min=1, help="On a machine without GPUs: how many jobs' gpu_slots it takes [default: 1]"),
+        typer.Option(min=1, max=1024, help="On a machine without GPUs: how many jobs' gpu_slots it takes [default: 1]"),
     ] = None,
     gpus: Annotated[
         str | None, typer.Option(help="GPUs that jobs get, as CUDA numbers them: 0,1,2 [default: all that are visible]")
