@@ -459,9 +459,15 @@ def test_the_command_writes_submits_and_keeps_what_is_there(
     assert "--replace" in complaint
 
     monkeypatch.setenv("PATH", str(tmp_path / "tools"))
-    code, _, complaint = typed("launch", "beside.yaml", "--on", "slurm", "--submit", "--replace")
+    code, _, complaint = typed("launch", "beside.yaml", "--on", "slurm", "--submit")
     assert (code, file.read_text()) == (2, "mine")
+    file.unlink()
+    file.parent.rmdir()
+    code, _, complaint = typed("launch", "beside.yaml", "--on", "slurm", "--submit")
+    assert code == 2
     assert "needs sbatch, which is not on this machine" in complaint
+    # What is to be submitted elsewhere is there.
+    assert complaint.strip().endswith(f"sbatch {file}") and file.read_text().startswith("#!/bin/bash")
     tool = tmp_path / "tools" / "sbatch"
     tool.parent.mkdir()
     tool.write_text('#!/bin/sh\necho "Submitted batch job 7"\n')
@@ -471,7 +477,7 @@ def test_the_command_writes_submits_and_keeps_what_is_there(
     tool.write_text('#!/bin/sh\necho "sbatch: error: invalid partition" >&2\nexit 1\n')
     code, _, complaint = typed("launch", "beside.yaml", "--on", "slurm", "--submit", "--replace")
     assert code == 1
-    assert "invalid partition" in complaint
+    assert complaint.count("invalid partition") == 1
 
 
 def sweep_file(folder: Path) -> Path:

@@ -42,9 +42,10 @@ def launch(
     from pipelines.clusters.rendering import ENGINES
 
     orders = order(file, on=on, name=name, folder=out, once=once, assignments=assignments or (), hardware=hardware)
-    if submit:
-        check_tool(orders, ENGINES[on].title)
     write(orders, replace=replace)
+    if submit:
+        # After writing: what it says names the files.
+        check_tool(orders, ENGINES[on].title)
     documents = []
     for one in orders:
         document = one.to_json()

@@ -183,18 +183,18 @@ def check_tool(orders: Sequence[Order], title: str) -> None:
     tool = orders[0].command[0]
     if shutil.which(tool) is None:
         raise UserError(
-            f"--submit needs {tool}, which is not on this machine; submit from where {title}'s tools are: "
-            f"{shlex.join(orders[0].command)}"
+            f"--submit needs {tool}, which is not on this machine; nothing is submitted, the files are written; submit "
+            f"from where {title}'s tools are: {'; '.join(shlex.join(one.command) for one in orders)}"
         )
 
 
 def submit(one: Order) -> str:
     """Hand the job over; what the tool said. Raises DistillError where the tool refuses."""
     done = subprocess.run(one.command, capture_output=True, text=True, errors="replace", check=False)
-    sys.stderr.write(done.stderr)
     if done.returncode != 0:
         raise DistillError(
             f"{shlex.join(one.command)} ended with exit code {done.returncode}: "
-            f"{' '.join((done.stderr or done.stdout).split())[-500:]}"
+            f"{' '.join((done.stderr or done.stdout).split())[-2000:]}"
         )
+    sys.stderr.write(done.stderr)
     return done.stdout.strip()
