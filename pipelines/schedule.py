@@ -56,6 +56,16 @@ class Schedule:
         }
 
 
+def timetable_of(spec: JobSpec) -> Timetable:
+    """When a job comes due. Raises UserError where it does not say."""
+    if spec.settings.cron is None:
+        raise UserError(
+            f"{spec.name} says nothing of when it runs; give --cron '0 2 * * *', or schedule.cron in the file. "
+            "distill queue add runs a job once"
+        )
+    return Timetable(spec.settings.cron, spec.settings.zone)
+
+
 class Schedules:
     """The schedules of a queue."""
 
@@ -64,13 +74,7 @@ class Schedules:
 
     def add(self, spec: JobSpec, *, replace: bool = False) -> Schedule:
         """A new schedule, or a new definition of one. Raises UserError where that is not what was said."""
-        if spec.settings.cron is None:
-            raise UserError(
-                f"{spec.name} says nothing of when it runs; give --cron '0 2 * * *', or schedule.cron in the file. "
-                "distill queue add runs a job once"
-            )
-        now = int(self.clock.now())
-        timetable = Timetable(spec.settings.cron, spec.settings.zone)
+        now, timetable = int(self.clock.now()), timetable_of(spec)
         with self.queue.transaction() as connection:
             known = self._find(spec.name)
             if known is not None and not replace:

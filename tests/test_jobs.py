@@ -361,6 +361,15 @@ def test_a_mistyped_queue_is_not_made(typed: Any, tmp_path: Path, arguments: tup
     assert not (tmp_path / "mistyped").exists() and list((tmp_path / "empty").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments", [("queue", "add", "gone.yaml"), ("schedule", "add", "gone.yaml"), ("schedule", "add", "plain.yaml")]
+)
+def test_a_job_that_is_none_makes_no_queue(typed: Any, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    written(tmp_path / "plain.yaml", "extends: embedded\n")  # it has no cron
+    assert typed(*arguments, "--queue", "typo")[:2] == (2, "")
+    assert not (tmp_path / "typo").exists()
+
+
 @pytest.mark.parametrize(("command", "key"), [("queue", "jobs"), ("schedule", "schedules")])
 def test_a_machine_without_a_queue_has_no_jobs(
     typed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, key: str

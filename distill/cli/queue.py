@@ -74,8 +74,9 @@ def queue_add(
     """
     from pipelines.job import resolve_job
 
-    waiting = _queue(queue, create=True)
-    job = waiting.add(resolve_job(file, name=name, out=out))
+    # First: a job that is none leaves no queue behind.
+    spec = resolve_job(file, name=name, out=out)
+    job = _queue(queue, create=True).add(spec)
     print(json.dumps(job.to_json(), allow_nan=False) if as_json else f"job {job.id} ({job.name}) is queued")
 
 

@@ -51,9 +51,12 @@ def schedule_add(
     """
     from pipelines.board import print_schedule
     from pipelines.job import resolve_job
+    from pipelines.schedule import timetable_of
 
-    schedules = _schedules(queue, create=True)
+    # First: a job that is none leaves no queue behind.
     spec = resolve_job(file, name=name, out=out, schedule={"cron": cron, "timezone": timezone})
+    timetable_of(spec)
+    schedules = _schedules(queue, create=True)
     added = schedules.add(spec, replace=replace)
     document = {**added.to_json(), "upcoming": schedules.upcoming(added)}
     if as_json:
