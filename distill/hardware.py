@@ -179,7 +179,7 @@ def parse_pool(text: str, devices: Mapping[str, Device], *, option: str = "--gpu
     """``8xH200``, ``H200``, or ``2x8xH100`` for two machines of eight. Raises UserError for anything else."""
     found = _SPEC.fullmatch(text.strip())
     if found is None:
-        raise UserError(f"{option} {text!r} names no device; write COUNTxNAME, for example {option} 8xH200")
+        raise UserError(f"{option} {text!r} names no device; write COUNTxNAME, for example 8xH200")
     nodes, each, written = found.groups()
     name = _find(written, devices, option=option, text=text)
     each_count, num_nodes = int(each or 1), int(nodes or 1)

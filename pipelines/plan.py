@@ -137,19 +137,25 @@ class Plan:
         }
 
 
+POOL_OPTIONS = ("--gpus", "--gpus-teacher", "--gpus-student")
+"""What the pools of GPUs are called: one for both, the teacher's, the student's."""
+
+
 def choose_devices(
     *,
     shared: Pool | None,
     teacher: Pool | None,
     student: Pool | None,
     price: float | None,
+    options: tuple[str, str, str] = POOL_OPTIONS,
 ) -> Devices | None:
     """What ``--gpus``, ``--gpus-teacher`` and ``--gpus-student`` mean together; None where none is given."""
+    gpus, gpus_teacher, gpus_student = options
     if shared is not None and (teacher or student):
-        raise UserError("--gpus is one pool for both; give it, or --gpus-teacher and --gpus-student")
+        raise UserError(f"{gpus} is one pool for both; give it, or {gpus_teacher} and {gpus_student}")
     if (teacher is None) != (student is None):
-        missing = "--gpus-teacher" if teacher is None else "--gpus-student"
-        raise UserError(f"{missing} is missing: the two are given together, or --gpus for one pool")
+        missing = gpus_teacher if teacher is None else gpus_student
+        raise UserError(f"{missing} is missing: the two are given together, or {gpus} for one pool")
     if shared is not None:
         pool = with_price(shared, price)
         return Devices(pool, pool, is_one=True)

@@ -13,7 +13,7 @@ from distill.errors import UserError
 from distill.family import Shape, resolve, shape_of
 from distill.hardware import Pool, load_devices, parse_pool
 from pipelines.layouts import Pair
-from pipelines.plan import Plan, choose_devices, make_plan
+from pipelines.plan import POOL_OPTIONS, Plan, choose_devices, make_plan
 from pipelines.workload import usual_lengths
 
 
@@ -28,11 +28,13 @@ def planned(
     lengths: Mapping[str, float | None] | None = None,
     processes: int | None = None,
     roles_at_once: int = 1,
+    options: tuple[str, str, str] = POOL_OPTIONS,
     asked: Sequence[str] = (),
 ) -> Plan:
     """The plan of ``config``. ``lengths`` are tokens of prompt, think and no_think; None where the usual ones hold.
     ``processes`` fixes how many the student has, ``roles_at_once`` how many of the teacher's roles have servers up at
-    the same time; ``asked`` are words that the run's command has beside its models.
+    the same time; ``options`` are what the three pools of GPUs are called where the user named them, ``asked`` words
+    that the run's command has beside its models.
 
     Raises UserError for devices that nobody knows, models whose shape cannot be looked up, and where nothing fits.
     """
@@ -46,10 +48,11 @@ def planned(
         return None if text is None else parse_pool(text, known, option=option)
 
     devices = choose_devices(
-        shared=pool(gpus, "--gpus"),
-        teacher=pool(gpus_teacher, "--gpus-teacher"),
-        student=pool(gpus_student, "--gpus-student"),
+        shared=pool(gpus, options[0]),
+        teacher=pool(gpus_teacher, options[1]),
+        student=pool(gpus_student, options[2]),
         price=price,
+        options=options,
     )
     if devices is not None:
         devices = replace(devices, roles_at_once=roles_at_once)

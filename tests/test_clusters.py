@@ -174,6 +174,20 @@ def test_what_is_missing_is_a_sentence(on: str, key: str, tmp_path: Path) -> Non
     [
         ("beside", "nomad", [], "none of slurm, kubernetes, skypilot"),
         ("beside", "slurm", ["launch.gpus=null"], "launch.gpus is missing"),
+        ("beside", "slurm", ["launch.gpus=8xFOO"], "^launch.gpus '8xFOO': no device"),
+        ("beside", "slurm", ["launch.gpus_teacher=8xH100"], "^launch.gpus is one pool for both"),
+        (
+            "beside",
+            "slurm",
+            ["launch.gpus=null", "launch.gpus_teacher=8xH100"],
+            "^launch.gpus_student is missing: .* or launch.gpus for one pool",
+        ),
+        (
+            "beside",
+            "slurm",
+            ["launch.gpus=null", "launch.gpus_teacher=8xH200", "launch.gpus_student=8xH100"],
+            "name one kind with launch.gpus,",
+        ),
         ("beside", "slurm", ["launch.slurm.tiem=3"], "did you mean"),
         ("beside", "slurm", ['launch.slurm.time="4"'], "asked to stop as it begins"),
         ("beside", "slurm", ["launch.slurm.partition=a b"], "launch"),

@@ -179,7 +179,7 @@ def _student(processes: int, pool: Pool) -> Part:
     if processes % machines:
         raise UserError(
             f"the plan has {processes} processes for the student, which are not equally many on each of {machines} "
-            f"machines of {pool.per_node}; name a pool of whole machines with --gpus-student, or fewer GPUs"
+            f"machines of {pool.per_node}; name a pool of whole machines with launch.gpus_student, or fewer GPUs"
         )
     return Part("student", machines, processes // machines, pool.name, pool.device.kind == "gpu")
 

@@ -123,6 +123,7 @@ def _plan(config: RunConfig, settings: LaunchSettings, hardware: Path | None) ->
         gpus_teacher=settings.gpus_teacher,
         gpus_student=settings.gpus_student,
         hardware=hardware,
+        options=("launch.gpus", "launch.gpus_teacher", "launch.gpus_student"),
         # Somebody else's servers count once: the plan has room for them too.
         roles_at_once=max(1, len(roles_to_serve(config.teacher))),
     )
