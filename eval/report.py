@@ -43,10 +43,12 @@ def write_report(folder: Path) -> Path:
     """
     if (folder / COMPARISON).exists():
         return write_comparison_report(folder)
+    if not folder.exists():
+        raise UserError(f"{folder} is not there; give the folder that distill run wrote")
     if not (folder / "config.yaml").exists():
         raise UserError(
             f"{folder} is neither a run directory (it has no config.yaml) nor a comparison (no {COMPARISON}); give the "
-            f"folder that distill run or distill compare wrote"
+            f"folder that distill run wrote"
         )
     path = folder / "report.html"
     write_atomically(path, render(folder))

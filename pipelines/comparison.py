@@ -141,6 +141,9 @@ def compare_folders(folders: Sequence[Path]) -> dict[str, Any]:
 
     Runs that differ in their seed alone are one arm. Raises UserError for folders that cannot be compared.
     """
+    for folder in folders:
+        if not folder.exists():
+            raise UserError(f"{folder} is not there; name the folder that --out of `distill run` named")
     if len(folders) == 1 and (folders[0] / "comparison.yaml").exists():
         file = folders[0] / "comparison.yaml"
         config = validate_as(ComparisonConfig, load_recipe(file), where=str(file))

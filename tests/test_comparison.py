@@ -112,8 +112,9 @@ def distill(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["run", "--recipe", "table21", "--teacher", "4B"], "--teacher is an option of a single run"),
         (["run", "--quick"], "--quick is the short variant of a comparison"),
-        (["compare", "nowhere", "nowhere-else"], "nowhere is no run directory"),
-        (["compare", "nowhere"], "two run directories or more"),
+        (["compare", "nowhere", "nowhere-else"], "nowhere is not there"),
+        (["compare", ".", "tests"], "is no run directory"),
+        (["compare", "."], "two run directories or more"),
     ],
 )
 def test_usage(arguments: list[str], said: str) -> None:
