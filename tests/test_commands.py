@@ -76,6 +76,12 @@ def test_bad_input_is_a_sentence_and_exit_code_2(typed: Any, tmp_path: Path) -> 
         (["report", str(tmp_path / "empty")], "neither a run directory"),
         (["run", "--dry-run", "--teacher", "5B"], "nearest: 235B"),
         (["run", "--dry-run", "--student", "235B"], "no base checkpoint"),
+        (["run", "--dry-run", "--node-rank", "1"], "--node-rank and --node-address belong to --nodes"),
+        (["run", "--dry-run", "--nodes", "2", "--node-rank", "2", "--node-address", "a"], "--node-rank is 2"),
+        (["run", "--recipe", "table21", "--dry-run", "--node-rank", "1"], "--node-rank is an option of a single run"),
+        (["run", "--recipe", "table21", "--node-address", "a"], "--node-address is an option of a single run"),
+        (["report", "nope"], "nope is not there"),
+        (["compare", "nope"], "nope is not there"),
     ]
     for arguments, sentence in cases:
         code, out, err = typed(*arguments)

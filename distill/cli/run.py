@@ -77,6 +77,8 @@ def run(
             "--teacher-url": teacher_urls,
             "--processes": processes,
             "--nodes": None if num_nodes == 1 else num_nodes,
+            "--node-rank": node_rank or None,
+            "--node-address": node_address,
             "--store": store,
             "--skip-preflight": skip_preflight,
         }
@@ -103,8 +105,13 @@ def run(
     )
     folder = out or Path("runs") / str(config.name)
     if dry_run:
+        if num_nodes > 1 or node_rank or node_address is not None:
+            from pipelines.launch import Machines
+
+            one_of_many(Machines, num_nodes, node_rank, node_address)
         asked = words(prompts=prompts, recipe=recipe, assignments=assignments)
-        _print_dry_run(config, folder, as_json, processes=processes, asked=asked)
+        everywhere = None if processes is None else processes * num_nodes
+        _print_dry_run(config, folder, as_json, processes=everywhere, asked=asked)
         return
     from pipelines.launch import Machines, own_command, processes_to_start, run_processes
 
