@@ -85,7 +85,7 @@ class AtOnce:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is left."""
+        self.crew.teachers.forget()
 
     def rest(self) -> None:
         """Nobody speaks."""

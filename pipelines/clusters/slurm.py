@@ -145,7 +145,8 @@ def _refuse(fleet: Fleet) -> None:
     if len(pools) > 1:
         raise UserError(
             f"the plan has {' and '.join(sorted(pools))}, and a job on Slurm is one allocation of equal machines; name "
-            "one kind with launch.gpus, or start the teacher's servers as a job of their own and name them in teacher.urls"
+            "one kind with launch.gpus, or start the teacher's servers as a job of their own and name them in "
+            "teacher.urls"
         )
     devices = fleet.plan.devices
     if (asked := gpus(fleet)) > devices.count:
