@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from distill.settings import PositiveFloat, Settings
 
@@ -31,6 +31,11 @@ def _absolute(path: str) -> str:
     return path
 
 
+def _minutes(time: object) -> object:
+    """A bare 60 is a number to YAML, and minutes to sbatch."""
+    return str(time) if isinstance(time, int) and not isinstance(time, bool) else time
+
+
 Line = Annotated[str, AfterValidator(_one_line)]
 FullPath = Annotated[Line, AfterValidator(_absolute)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:+/@=&|!*()\[\]-]+$")]
@@ -43,9 +48,9 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 class SlurmSettings(Settings):
     """For ``--on slurm``. The texts name sbatch's own options."""
 
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] | None = None
-    """Wall time of an attempt as sbatch takes it, such as 24:00:00 or 2-12 (``--time``); needed. Before its end the run
-    is asked to stop and is queued again."""
+    time: Annotated[str, BeforeValidator(_minutes), Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] | None = None
+    """Wall time of an attempt as sbatch takes it: 24:00:00, 2-12, or 90 for minutes (``--time``); needed.
+    Before its end the run is asked to stop and is queued again."""
     partition: Word | None = None
     account: Word | None = None
     qos: Word | None = None

@@ -34,6 +34,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _timezones = cache(available_timezones)
 
+YEAR = 366 * 86400
+"""Seconds; a longer wait is a mistake in the unit."""
+
 _LONGEST_CRON = 200  # characters; more is no expression that somebody has written
 
 
@@ -48,7 +51,7 @@ class ScheduleSettings(Settings):
     concurrency_policy: Literal["forbid", "allow", "replace"] = "forbid"
     """A run comes due while an earlier one is not finished (``concurrencyPolicy``): leave the new one out, run both, or
     stop the old one."""
-    starting_deadline_seconds: PositiveInt | None = None
+    starting_deadline_seconds: Annotated[PositiveInt, Field(le=YEAR)] | None = None
     """A run that has not started so long after it came due is left out (``startingDeadlineSeconds``)."""
     catch_up: Literal["latest", "none"] = "latest"
     """Runs came due while no worker looked: run the last of them, or none. The others are left out. (A CronJob does
@@ -63,7 +66,7 @@ class ScheduleSettings(Settings):
     active_deadline_seconds: PositiveInt | None = None
     """Time limit over all attempts (``activeDeadlineSeconds``); only time at work counts. A job that reaches it stops
     with a checkpoint and has failed."""
-    termination_grace_period_seconds: PositiveFloat = 600.0
+    termination_grace_period_seconds: Annotated[PositiveFloat, Field(le=YEAR)] = 600.0
     """What a job gets to write its checkpoint when it is asked to stop (``terminationGracePeriodSeconds``); then it is
     killed."""
     gpu_slots: PositiveInt = 1

@@ -189,6 +189,10 @@ def test_what_is_missing_is_a_sentence(on: str, key: str, tmp_path: Path) -> Non
             "name one kind with launch.gpus,",
         ),
         ("beside", "slurm", ["launch.slurm.tiem=3"], "did you mean"),
+        ("beside", "slurm", ["launch.slurm.time=true"], "slurm.time"),
+        ("beside", "slurm", ["launch.slurm.time=4"], "asked to stop as it begins"),
+        ("beside", "slurm", ["schedule.starting_deadline_seconds=31622401"], "starting_deadline_seconds.*31622400"),
+        ("beside", "slurm", ["schedule.termination_grace_period_seconds=1e300"], "grace_period_seconds.*31622400"),
         ("beside", "slurm", ['launch.slurm.time="4"'], "asked to stop as it begins"),
         ("beside", "slurm", ["launch.slurm.partition=a b"], "launch"),
         ("beside", "slurm", ["launch.environment.HF_TOKEN=hf_abc"], "looks like a secret"),
@@ -214,6 +218,10 @@ def test_what_an_engine_cannot_do_is_a_sentence(
 ) -> None:
     with pytest.raises(UserError, match=says):
         rendered(tmp_path, name, on, *assignments)
+
+
+def test_a_bare_number_is_minutes_to_slurm(tmp_path: Path) -> None:
+    assert "#SBATCH --time=60\n" in rendered(tmp_path, "beside", "slurm", slurm={"time": 60}).text
 
 
 def test_a_plan_that_changes_the_result_is_not_launched(tmp_path: Path) -> None:
