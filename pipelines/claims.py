@@ -61,7 +61,9 @@ class Claims:
             for job in self.queue.jobs(states=WAITING):
                 settings = job.spec.settings
                 deadline = settings.starting_deadline_seconds
-                if job.due is not None and job.started is None and deadline and now > job.due + deadline:
+                # A retry moves not_before: somebody wants the job however late it is.
+                is_fresh = job.started is None and job.not_before == job.created
+                if job.due is not None and is_fresh and deadline and now > job.due + deadline:
                     reason = f"it had not started {deadline} s after it came due (starting_deadline_seconds)"
                     finish(connection, job.id, "missed", now, reason)
                 elif _waits(connection, job, now) or settings.gpu_slots > len(slots):

@@ -135,9 +135,8 @@ class Queue(Database):
                 raise UserError(f"job {id_} is {job.state}; a job that failed or was left out is what can be retried")
             connection.execute(
                 "UPDATE jobs SET state = 'queued', not_before = ?, failures = 0, stops = 0, seconds = 0, stop = NULL, "
-                "finished = NULL, exit_code = NULL, reason = NULL, started = coalesce(started, ?) WHERE id = ?",
-                # Somebody wants it however late it is: no starting deadline ends it again.
-                (self.clock.now(), self.clock.now(), id_),
+                "finished = NULL, exit_code = NULL, reason = NULL WHERE id = ?",
+                (self.clock.now(), id_),
             )
             return self.job(id_)
 

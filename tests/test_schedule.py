@@ -122,6 +122,9 @@ def test_a_starting_deadline_bounds_the_wait_for_a_slot(schedules: Schedules, cl
     assert Claims(schedules.queue).take("worker", ["0"], 60) is None
     found = schedules.queue.job(job.id)
     assert found.state == "missed" and "starting_deadline_seconds" in (found.reason or "")
+    # Retried, it is wanted however late it is, and has not started before it runs.
+    assert schedules.queue.retry(job.id).started is None
+    assert Claims(schedules.queue).take("worker", ["0"], 60) is not None
 
 
 def test_forbid_leaves_the_new_one_out(schedules: Schedules, clock: SetClock) -> None:
