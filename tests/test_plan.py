@@ -762,8 +762,10 @@ def test_nothing_that_fits_is_exit_code_2() -> None:
         (["--teacher", "me/some-model"], "its shape is not known before it is downloaded"),
         (["--teacher", "5B"], "nearest"),
         (["--hardware", "/nowhere.yaml"], "cannot be read"),
-        (["--price", "inf"], "--price is inf; it takes a finite number"),
-        (["--no-think-tokens", "inf"], "--no-think-tokens is inf; it takes a finite number"),
+        (["--price", "inf"], "--price"),
+        (["--price", "nan"], "--price"),
+        (["--no-think-tokens", "inf"], "--no-think-tokens"),
+        (["--no-think-tokens", "nan"], "--no-think-tokens"),
     ],
 )
 def test_wrong_words_are_exit_code_2(arguments: list[str], said: str) -> None:
