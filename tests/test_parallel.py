@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from distill.errors import UserError
+from distill.vllm.service import free_port
 from students.ranks import Ranks, place_in
 
 SMALL = {
@@ -31,17 +32,15 @@ NUM_STEPS = 4 + 4
 
 
 def start(out: Path, processes: int, **changes: str) -> subprocess.Popen[str]:
+    return start_with([sys.executable], out, ["--processes", str(processes)], **changes)
+
+
+def start_with(starter: Sequence[str], out: Path, words: Sequence[str], **changes: str) -> subprocess.Popen[str]:
     settings = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
     assignments = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "distill.cli", "run", "--json", "--out", str(out), *assignments]
+    command = [*starter, "-m", "distill.cli", "run", "--json", "--out", str(out), *assignments, *words]
     environment = {**os.environ, "DISTILL_STORE": str(out.parent / "store"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "--processes", str(processes)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(out: Path, processes: int, **changes: str) -> dict[str, Any]:
@@ -97,6 +96,24 @@ def test_two_processes_give_the_curve_of_one(alone: Path, tmp_path: Path, kind: 
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-3
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["machine"]["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["torchrun", "machines"])
+def test_processes_that_others_started_meet(alone: Path, tmp_path: Path, starter: str) -> None:
+    """torchrun starts both; or each of two machines starts its own, here both on this one."""
+    out = tmp_path / "run"
+    if starter == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        started = [start_with([*torchrun, "--master-port", str(free_port("127.0.0.1"))], out, [])]
+    else:
+        where = f"127.0.0.1:{free_port('127.0.0.1')}"
+        words = ["--processes", "1", "--nodes", "2", "--node-address", where, "--node-rank"]
+        started = [start_with([sys.executable], out, [*words, rank]) for rank in "01"]
+    for process in started:
+        _, stderr = process.communicate(timeout=280)
+        assert process.returncode == 0, stderr
+    assert_same_curve(out, alone)
 
 
 def when_steps(out: Path, wanted: int) -> Callable[[], bool]:
