@@ -84,31 +84,37 @@ def run_processes(command: Sequence[str], count: int, machines: Machines | None 
         "MASTER_PORT": str(machines.port),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    # Sessions of their own: a Ctrl-C in the terminal reaches them through this process, once.
-    processes = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(first + number), "LOCAL_RANK": str(number)}, start_new_session=True
-        )
-        for number in range(count)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
+    passed_on: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, pass_on if number != signal.SIGHUP else lambda *_: pass_on(signal.SIGTERM, None))
+    for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(asked, pass_on if asked != signal.SIGHUP else lambda *_: pass_on(signal.SIGTERM, None))
+    for number in range(count):
+        own = {"RANK": str(first + number), "LOCAL_RANK": str(number)}
+        # Sessions of their own: a Ctrl-C in the terminal reaches them through this process, once.
+        processes.append(subprocess.Popen(command, env={**environment, **own}, start_new_session=True))
+    if passed_on:
+        pass_on(passed_on[-1], None)  # to those that were started after it
     try:
-        return _wait(processes)
+        return _wait(processes, passed_on)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit code of the run: the gravest of its processes'."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], passed_on: Sequence[int]) -> int:
+    """The exit code of the run: the gravest of its processes'.
+
+    ``passed_on`` grows by the signals that they are sent. A process that was still being loaded is ended by one without
+    having heard it; it had begun nothing.
+    """
     deadline: float | None = None
     while any(process.poll() is None for process in processes):
         failed = [number for number, process in enumerate(processes) if process.poll() not in (None, *CLEAN_STOPS)]
@@ -118,6 +124,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
             break
         time.sleep(POLL_SECONDS)
     codes = [process.poll() for process in processes]
+    if passed_on and all(code is None or code in CLEAN_STOPS or -code in passed_on for code in codes):
+        asked = signal.SIGINT if signal.SIGINT in passed_on else signal.SIGTERM
+        return EXIT_CODES[asked] if any(code != 0 for code in codes) else 0
     killed = [(number, -code) for number, code in enumerate(codes) if code is not None and code < 0]
     for number, by in killed:
         why = "; the machine may have run out of memory" if by == signal.SIGKILL else ""
