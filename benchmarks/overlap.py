@@ -33,7 +33,7 @@ from distill import interrupt
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
 from distill.config import GuardSettings, RunConfig
 from distill.encode import Encoder
-from distill.family import resolve
+from distill.family import Shape, resolve
 from distill.journal import Journal
 from distill.model_config import StudentSettings
 from distill.prompt_config import EmbeddedPrompts
@@ -73,8 +73,22 @@ def work(until: float) -> None:
         time.sleep(min(left, SLICE_SECONDS))
 
 
+class Keeping:
+    """What a sampler with weights of its own has: a block in which it takes no others."""
+
+    _keeps = False
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
+
+
 @dataclass
-class SimulatedSampler:
+class SimulatedSampler(Keeping):
     """Has weights of its own, and speaks for ``seconds`` a batch: a response ends every now and then."""
 
     seconds: float
@@ -82,7 +96,6 @@ class SimulatedSampler:
     weight_version: int = 0
     asked: list[Sequence[Request]] = field(default_factory=list)
     _version: int = 0
-    _keeps: bool = False
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
         if not self._keeps:
@@ -100,14 +113,6 @@ class SimulatedSampler:
     def take_weights(self) -> None:
         assert not self._keeps, "weights were sent while they are to be kept"
         self._version = self.trainer.num_changes
-
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        self._keeps = True
-        try:
-            yield
-        finally:
-            self._keeps = False
 
     def facts(self) -> Mapping[str, float]:
         return {}
@@ -183,11 +188,17 @@ def simulated_crew(*, sample: float, score: float, train: float) -> Crew:
         hired=SimpleNamespace(judge=SimulatedTeacher(score)),
         candidate=SimpleNamespace(domains=()),
     )
+    sampler = SimulatedSampler(sample, trainer)
+    return crew_of(Faculty([cast(Any, tutor)]), cast(Any, trainer), sampler, shape)
+
+
+def crew_of(teachers: Faculty, student: Student, sampler: StudentSampler, shape: Shape) -> Crew:
+    """Who works on the embedded prompts; nobody asks for a store, or for the student as it began."""
     return Crew(
         encoder=encoder(),
-        teachers=Faculty([cast(Any, tutor)]),
-        student=cast(Any, trainer),
-        student_sampler=SimulatedSampler(sample, trainer),
+        teachers=teachers,
+        student=student,
+        student_sampler=sampler,
         student_shape=shape,
         start_of=cast(Any, None),
         prompts=EmbeddedSource(EmbeddedPrompts(), seed=0),
@@ -310,19 +321,7 @@ def steps_of(
     with hired_faculty(
         config, find_teachers(config), encoder(), device=device, logs=folder, choose=cast(Any, None)
     ) as faculty:
-        crew = Crew(
-            encoder=encoder(),
-            teachers=faculty,
-            student=student,
-            student_sampler=sampler,
-            student_shape=found.shape,
-            start_of=cast(Any, None),
-            prompts=EmbeddedSource(EmbeddedPrompts(), seed=0),
-            store=cast(Any, None),
-            meter=Meter(),
-            seed=0,
-            run_id="",
-        )
+        crew = crew_of(faculty, student, sampler, found.shape)
         stage = OnPolicy("on_policy", settings(steps + warmup, prompts=prompts), crew, first_prompt=0)
         metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=0))[warmup:]
         judge = faculty.default.hired.judge

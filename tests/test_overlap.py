@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +22,10 @@ import torch
 import yaml
 
 from benchmarks.overlap import (
+    Keeping,
     SimulatedSampler,
     SimulatedTeacher,
+    crew_of,
     encoder,
     metrics_of,
     seconds_a_step,
@@ -38,8 +39,6 @@ from distill.costs import CostAccount
 from distill.errors import DistillError, NonFiniteError, StoppedError, UserError
 from distill.family import resolve
 from distill.model_config import StudentSettings
-from distill.prompt_config import EmbeddedPrompts
-from distill.prompts import EmbeddedSource
 from distill.sampler import OnFinished, TransformersSampler
 from distill.spans import after, length, united
 from distill.stage_config import GrpoStage, ModeSampling, Optimiser, SamplingSettings
@@ -48,7 +47,6 @@ from pipelines.batches import Ahead, AtOnce, batches_of
 from pipelines.crew import Crew
 from pipelines.faculty import find_teachers, hired_faculty
 from pipelines.grpo import Grpo
-from pipelines.meter import Meter
 from pipelines.phases import Clock, devices_of, reproducible
 from pipelines.resolution import resolve_run
 from pipelines.stages import OnPolicy
@@ -321,14 +319,14 @@ def test_a_request_to_stop_ends_both_threads(during: str) -> None:
 # Real weights
 
 
-class CopiedSampler:
+class CopiedSampler(Keeping):
     """The student's model a second time: what a server of its own is, in this process, and bit-reproducible."""
 
     def __init__(self, student: Student) -> None:
         self.student, self.weight_version = student, 0
         self.speaker = TransformersSampler(copy.deepcopy(student.model), encoder(), speaker="student")
         self.sent: list[int] = []
-        self._keeps, self._taken = False, -1
+        self._taken = -1
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
         if not self._keeps:
@@ -343,14 +341,6 @@ class CopiedSampler:
             self.sent.append(self.weight_version)
         self.speaker.weight_version = self.weight_version
 
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        self._keeps = True
-        try:
-            yield
-        finally:
-            self._keeps = False
-
     def facts(self) -> dict[str, float]:
         return {}
 
@@ -363,19 +353,8 @@ def real_crew() -> Crew:
         stop_ids=encoder().stop_ids,
     )
     student.begin(Optimiser(learning_rate=2e-4, warmup_steps=0))
-    return Crew(
-        encoder=encoder(),
-        teachers=simulated_crew(sample=0, score=0, train=0).teachers,
-        student=student,
-        student_sampler=CopiedSampler(student),
-        student_shape=NANO.shape,
-        start_of=cast(Any, None),
-        prompts=EmbeddedSource(EmbeddedPrompts(), seed=0),
-        store=cast(Any, None),
-        meter=Meter(),
-        seed=0,
-        run_id="",
-    )
+    teachers = simulated_crew(sample=0, score=0, train=0).teachers
+    return crew_of(teachers, student, CopiedSampler(student), NANO.shape)
 
 
 class Rewarded(Grpo):
