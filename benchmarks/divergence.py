@@ -38,6 +38,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.machine import ceilings
+from distill.device import finish
 from distill.divergence import KINDS, TeacherLoss, linear_cross_entropy, linear_divergence
 from distill.tiles import tiled_total
 
@@ -131,11 +133,11 @@ def make_inputs(args: argparse.Namespace) -> Inputs:
     def head(width: int) -> Tensor:
         weight = torch.empty(args.vocab, width, dtype=dtype, device=args.device)
         for rows in weight.split(8192):  # a whole fp32 copy would hide the step's own peak
-            rows.copy_(torch.randn(rows.shape) * (LOGIT_STD / width**0.5))
+            rows.copy_(torch.randn(rows.shape, device=args.device) * (LOGIT_STD / width**0.5))
         return weight
 
     def hidden(width: int) -> Tensor:
-        return torch.randn(args.rows, width).to(args.device, dtype)
+        return torch.randn(args.rows, width, device=args.device).to(dtype)
 
     student = hidden(args.student_dim).requires_grad_(), head(args.student_dim).requires_grad_()
     return *student, hidden(args.teacher_dim), head(args.teacher_dim)
@@ -146,11 +148,6 @@ def step(loss: Loss, inputs: Inputs) -> list[Tensor]:
         x.grad = None
     torch.autograd.backward(loss(inputs))
     return [x.grad for x in inputs if x.grad is not None]
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def memory(device: str, field: str) -> int:
@@ -199,7 +196,7 @@ def measure(name: str, args: argparse.Namespace) -> Result | None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if name == "ceilings":
-        return measure_ceilings(args)
+        return dict(ceilings(args.device, getattr(torch, args.dtype)))
     return measure_tile(name, args) if name.startswith("tile_") else measure_step(name, args)
 
 
@@ -229,10 +226,10 @@ def times(call: Callable[[], object], args: argparse.Namespace) -> tuple[float, 
     """Medians of wall time and of the process's processor time."""
     pairs = []
     for _ in range(args.repeats):
-        synchronise(args.device)
+        finish(torch.device(args.device))
         start, cpu_start = time.perf_counter(), time.process_time()
         call()
-        synchronise(args.device)
+        finish(torch.device(args.device))
         pairs.append((time.perf_counter() - start, time.process_time() - cpu_start))
     seconds, cpu_seconds = zip(*pairs, strict=True)
     return statistics.median(seconds), statistics.median(cpu_seconds)
@@ -261,18 +258,6 @@ def measure_tile(name: str, args: argparse.Namespace) -> Result:
     passes = 2 if args.kind in ("reverse_kl", "forward_kl") else 3
     num_bytes = passes * sum(x.nbytes for x in logits) + gradient_CV.nbytes
     return {"seconds": seconds, "gigabytes_per_second": num_bytes / seconds / 1e9 if name == "tile_fused" else None}
-
-
-def measure_ceilings(args: argparse.Namespace) -> Result:
-    width, dtype = 8192, getattr(torch, args.dtype)
-    x, y = (torch.randn(width, width, device=args.device).to(dtype) for _ in range(2))
-    source = torch.empty(2**30, dtype=torch.uint8, device=args.device)
-    target = torch.empty_like(source)
-    results = []
-    for call in (lambda: torch.mm(x, y), lambda: target.copy_(source)):
-        call()
-        results.append(times(call, args)[0])
-    return {"tflops": 2 * width**3 / results[0] / 1e12, "gigabytes_per_second": 2 * source.nbytes / results[1] / 1e9}
 
 
 def parser() -> argparse.ArgumentParser:

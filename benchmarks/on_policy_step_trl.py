@@ -30,7 +30,14 @@ class Clock(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(now())
+
+
+def now() -> float:
+    """The time, when a GPU has done what it was asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def timed(owner: Any, name: str, seconds: list[float]) -> None:
@@ -38,11 +45,11 @@ def timed(owner: Any, name: str, seconds: list[float]) -> None:
     call: Callable[..., Any] = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
+        started = now()
         try:
             return call(*args, **kwargs)
         finally:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(now() - started)
 
     setattr(owner, name, wrapped)
 
@@ -54,16 +61,21 @@ def main() -> None:
     def model(shape: dict[str, int], seed: int) -> Qwen3ForCausalLM:
         torch.manual_seed(seed)
         config = Qwen3Config(
-            vocab_size=task["vocabulary"],
-            head_dim=32,
-            intermediate_size=3 * shape["hidden_size"],
+            vocab_size=shape["vocabulary"],
+            hidden_size=shape["width"],
+            intermediate_size=shape["mlp_width"],
+            num_hidden_layers=shape["num_layers"],
+            num_attention_heads=shape["num_heads"],
+            num_key_value_heads=shape["num_kv_heads"],
+            head_dim=shape["head_dim"],
+            tie_word_embeddings=shape["tied"],
             eos_token_id=task["stop"],
             pad_token_id=0,
-            **shape,
         )
-        return Qwen3ForCausalLM(config)
+        with torch.device(task["device"]):
+            return Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, task["dtype"]))
 
-    words = {f"w{place}": place for place in range(task["vocabulary"])}
+    words = {f"w{place}": place for place in range(task["student"]["vocabulary"])}
     backend = Tokenizer(WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{task['stop']}", pad_token="w0")
@@ -82,8 +94,8 @@ def main() -> None:
                 max_completion_length=task["max_new"],
                 learning_rate=1e-4,
                 beta=1.0,
-                bf16=False,
-                use_cpu=True,
+                bf16=task["dtype"] == "bfloat16",
+                use_cpu=task["device"] == "cpu",
                 gradient_checkpointing=False,
                 shuffle_dataset=False,
                 save_strategy="no",

@@ -1,9 +1,9 @@
 """How fast a student is sampled: ``python -m benchmarks.sampler --json``.
 
 Two students: the embedded one, and the published 0.6B shape with random weights (few tokens there). Three samplers: a
-vLLM server (null where vLLM is not installed), transformers' own ``generate``, and ours. Two workloads without stop
-tokens, whose lengths are the requests' limits: ``mixed``, a long tail (half end by 16 tokens, a tenth run to 256; an
-eighth of that for the 0.6B shape), and ``equal``. Prompts have 10 to 30 tokens.
+vLLM server (null where vLLM is not installed, and on a GPU), transformers' own ``generate``, and ours. Two workloads
+without stop tokens, whose lengths are the requests' limits: ``mixed``, a long tail (half end by 16 tokens, a tenth run
+to 256; an eighth of that for the 0.6B shape on a CPU), and ``equal``. Prompts have 10 to 30 tokens.
 
 ``generate`` decodes a batch until its longest row has ended; tokens beyond a row's limit do not count. In process the
 samplers take turns, ``--repeats`` times, and the fastest pass counts. ``cpu_tokens_per_second`` are by processor time,
@@ -28,9 +28,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import Qwen3ForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from benchmarks.machine import random_model
 from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from distill.device import finish
 from distill.encode import Encoder
 from distill.family import SIZES, ModelSource, resolve
 from distill.model_config import StudentSettings
@@ -67,6 +69,7 @@ class Size:
 
 
 SIZE = {"embedded": Size(256, 64, 1), "0.6B": Size(16, 16, 8)}
+GPU_SIZE = {"embedded": Size(256, 64, 1), "0.6B": Size(128, 64, 1)}
 
 
 def limits(workload: str, num: int, scale: int) -> list[int]:
@@ -104,7 +107,7 @@ class AtItsLimit(StoppingCriteria):  # type: ignore[misc]
         self.length_B = torch.tensor(lengths)
 
     def __call__(self, ids: Tensor, scores: Any, **others: Any) -> Tensor:
-        return self.length_B <= ids.shape[1]
+        return self.length_B.to(ids.device) <= ids.shape[1]
 
 
 @torch.no_grad()
@@ -118,8 +121,8 @@ def generate(model: Qwen3ForCausalLM, asked: Sequence[Request], batch: int) -> N
         prompts = [[0] * pad + list(request.prompt_ids) for pad, request in zip(padding, part, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in padding]
         model.generate(
-            input_ids=torch.tensor(prompts),
-            attention_mask=torch.tensor(mask),
+            input_ids=torch.tensor(prompts, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
             do_sample=True,
             top_k=0,
             top_p=1.0,
@@ -132,7 +135,7 @@ def generate(model: Qwen3ForCausalLM, asked: Sequence[Request], batch: int) -> N
         )
 
 
-def in_process(student: Student, size: Size, repeats: int) -> dict[str, dict[str, Any]]:
+def in_process(student: Student, size: Size, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     model = cast(Qwen3ForCausalLM, student.model)
     encoder = cast(Encoder, Ids())
     ours = TransformersSampler(model, encoder, speaker="student", batch=size.batch)
@@ -148,7 +151,7 @@ def in_process(student: Student, size: Size, repeats: int) -> dict[str, dict[str
             model.eval()
             generate(model, asked, size.batch)
 
-        seconds = fastest({"transformers_generate": by_generate, "ours": by_ours}, repeats)
+        seconds = fastest({"transformers_generate": by_generate, "ours": by_ours}, arguments)
         num_tokens = sum(request.sampling.max_new_tokens for request in asked)
         for name, (wall, processor) in seconds.items():
             found[name] |= rates(workload, num_tokens, wall, processor)
@@ -158,13 +161,14 @@ def in_process(student: Student, size: Size, repeats: int) -> dict[str, dict[str
     return found
 
 
-def fastest(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, tuple[float, float]]:
+def fastest(works: dict[str, Callable[[], None]], arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """The least seconds by the wall and of this process's processor time, each work in turn."""
     best = dict.fromkeys(works, (float("inf"), float("inf")))
-    for _ in range(repeats):
+    for _ in range(arguments.repeats):
         for name, work in works.items():
             wall, processor = time.perf_counter(), time.process_time()
             work()
+            finish(torch.device(arguments.device))
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
             best[name] = (min(wall, best[name][0]), min(processor, best[name][1]))
     return best
@@ -186,13 +190,15 @@ def largest_gap(student: Student, rollouts: Sequence[Rollout]) -> float:
     )
 
 
-def by_vllm(checkpoint: Checkpoint, student: Student, size: Size, repeats: int) -> dict[str, Any] | None:
+def by_vllm(
+    checkpoint: Checkpoint, student: Student, size: Size, arguments: argparse.Namespace
+) -> dict[str, Any] | None:
     if importlib.util.find_spec("vllm") is None:
         return None
     launch = Launch(
         checkpoint,
         "generate",
-        dtype="float32",
+        dtype=arguments.dtype,
         max_model_len=512,
         on_gpu=False,
         extra=flags_of("file"),
@@ -214,7 +220,7 @@ def by_vllm(checkpoint: Checkpoint, student: Student, size: Size, repeats: int) 
             for workload in ("mixed", "equal"):
                 asked = requests(vocabulary, workload, size)
                 walls = []
-                for number in range(repeats):
+                for number in range(arguments.repeats):
                     student.num_changes += 1
                     # Other prompts: the server keeps what it knows of those it has read.
                     fresh = [replace(one, prompt_ids=(number, *one.prompt_ids[1:])) for one in asked]
@@ -230,37 +236,28 @@ def by_vllm(checkpoint: Checkpoint, student: Student, size: Size, repeats: int) 
 
 
 @contextmanager
-def checkpoint_of(name: str) -> Iterator[Checkpoint]:
+def checkpoint_of(name: str, dtype: torch.dtype, device: str) -> Iterator[Checkpoint]:
     if name == "embedded":
         yield open_checkpoint(resolve("nano", role="student"))
         return
     shape = SIZES[name]
-    config = Qwen3Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp_width,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(0)
+    model = random_model(shape, seed=0, dtype=dtype, device=device, max_position_embeddings=4096)
     with tempfile.TemporaryDirectory() as folder:
-        Qwen3ForCausalLM(config).save_pretrained(folder)
+        model.save_pretrained(folder)
         # Nothing is text here, but vLLM's server wants a tokenizer.
         load_tokenizer(open_checkpoint(resolve("tiny", role="teacher"))).save_pretrained(folder)
         yield open_checkpoint(ModelSource(name, "directory", folder))
 
 
-def measure(name: str, repeats: int, *, with_vllm: bool) -> dict[str, Any]:
-    with checkpoint_of(name) as checkpoint:
-        settings = StudentSettings(dtype="float32", gradient_checkpointing=False, micro_batch_tokens=2048)
-        student = Student(load_model(checkpoint, torch.float32, "cpu"), settings, stop_ids=[0])
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    size = (SIZE if device == "cpu" else GPU_SIZE)[name]
+    with checkpoint_of(name, dtype, device) as checkpoint:
+        settings = StudentSettings(dtype=arguments.dtype, gradient_checkpointing=False, micro_batch_tokens=2048)
+        student = Student(load_model(checkpoint, dtype, device), settings, stop_ids=[0])
         return {
-            "vllm": by_vllm(checkpoint, student, SIZE[name], repeats) if with_vllm else None,
-            **in_process(student, SIZE[name], repeats),
+            "vllm": None if arguments.no_vllm or device != "cpu" else by_vllm(checkpoint, student, size, arguments),
+            **in_process(student, size, arguments),
         }
 
 
@@ -269,14 +266,13 @@ def main() -> None:
     parser.add_argument("--student", choices=list(SIZE), action="append", help="default: all of them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--no-vllm", action="store_true", help="leave vLLM out although it is installed")
     parser.add_argument("--json", action="store_true", help="one line instead of an indented document")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = {
-        name: measure(name, arguments.repeats, with_vllm=not arguments.no_vllm)
-        for name in arguments.student or list(SIZE)
-    }
+    found = {name: measure(name, arguments) for name in arguments.student or list(SIZE)}
     print(json.dumps(found, indent=None if arguments.json else 1))
 
 

@@ -13,8 +13,10 @@ prompts that join are packed behind them. With neither it is transformers' ``sdp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -89,13 +91,9 @@ def packed_attention(
     assert dropout == 0.0, "Qwen3 trains without attention dropout"
     shared = query.shape[1] != key.shape[1]
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
         ends_S, longest = packing.ends_S, max(packing.lengths)
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        flash = varlen_attn(
-            query, key, value, ends_S, ends_S, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=shared
-        )
+        flash = _varlen(shared)(query, key, value, ends_S, ends_S, longest, longest, scale=scaling, window_size=(-1, 0))
         assert isinstance(flash, Tensor)
         return flash[None], None
     sequences = zip(*(x.split(list(packing.lengths), dim=2) for x in (query, key, value)), strict=True)
@@ -103,6 +101,16 @@ def packed_attention(
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shared) for q, k, v in sequences
     ]
     return torch.cat(said, dim=2).transpose(1, 2), None
+
+
+@cache
+def _varlen(shared: bool) -> Callable[..., Any]:
+    """PyTorch's FlashAttention over a packed row. Where key heads are ``shared``, torch before 2.12 takes that as it
+    comes, and later ones ask for it by a word."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    has_word = "enable_gqa" in signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=shared) if has_word else varlen_attn
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -12,12 +12,14 @@ they are written to, H key-value heads, C places of a slot.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 ROOM = 64
@@ -72,7 +74,11 @@ class SlotCache:
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._num_slots = self._num_places = 0
+        self.num_places = 0
+        """Of each slot."""
+        self.version = 0
+        """How often the rooms have moved."""
+        self._num_slots = 0
         self._slot_W = self._place_W = self._source_W = torch.empty(0, dtype=torch.long)
         self._flat: Tensor | None = None
         """The same places for rooms that are seen as one long list, once the first layer has said how many heads."""
@@ -80,21 +86,22 @@ class SlotCache:
     def reserve(self, num_slots: int, num_places: int, *, most_places: int) -> None:
         """Room for so many slots of so many tokens, of which those that are in them will never have more than
         ``most_places``."""
-        if num_slots <= self._num_slots and num_places <= self._num_places:
+        if num_slots <= self._num_slots and num_places <= self.num_places:
             return
-        if num_places > self._num_places:
-            self._num_places = max(num_places + ROOM, 2 * self._num_places)
+        if num_places > self.num_places:
+            self.num_places = max(num_places + ROOM, 2 * self.num_places)
         # Where the long rows have gone there is room for more of the short ones, in as many bytes.
-        self._num_places = max(num_places, min(most_places, self._num_places))
+        self.num_places = max(num_places, min(most_places, self.num_places))
         self._num_slots = max(num_slots, self._num_slots)
+        self.version += 1
         for rooms in (self.keys, self.values):
             for layer, room in enumerate(rooms):
                 rooms[layer] = self._room(room)
-                rooms[layer][: room.shape[0], :, : room.shape[2]] = room[:, :, : self._num_places]
+                rooms[layer][: room.shape[0], :, : room.shape[2]] = room[:, :, : self.num_places]
 
     def _room(self, like: Tensor) -> Tensor:
         # Zeros: what is masked out still takes part in the arithmetic, and memory as it comes may hold NaN.
-        return like.new_zeros(self._num_slots, like.shape[1], self._num_places, like.shape[3])
+        return like.new_zeros(self._num_slots, like.shape[1], self.num_places, like.shape[3])
 
     def expect(self, slot_W: Tensor, place_W: Tensor, source_W: Tensor) -> None:
         """What the next pass writes: token ``source_W[n]`` into place ``place_W[n]`` of slot ``slot_W[n]``.
@@ -108,9 +115,9 @@ class SlotCache:
         num_tokens, num_heads, _, width = key_states.shape
         if self._flat is None:
             head_H = torch.arange(num_heads, device=key_states.device)
-            self._flat = (
-                (self._slot_W[:, None] * num_heads + head_H) * self._num_places + self._place_W[:, None]
-            ).view(-1)
+            self._flat = ((self._slot_W[:, None] * num_heads + head_H) * self.num_places + self._place_W[:, None]).view(
+                -1
+            )
         for rooms, states in ((self.keys, key_states), (self.values, value_states)):
             if layer == len(rooms):
                 rooms.append(self._room(states))
@@ -140,6 +147,14 @@ class SlotCache:
         return WORTH_BYTES.get(room.device.type, _WORTH_BYTES_ELSEWHERE) / token_bytes
 
 
+def kernels(device: torch.device) -> AbstractContextManager[None]:
+    """A block in which attention takes kernels that fit any width: cuDNN's would be made anew for each."""
+    if device.type != "cuda":
+        return nullcontext()
+    fitting: AbstractContextManager[None] = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return fitting
+
+
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """The first B tokens of a pass: one new token of each of the slots 0 to B, in this order.
@@ -154,13 +169,12 @@ class Decoding:
     bias_BC: Tensor
 
     @classmethod
-    def of(cls, cache: SlotCache, lengths: Sequence[int], place_B: Tensor, dtype: torch.dtype) -> Decoding:
-        """``lengths`` are the places of each slot that count, the new token's, at ``place_B``, being the last."""
-        groups = groups_of(lengths, cache.worth())
-        place_C = torch.arange(max(lengths, default=0), device=place_B.device)
-        bias_BC = torch.zeros(len(lengths), len(place_C), dtype=dtype, device=place_B.device)
+    def of(cls, cache: SlotCache, groups: Sequence[Group], place_B: Tensor, dtype: torch.dtype) -> Decoding:
+        """Each slot's new token is at its place of ``place_B``, and none looks further; no group is narrower."""
+        place_C = torch.arange(max((group.width for group in groups), default=0), device=place_B.device)
+        bias_BC = torch.zeros(len(place_B), len(place_C), dtype=dtype, device=place_B.device)
         bias_BC.masked_fill_(place_C > place_B[:, None], -torch.inf)
-        return cls(cache, len(lengths), groups, bias_BC)
+        return cls(cache, len(place_B), groups, bias_BC)
 
     def attend(self, query: Tensor, layer: int, scaling: float | None) -> Tensor:
         """Queries [B, heads, 1, d] of a layer to [B, 1, heads, d].

@@ -13,8 +13,8 @@ Shapes: B rows decoded together, V vocabulary rows, T tokens of one pass, d the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -25,7 +25,8 @@ from distill import interrupt
 from distill.attention import PACKED, Packing, attention_keywords
 from distill.draw import Draw
 from distill.errors import NonFiniteError
-from distill.kv_cache import Decoding, SlotCache, arranged
+from distill.kv_cache import Decoding, Group, SlotCache, arranged, groups_of, kernels
+from distill.replay import replays, rounded_rows
 from distill.response import Response
 from distill.types import Request, Rollout
 
@@ -105,11 +106,12 @@ class TransformersSampler:
         rollouts: dict[int, Rollout] = {}
         self.model.eval()
         try:
-            for response in self._decode(requests):
-                rollout = response.rollout(self.speaker, self.weight_version)
-                rollouts[response.index] = rollout
-                if on_finished is not None:
-                    on_finished(rollout)
+            with closing(self._decode(requests)) as responses:
+                for response in responses:
+                    rollout = response.rollout(self.speaker, self.weight_version)
+                    rollouts[response.index] = rollout
+                    if on_finished is not None:
+                        on_finished(rollout)
         finally:
             self.model.train(training)
         return [rollouts[index] for index in range(len(requests))]
@@ -121,17 +123,20 @@ class TransformersSampler:
         """None: there is one copy of the weights."""
         return {}
 
-    def _decode(self, requests: Sequence[Request]) -> Iterator[Response]:
+    def _decode(self, requests: Sequence[Request]) -> Generator[Response, None, None]:
         """Every request's response, as soon as it has ended."""
         responses = [Response(place, request, self.encoder) for place, request in enumerate(requests)]
         queue = _Queue(responses, self.batch, self.cache_tokens)
         batch = _Batch(self.model, self.speaker)
-        while True:
-            interrupt.check()
-            batch.settle(queue)
-            if not batch.responses:
-                return
-            yield from batch.step()
+        try:
+            while True:
+                interrupt.check()
+                batch.settle(queue)
+                if not batch.responses:
+                    return
+                yield from batch.step()
+        finally:
+            batch.close()
 
 
 class _Queue:
@@ -176,6 +181,7 @@ class _Batch:
         self._device, self._dtype = model.device, model.dtype
         self._vocabulary = int(model.config.vocab_size)
         self._cache = SlotCache()
+        self._replays = replays(model, self._cache, self._decode)
         self._draw = Draw.of([], self._vocabulary, self._device)
         # Of the responses whose prompts have been read, the first ones: the newest token, and where it belongs.
         self._token_B = self._place_B = torch.empty(0, dtype=torch.long, device=self._device)
@@ -224,26 +230,47 @@ class _Batch:
                 if response.finished:
                     yield response
 
+    def close(self) -> None:
+        """Give up what is held on the device beside tensors."""
+        if self._replays is not None:
+            self._replays.close()
+
     def _logits(self) -> Tensor:
         """Logits [B, V] in fp32 of each response's next token, from one pass over what the model has not seen yet."""
         num_decoding = len(self._token_B)
         prompts = [response.request.prompt_ids for response in self.responses[num_decoding:]]
-        tokens = _Tokens.of(self._token_B, self._place_B, prompts)
-        self._cache.reserve(len(self._lengths), max(self._lengths), most_places=self._longest)
-        self._cache.expect(tokens.slot_W, tokens.place_W, tokens.source_W)
-        decoding = Decoding.of(self._cache, self._lengths[:num_decoding], self._place_B, self._dtype)
-        hidden_Td = self._body(
-            input_ids=tokens.id_T[:, None],
-            position_ids=tokens.position_T[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-            **attention_keywords(self._device, packing=tokens.packing, decoding=decoding),
-        ).last_hidden_state[:, 0]
+        num_slots = len(self._lengths) if self._replays is None else rounded_rows(len(self._lengths))
+        self._cache.reserve(num_slots, max(self._lengths), most_places=self._longest)
+        if self._replays is not None and not prompts:
+            hidden_Bd, next_B = self._replays.hidden(self._token_B, self._place_B, self._lengths), self._place_B + 1
+        else:
+            tokens = _Tokens.of(self._token_B, self._place_B, prompts)
+            groups = groups_of(self._lengths[:num_decoding], self._cache.worth())
+            hidden_Bd = self._pass(tokens, self._place_B, groups)[tokens.last_B]
+            next_B = tokens.position_T[tokens.last_B] + 1
         # Those that have ended stay in the last place there is; no other row comes so far.
-        self._place_B = (tokens.position_T[tokens.last_B] + 1).clamp(max=self._longest - 1)
+        self._place_B = next_B.clamp(max=self._longest - 1)
         self._lengths = [min(length + 1, self._longest) for length in self._lengths]
-        logits_BV: Tensor = self._head(hidden_Td[tokens.last_B])
+        logits_BV: Tensor = self._head(hidden_Bd)
         return logits_BV.float()
+
+    def _decode(self, token_B: Tensor, place_B: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Last hidden states [B, d] of one new token of each slot."""
+        return self._pass(_Tokens.of(token_B, place_B, []), place_B, groups)
+
+    def _pass(self, tokens: _Tokens, place_B: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Last hidden states [T, d]; the first tokens are new ones of slots under way, at ``place_B``."""
+        self._cache.expect(tokens.slot_W, tokens.place_W, tokens.source_W)
+        decoding = Decoding.of(self._cache, groups, place_B, self._dtype)
+        with kernels(self._device):
+            hidden_Td: Tensor = self._body(
+                input_ids=tokens.id_T[:, None],
+                position_ids=tokens.position_T[:, None],
+                past_key_values=self._cache,
+                use_cache=True,
+                **attention_keywords(self._device, packing=tokens.packing, decoding=decoding),
+            ).last_hidden_state[:, 0]
+        return hidden_Td
 
 
 @dataclass(frozen=True, slots=True)

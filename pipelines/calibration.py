@@ -23,6 +23,7 @@ import yaml
 from distill import interrupt
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
 from distill.config import RunConfig
+from distill.device import finish
 from distill.embedded.task import questions
 from distill.encode import Encoder
 from distill.family import EMBEDDED_STUDENTS, EMBEDDED_TEACHER, resolve
@@ -201,7 +202,7 @@ def _timed(work: Callable[[], Any], where: torch.device) -> tuple[Any, float]:
         interrupt.check()
         started = time.perf_counter()
         found = work()
-        _finish(where)
+        finish(where)
         seconds.append(time.perf_counter() - started)
     return found, statistics.median(seconds[1:])
 
@@ -227,11 +228,6 @@ def _memory(where: torch.device) -> float:
     if where.type == "cuda":
         return float(torch.cuda.get_device_properties(where).total_memory) / 1e9
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-
-
-def _finish(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
 
 
 def _rounded(value: float) -> float:

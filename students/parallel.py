@@ -32,7 +32,7 @@ Engine = Literal["alone", "replicated", "sharded"]
 
 
 class Pass(nn.Module):
-    """A student's forward pass and loss, ``work(*inputs)``, as a module over the whole model; idle without inputs."""
+    """A student's forward pass and loss, ``work(*inputs)``, as a module over the whole model; idle if given None."""
 
     def __init__(self, model: nn.Module, work: Callable[..., Any]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Pass(nn.Module):
         self._work = work
 
     def forward(self, *inputs: Any) -> Any:
-        return self._work(*inputs) if inputs else None
+        return None if inputs == (None,) else self._work(*inputs)
 
 
 def replicated(whole: Pass) -> nn.Module:
@@ -71,7 +71,7 @@ def sharded(whole: Pass, model: PreTrainedModel, dtype: torch.dtype, device: tor
         fully_shard(layer.float(), **options)
     fully_shard(whole.float(), **options)
     # FSDP2 learns who the root is from the first module that runs, and sampling runs the layers by themselves.
-    whole()
+    whole(None)
 
 
 @contextmanager

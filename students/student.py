@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from distill import interrupt
 from distill.attention import PACKED
 from distill.costs import training_passes
+from distill.device import finish
 from distill.errors import NonFiniteError
 from distill.model_config import LoraSettings, StudentSettings
 from distill.sparse import linear_topk
@@ -205,6 +206,7 @@ class Student:
         rate = optimiser.learning_rate(step, num_steps)
         norm = optimiser.step(rate, where=where)
         self.num_changes += 1
+        finish(ranks.device)
         return {
             **table.means(),
             "grad_norm": norm,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from distill import interrupt
 from distill.attention import PACKED, Packing
+from distill.device import finish
 from distill.memory import pass_tokens
 from distill.spans import Span
 from distill.types import HiddenStates, Rollout
@@ -73,6 +74,7 @@ class LocalTeacher:
                 states[place] = HiddenStates(
                     row_TD[first : first + len(rollouts[place].response_ids)].clone(), self.name
                 )
+        finish(device)
         return [states[place] for place in range(len(rollouts))]
 
     def _batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:

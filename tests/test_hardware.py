@@ -114,7 +114,9 @@ def test_a_file_of_ones_own_adds_and_changes(home: Path) -> None:
 
 def test_what_was_measured_wins_over_the_table(home: Path) -> None:
     calibration_file().parent.mkdir(parents=True)
-    calibration_file().write_text("CPU: {bandwidth: 11.5, measured: today}\n")
+    calibration_file().write_text(
+        "CPU: {bandwidth: 11.5, measured: today}\nH200: {kind: gpu, bandwidth: 4100, measured: today}\n"
+    )
     device = load_devices()["CPU"]
     assert (device.bandwidth, device.measured, device.link) == (11.5, "today", 10)
 

@@ -58,7 +58,7 @@ def test_a_token_attends_to_its_own_places_alone() -> None:
     cache.reserve(4, 9, most_places=9)
     cache.keys, cache.values = [torch.randn(4, 2, 9, 8)], [torch.randn(4, 2, 9, 8)]
     query = torch.randn(4, 6, 1, 8)
-    decoding = Decoding.of(cache, lengths, torch.tensor(lengths) - 1, torch.float32)
+    decoding = Decoding.of(cache, groups_of(lengths, cache.worth()), torch.tensor(lengths) - 1, torch.float32)
     assert decoding.groups == [Group(0, 4, 9)]  # too small a cache for groups
     apart = Decoding(cache, 4, groups_of(lengths, worth=1), decoding.bias_BC)
     assert len(apart.groups) == 2

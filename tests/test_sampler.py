@@ -115,7 +115,7 @@ def test_the_cache_stays_within_its_tokens_when_short_ones_follow_long_ones(
     class Watched(SlotCache):
         def reserve(self, num_slots: int, num_places: int, *, most_places: int) -> None:
             super().reserve(num_slots, num_places, most_places=most_places)
-            rooms.append(self._num_slots * self._num_places)
+            rooms.append(self._num_slots * self.num_places)
 
     monkeypatch.setattr("distill.sampler.SlotCache", Watched)
     requests = [request(seed, max_new_tokens=95 if seed < 2 else 5) for seed in range(40)]
