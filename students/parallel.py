@@ -72,6 +72,8 @@ def sharded(whole: Pass, model: PreTrainedModel, dtype: torch.dtype, device: tor
     fully_shard(whole.float(), **options)
     # FSDP2 learns who the root is from the first module that runs, and sampling runs the layers by themselves.
     whole(None)
+    # The root stays gathered behind a forward pass, and whoever asks for parameters now is to be given the slices.
+    cast(FSDPModule, whole).reshard()
 
 
 @contextmanager
