@@ -6,7 +6,8 @@
 
 The student's pass and its loss are one module (``Pass``), so the engine sees every use of a weight, the LM head's in
 the loss too. For FSDP2 that settles the rule of tied embeddings: layers are groups of their own, and embedding, final
-norm and head stay together in the group of the whole, which is gathered once a pass, not once a tile.
+norm and head stay together in the group of the whole. It is gathered once an optimiser step, by the first micro-batch's
+forward pass, and stays so until the last one's backward pass (``keep_root``): not once a tile, nor once a micro-batch.
 
 FSDP2 is applied by PyTorch's own ``fully_shard``: accelerate's preparation of it wants GPUs, and the path that runs on
 them should be the one that is tested without. Sharded parameters are the fp32 masters themselves; they are gathered in
@@ -74,6 +75,25 @@ def sharded(whole: Pass, model: PreTrainedModel, dtype: torch.dtype, device: tor
     whole(None)
     # The root stays gathered behind a forward pass, and whoever asks for parameters now is to be given the slices.
     cast(FSDPModule, whole).reshard()
+
+
+def keep_root(whole: nn.Module, keep: bool) -> None:
+    """Whether the group of the whole, if it is sharded, stays gathered behind the next backward pass.
+
+    It may only where no weight changes before the pass after that, which takes what is gathered.
+    """
+    if isinstance(whole, FSDPModule):
+        whole.set_reshard_after_backward(not keep, recurse=False)
+
+
+def release(whole: nn.Module) -> None:
+    """Puts the group of the whole back into slices where an error ended a pass, or came between two."""
+    if isinstance(whole, FSDPModule):
+        whole.set_reshard_after_backward(True, recurse=False)
+        # In the middle of a forward pass a group that is to stay gathered behind it would not go.
+        whole.set_reshard_after_forward(True, recurse=False)
+        whole.reshard()
+        whole.set_reshard_after_forward(False, recurse=False)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from distill.types import Example, Rollout
 from students.adapter import write_adapter
 from students.batch import Batch, collate, micro_batches
 from students.optimiser import MasterAdamW
-from students.parallel import Engine, Pass, gathered, replicated, sharded, slice_like, whole_on_main
+from students.parallel import Engine, Pass, gathered, keep_root, release, replicated, sharded, slice_like, whole_on_main
 from students.ranks import ALONE, Ranks
 from students.router import RouterLoad, load_balancing
 
@@ -190,6 +190,7 @@ class Student:
         try:
             for place in range(num_passes):
                 ranks.check()
+                keep_root(self._pass, place + 1 < num_passes)
                 # The engines' passes are everyone's: who has no group left makes one that counts for nothing.
                 self._backward(groups[place] if place < len(groups) else None, loss, num_weighted, table)
                 optimiser.accumulate()
@@ -201,6 +202,7 @@ class Student:
                     "responses of this batch"
                 )
         except BaseException:
+            release(self._pass)
             optimiser.discard()
             raise
         rate = optimiser.learning_rate(step, num_steps)
