@@ -159,7 +159,10 @@ def _train_wire(shape: Shape, item: int, passes: int, layout: Layout) -> float:
     num_processes = layout.student.processes
     share = (num_processes - 1) / num_processes
     if _is_sharded(layout):
-        return passes * (2 * item + 4) * shape.total_parameters * share
+        # Embedding and head are gathered once, a layer for each pass forward and backward; gradients are fp32.
+        ends = shape.vocabulary * shape.width * (1 if shape.tied else 2)
+        gathered = item * (ends + 2 * passes * (shape.total_parameters - ends))
+        return (gathered + passes * 4 * shape.total_parameters) * share
     return 8 * trained_parameters(shape, layout.config) * share
 
 
