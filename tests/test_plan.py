@@ -37,7 +37,7 @@ from pipelines.plan import Plan, estimate, make_plan
 from pipelines.plan_document import commands, document, notes, phase_memory
 from pipelines.plan_lines import lines
 from pipelines.planning import planned
-from pipelines.resolution import resolve_run
+from pipelines.resolution import recipe_names, resolve_run
 from pipelines.workload import Job, Lengths, Sequences, workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -832,6 +832,43 @@ def test_a_dry_run_shows_the_plan() -> None:
     assert "teacher:" in config
     code, out, _ = typed("run", "--dry-run", "--teacher", "me/model", "--student", "4B", "--json")
     assert code == 0 and json.loads(out)["estimate"] is None and "not known" in json.loads(out)["no_estimate"]
+
+
+HELD = {
+    "0.6b": (1, "alone"),
+    "1.7b": (1, "alone"),
+    "4b": (2, "sharded"),
+    "8b": (4, "sharded"),
+    "14b": (16, "sharded"),
+    "30b": (64, "sharded"),
+}
+"""Of every student size: how many GPUs of 80 GB it takes at the least, and how they hold it; whoever teaches it."""
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_dry_run_of_every_recipe_says_how_the_student_is_held_and_what_each_process_needs(name: str) -> None:
+    code, out, err = typed("run", "--dry-run", "--recipe", name)
+    assert code == 0, err
+    said = re.search(r"student: (\d+) process(?:es)?, (\w+); ([\d.]+) GB each at most, which (\w+)", out)
+    assert said is not None, out
+    # The plain recipe names a teacher that the student's processes would have to hold; the layout below it does not.
+    pair, fits = name.partition("-to-")[2], name != "qwen3"
+    expected = HELD[pair] if pair else (1, "alone") if fits else (128, "sharded")
+    assert (int(said[1]), said[2], said[4]) == (*expected, "fits" if fits else "DOES")
+
+    # The parts, of which training and sampling take turns, add up.
+    section = out[said.end() :].partition("\n#\n")[0]
+    parts = {part: float(size) for part, size in re.findall(r"^#     ([\w ]+): ([\d.]+) GB$", section, re.MULTILINE)}
+    stays = sum(parts.pop(part, 0.0) for part in ("weights", "masters", "moments", "teacher"))
+    sampling = parts.pop("sampling")
+    assert float(said[3]) == pytest.approx(stays + max(sampling, sum(parts.values())), abs=0.12)
+    assert {"gradients", "activations"} <= parts.keys() and ("gathered" in parts) == (said[2] == "sharded")
+    assert "student, training: " in out and "the cheapest layout that fits" in out
+
+    code, out, _ = typed("run", "--dry-run", "--recipe", name, "--json")
+    memory = json.loads(out)["memory"]
+    assert (memory["processes"], memory["engine"], memory["fits"]) == (*expected, fits)
+    assert memory["bytes"]["total"] / 1e9 == pytest.approx(float(said[3]), abs=0.051)
 
 
 # The documentation.
