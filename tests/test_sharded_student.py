@@ -38,7 +38,8 @@ class FailedLossError(DistillError):
 
 
 def learner(ranks: Ranks, *, tied: bool, budget: int | None) -> Student:
-    settings = PLAIN.model_copy(update={"micro_batch_tokens": budget})
+    # Layers run a second time in backward, or do not.
+    settings = PLAIN.model_copy(update={"micro_batch_tokens": budget, "gradient_checkpointing": not tied})
     model = dense(tie_word_embeddings=tied)
     engine: Any = "alone" if ranks.count == 1 else "sharded"
     made = Student(model, settings, stop_ids=(48, 49), ranks=ranks, engine=engine)
