@@ -18,14 +18,31 @@ from distill.checkpoint import tokenizer_in
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import resolve
+from distill.progress import say
 from distill.repetition import repetition
 from distill.types import MODES, Rollout
-from teachers.collection import Collection, Kept
-from teachers.store import QUANTISED, ResponseStore
+from teachers.collection import VARIABLE, Collection, Kept, outside_world
+from teachers.store import QUANTISED, ResponseStore, default_root
 
 Document = dict[str, Any]
 
 PERCENTILES = (10, 50, 90, 99)
+
+
+def root_to_look_into(named: Path | None) -> Path:
+    """The store's folder; nobody may have written to the usual one yet.
+
+    Raises UserError for one that is named and is no folder, and where the usual place is taken by something else.
+    """
+    root = default_root() if named is None else named
+    with outside_world(root):
+        if root.is_dir():
+            return root
+        if named is None and not root.exists():
+            say(f"there is no store of responses in {root} yet; distill run makes one")
+            return root
+        missing = "is no folder" if root.exists() else "is not there"
+    raise UserError(f"the store {root} {missing}; name another with --store or {VARIABLE}")
 
 
 def list_collections(root: Path, name: str = "") -> list[Document]:

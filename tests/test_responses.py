@@ -86,12 +86,29 @@ def test_ls_counts_what_is_there(
     assert code == 0 and "tiny" in out and "thinking_budget 12" in out
 
 
-def test_an_empty_store_is_no_error(
+def test_a_store_that_nobody_has_written_to_yet_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert document(monkeypatch, capsys, "ls", "--store", str(tmp_path / "none"))["collections"] == []
-    assert document(monkeypatch, capsys, "show", "--store", str(tmp_path / "none"))["responses"] == []
+    monkeypatch.setenv("DISTILL_STORE", str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    for command, key in (("ls", "collections"), ("show", "responses"), ("stats", "collections")):
+        assert document(monkeypatch, capsys, command) == {"store": str(tmp_path / "none"), key: []}
+        assert document(monkeypatch, capsys, command, "--store", str(tmp_path / "empty"))[key] == []
+    assert "there is no store of responses in" in call(monkeypatch, capsys, "stats")[2]
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "stats"])
+def test_a_store_that_is_named_has_to_be_there(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for name, says in (("none", "is not there"), ("file", "is no folder"), ("file/below", "is not there")):
+        for more in ((), ("--json",)):
+            code, out, err = call(monkeypatch, capsys, command, "--store", str(tmp_path / name), *more)
+            assert (code, out) == (2, "") and f"{name} {says}; name another with --store" in " ".join(err.split())
+    monkeypatch.setenv("DISTILL_STORE", str(tmp_path / "file"))
+    assert call(monkeypatch, capsys, command)[0] == 2
 
 
 def test_show_gives_the_text_and_marks_what_was_forced(

@@ -23,10 +23,9 @@ def responses_list(store: Store = None, collection: Collection = "", as_json: Js
       distill responses ls --store runs/store
     """
     from pipelines.listing import print_collections
-    from teachers.inspection import list_collections
-    from teachers.store import default_root
+    from teachers.inspection import list_collections, root_to_look_into
 
-    root = store or default_root()
+    root = root_to_look_into(store)
     found = list_collections(root, collection)
     if as_json:
         print(json.dumps({"store": str(root), "collections": found}, allow_nan=False))
@@ -51,10 +50,9 @@ def responses_show(
       distill responses show --first 10 --collection tiny --json
     """
     from pipelines.listing import print_responses
-    from teachers.inspection import show_responses
-    from teachers.store import default_root
+    from teachers.inspection import root_to_look_into, show_responses
 
-    root = store or default_root()
+    root = root_to_look_into(store)
     found = show_responses(root, key=key, num=num, name=collection)
     if as_json:
         print(json.dumps({"store": str(root), "responses": found}, allow_nan=False))
@@ -71,10 +69,9 @@ def responses_stats(store: Store = None, collection: Collection = "", as_json: J
       distill responses stats --collection tiny
     """
     from pipelines.listing import print_statistics
-    from teachers.inspection import statistics
-    from teachers.store import default_root
+    from teachers.inspection import root_to_look_into, statistics
 
-    root = store or default_root()
+    root = root_to_look_into(store)
     found = statistics(root, collection)
     if as_json:
         print(json.dumps({"store": str(root), "collections": found}, allow_nan=False))
