@@ -8,6 +8,7 @@ processes are gone, and gives the same command again, which resumes the run.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -33,6 +34,11 @@ LEASE_SECONDS = 60.0
 BEATS = 4
 """Heartbeats in the time of a lease."""
 
+_GPU = re.compile(r"0|[1-9][0-9]{0,3}|(GPU|MIG)-[0-9A-Za-z/-]{1,100}")
+"""What CUDA_VISIBLE_DEVICES takes for one of them."""
+_UNCOUNTED = ("/dev/dxg", "/dev/kfd")
+"""Drivers, Windows' and AMD's, that show one file for all GPUs."""
+
 Command = Callable[[Path], Sequence[str]]
 """From the folder of a prepared job to the command that does it."""
 
@@ -56,7 +62,7 @@ def slots_here(gpus: Sequence[str] | None, num: int | None) -> tuple[tuple[str, 
     """
     if gpus is not None and num is not None:
         raise UserError("--slots is for a machine without GPUs, and --gpus names some; give one of them")
-    found = _visible_gpus() if gpus is None else _checked(gpus, "--gpus", "0,1")
+    found = _visible_gpus() if gpus is None else _named(gpus)
     if found and num is not None:
         raise UserError(
             f"--slots is for a machine without GPUs, and this one has {','.join(found)}; leave it out, or hide them "
@@ -67,21 +73,46 @@ def slots_here(gpus: Sequence[str] | None, num: int | None) -> tuple[tuple[str, 
     return tuple(str(number) for number in range(1 if num is None else num)), False
 
 
+def _named(gpus: Sequence[str]) -> tuple[str, ...]:
+    """Those of --gpus, each of which has to be here: a job on one that is not would run on the CPU, and not say so."""
+    found = _checked(gpus, "--gpus", "0,1")
+    num = _num_gpus()
+    if not num and any(Path(driver).exists() for driver in _UNCOUNTED):
+        return found
+    if not num:
+        raise UserError(
+            f"--gpus {','.join(found)!r} names GPUs, and this machine has none (no /dev/nvidia0); leave it "
+            "out: --slots is how many jobs run at a time without GPUs"
+        )
+    if beyond := [name for name in found if name.isdigit() and int(name) >= num]:
+        raise UserError(
+            f"--gpus {','.join(found)!r}: there is no GPU {beyond[0]} here; they are numbered from 0 to {num - 1}"
+        )
+    return found
+
+
 def _visible_gpus() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        nodes = [entry for entry in Path("/dev").glob("nvidia*") if entry.name.removeprefix("nvidia").isdigit()]
-        return tuple(str(number) for number in range(len(nodes)))
+        return tuple(str(number) for number in range(_num_gpus()))
     # How one hides all of them from CUDA.
     if visible.strip() in ("", "-1"):
         return ()
     return _checked(visible.split(","), "CUDA_VISIBLE_DEVICES", "0,1, or '' for none")
 
 
+def _num_gpus() -> int:
+    nodes = [entry.name.removeprefix("nvidia") for entry in Path("/dev").glob("nvidia*")]
+    return sum(number.isdigit() for number in nodes)
+
+
 def _checked(names: Sequence[str], source: str, example: str) -> tuple[str, ...]:
     found = tuple(name.strip() for name in names)
-    if any(not name or name.startswith("-") for name in found) or len(set(found)) < len(found):
-        raise UserError(f"{source} {','.join(names)!r} names no GPU, or one twice; write {source} {example}")
+    if not all(_GPU.fullmatch(name) for name in found) or len(set(found)) < len(found):
+        raise UserError(
+            f"{source} {','.join(names)!r} names no GPU, or one twice; write {source} {example}: numbers, or names "
+            "that nvidia-smi -L shows, such as GPU-8932f937"
+        )
     return found
 
 

@@ -214,19 +214,29 @@ def test_a_job_sees_the_gpus_that_it_has(queue: Queue, mark: str) -> None:
     assert (job.out / "attempts").read_text() == "4,5\n"
 
 
+def driver_files(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Has this machine look as if its drivers had put these files into /dev, and no others."""
+    entries = [Path("/dev") / name for name in names]
+    monkeypatch.setattr(Path, "glob", lambda *_: [entry for entry in entries if entry.name.startswith("nvidia")])
+    monkeypatch.setattr(Path, "exists", lambda path: path in entries)
+
+
 def test_slots_are_those_named_or_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slots_here(["0", "3"], None) == (("0", "3"), True)
+    driver_files(monkeypatch, "nvidia0", "nvidia1", "nvidiactl")
+    assert slots_here(["1", "0"], None) == (("1", "0"), True)
+    assert slots_here(["GPU-8932f937", "MIG-GPU-8932f937/1/0"], None)[1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert slots_here(None, None) == (("2", "5"), True)
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        # As if this machine had GPUs.
-        with monkeypatch.context() as there:
-            there.setattr(Path, "glob", lambda *_: [Path("/dev/nvidia0"), Path("/dev/nvidiactl")])
-            assert slots_here(None, None) == (("0",), False)
-            assert slots_here(None, 3) == (("0", "1", "2"), False)
-            there.delenv("CUDA_VISIBLE_DEVICES")
-            assert slots_here(None, None) == (("0",), True)
+        assert slots_here(None, None) == (("0",), False)
+        assert slots_here(None, 3) == (("0", "1", "2"), False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert slots_here(None, None) == (("0", "1"), True)
+    driver_files(monkeypatch)
+    assert slots_here(None, None) == (("0",), False)
+    driver_files(monkeypatch, "dxg")
+    assert slots_here(["3"], None) == (("3",), True)  # how many there are cannot be seen
 
 
 @pytest.mark.parametrize(
@@ -235,16 +245,29 @@ def test_slots_are_those_named_or_found(monkeypatch: pytest.MonkeyPatch) -> None
         (["0"], 2, "", "--gpus names some; give one of them"),
         (None, 2, "2,5", "this one has 2,5; leave it out"),
         (["-1"], None, "", "--gpus '-1' names no GPU"),
+        (["a"], None, "", "--gpus 'a' names no GPU"),
+        (["0", "1 2"], None, "", "--gpus '0,1 2' names no GPU"),
         (["0", "0"], None, "", "or one twice"),
+        (["0", "2"], None, "", "there is no GPU 2 here; they are numbered from 0 to 1"),
+        (["9" * 5000], None, "", "names no GPU"),
         (None, None, "0,,1", "CUDA_VISIBLE_DEVICES '0,,1' names no GPU"),
+        (None, None, "a", "CUDA_VISIBLE_DEVICES 'a' names no GPU"),
     ],
 )
 def test_slots_that_cannot_be_are_refused(
     monkeypatch: pytest.MonkeyPatch, gpus: list[str] | None, num: int | None, visible: str, sentence: str
 ) -> None:
+    driver_files(monkeypatch, "nvidia0", "nvidia1", "nvidiactl")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UserError, match=sentence):
         slots_here(gpus, num)
+
+
+def test_gpus_are_not_named_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver_files(monkeypatch)
+    for name in ("0", "GPU-8932f937"):
+        with pytest.raises(UserError, match="this machine has none"):
+            slots_here([name], None)
 
 
 def test_two_workers_never_take_one_job(queue: Queue, mark: str, tmp_path: Path) -> None:
