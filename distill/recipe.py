@@ -36,7 +36,8 @@ class _Yaml12Loader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        written = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key, times in Counter(written).items() if times > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is there twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
@@ -64,9 +65,7 @@ def _construct_with(kind: str, convert: Callable[[str], Any]) -> None:
         try:
             return convert(text)
         except (ValueError, KeyError):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{_short(text)} is no {kind}", node.start_mark
-            ) from None
+            raise yaml.constructor.ConstructorError(None, None, f"this is no {kind}", node.start_mark) from None
 
     _Yaml12Loader.add_constructor(f"tag:yaml.org,2002:{kind}", construct)
 
@@ -78,15 +77,42 @@ del _Yaml12Loader.yaml_constructors["tag:yaml.org,2002:timestamp"]
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """The value that a YAML 1.2 text stands for. Raises UserError with the place of a syntax error."""
+    """The value that a YAML 1.2 text stands for. Raises UserError with the place of a syntax error.
+
+    The text itself is not shown: what the line holds may be a secret.
+    """
     try:
         value = yaml.load(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {_misread(error)}") from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position].splitlines() or [""]
+        place = f"line {len(before)}, column {len(before[-1]) + 1}"
+        raise UserError(
+            f"{where} is not valid YAML: {place}: the character #x{error.character:02x} is not allowed"
+        ) from None
     except RecursionError:
         raise UserError(f"{where} is not valid YAML: it is nested too deeply") from None
     _refuse_cycles(value, where, set(), set())
     return value
+
+
+_FROM_THE_TEXT = re.compile(r"""(\s*'(?:<[a-z -]+>|.|\\\w{1,9})')|\s*['"].*""", re.DOTALL)
+"""What PyYAML quotes: a kind of token or a single character (the group), else a piece of the text that it reads."""
+
+
+def _misread(error: yaml.MarkedYAMLError) -> str:
+    """Where a text is no YAML and why, as in ``line 3, column 5: mapping values are not allowed here``."""
+    context, problem = (
+        _FROM_THE_TEXT.sub(lambda quoted: quoted[1] or "", words or "") for words in (error.context, error.problem)
+    )
+    assert error.problem_mark is not None, "PyYAML says of every problem where it is"
+    begun = f" ({_place(error.context_mark)})" if context and error.context_mark else ""
+    return f"{_place(error.problem_mark)}: {context}{begun}{', ' if context else ''}{problem}"
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _refuse_cycles(value: Any, where: str, above: set[int], seen: set[int]) -> None:
@@ -149,7 +175,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path or not all(path.split(".")):
         raise UserError(f"--set takes a.b=value, got {text!r}; for example --set stages.on_policy.steps=100")
-    return path, parse_yaml(value, where=f"the value in --set {text!r}")
+    return path, parse_yaml(value, where=f"the value in --set {path}=")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import yaml
 from distill import cli
 from distill.errors import UserError
 from distill.jobs import ScheduleSettings, read_job
-from distill.recipe import dump_yaml
+from distill.recipe import dump_yaml, parse_assignment, parse_yaml
 from pipelines.job import JobSpec, resolve_job
 from pipelines.preparation import distill_run, prepare
 from pipelines.queue import Queue
@@ -118,6 +118,7 @@ def test_a_sweep_is_a_run_for_each_overlay(tmp_path: Path) -> None:
         ("sweep: {runs: [{stages: {on_policy: {stps: 3}}}]}", "sweep.runs.0 is not valid: unknown key"),
         ("studnet: {model: nano}", "did you mean student?"),
         ("a: !!int x", "is not valid YAML"),
+        ("a: !!set [x]", "is not valid YAML"),
         ("a: !!bool perhaps", "is not valid YAML"),
         ("a: !!timestamp 99-99", "is not valid YAML"),
         ("a: " + "9" * 5000, "is not valid YAML"),
@@ -511,3 +512,53 @@ def test_a_secret_in_a_job_file_is_refused_and_not_shown(
     code, out, err = typed(*command, "job.yaml")
     assert code == 2 and "launch" in err, err
     assert "hf_secret123" not in out + err
+
+
+SECRET = "Swordfish"
+UNCLOSED = f"""
+extends: embedded
+launch:
+  environment: {{HF_TOKEN: {SECRET}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (UNCLOSED, "line 5, column 1: while parsing a flow mapping (line 4, column 16), expected ',' or '}', but got"),
+        (f"launch:\n  environment:\n    HF_TOKEN: {SECRET}: x", "line 3, column 24: mapping values are not allowed"),
+        (f"launch:\n  environment:\n    HF_TOKEN: '{SECRET}\n", "line 3, column 15), found unexpected end of stream"),
+        (f"launch:\n  environment:\n    HF_TOKEN: *{SECRET}", "line 3, column 15: found undefined alias"),
+        (f"launch:\n  environment:\n    HF_TOKEN: !{SECRET} x", "could not determine a constructor for the tag"),
+        (f"launch:\n  environment:\n    HF_TOKEN: !!int {SECRET}", "line 3, column 15: this is no int"),
+        (f"launch:\n  environment:\n    HF_TOKEN: @{SECRET}", "found character '@' that cannot start any token"),
+        (f"launch:\n  environment: {{HF_TOKEN: {SECRET}\x07}}", "line 2, column 36: the character #x07 is not allowed"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [("launch", "--on", "slurm"), ("queue", "add"), ("run", "--recipe"), ("config", "validate")]
+)
+def test_a_file_that_is_no_yaml_is_shown_by_its_place_alone(
+    typed: Any, tmp_path: Path, text: str, says: str, command: tuple[str, ...]
+) -> None:
+    written(tmp_path / "job.yaml", text)
+    code, out, err = typed(*command, "job.yaml")
+    assert (code, out) == (2, "") and "is not valid YAML: line " in err and says in " ".join(err.split()), err
+    assert SECRET not in err
+
+
+def test_no_piece_of_a_spoilt_file_is_in_what_is_said_of_it() -> None:
+    chance, said = random.Random(0), set()
+    lines = "".join(f"    A_{number}: {SECRET}{number}\n" for number in range(12))
+    for _ in range(1500):
+        text = mutated(chance, f"launch:\n  environment:\n{lines}").decode("utf-8", "replace")
+        try:
+            parse_yaml(text, where="the file")
+        except UserError as error:
+            # A key may be said: it is a name.
+            assert SECRET not in str(error) or "is there twice" in str(error), text
+            said.add(re.sub(r"[0-9]+", "", str(error)))
+    assert len(said) > 10
+    with pytest.raises(UserError, match=r"--set launch\.environment\.HF_TOKEN= is not valid YAML") as refused:
+        parse_assignment(f"launch.environment.HF_TOKEN=[{SECRET}")
+    assert SECRET not in str(refused.value)
