@@ -21,6 +21,7 @@ VARIABLE = "DISTILL_QUEUE"
 
 _FILE = "queue.db"
 _VERSION = 1
+"""Of the tables. Who changes them counts on and turns older ones into the new; tests/data has a queue of each."""
 _BUSY_SECONDS = 60.0
 
 _SCHEMA = """
@@ -109,8 +110,10 @@ class Database:
         except sqlite3.Error as error:
             raise UserError(f"{file} cannot be used as a queue: {error}; name another folder with --queue") from None
         if version not in (0, _VERSION):
+            connection.close()
             raise UserError(
-                f"{file} is a queue of another version ({version}, this is {_VERSION}); name another folder"
+                f"{file} is a queue of a newer version of distill (its tables are of version {version}, and this one "
+                f"knows {_VERSION}); use that one, or name another folder with --queue or {VARIABLE}"
             )
         return connection
 

@@ -58,12 +58,13 @@ class JobSpec:
 
     @classmethod
     def from_text(cls, text: str) -> JobSpec:
+        """What ``to_text`` wrote, perhaps an older one: it was right then, and is not judged by today's rules."""
         document = json.loads(text)
         return cls(
             name=document["name"],
             cwd=Path(document["cwd"]),
             out=Path(document["out"]),
-            settings=ScheduleSettings.model_validate(document["schedule"]),
+            settings=ScheduleSettings.model_construct(**document["schedule"]),
             runs=tuple(RunSpec(run["folder"], run["config"]) for run in document["runs"]),
             share_teacher=document["share_teacher"],
         )
