@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import string
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -31,6 +33,7 @@ from pipelines.clusters.order import Order, notes, order
 from pipelines.clusters.rendering import ENGINES
 from pipelines.clusters.slurm import _seconds
 from pipelines.launch import Machines, run_processes
+from pipelines.resolution import recipe_names
 
 GOLDEN = Path(__file__).parent / "golden" / "launch"
 
@@ -146,6 +149,69 @@ def test_a_batch_script_is_one_to_a_shell(file: str, tmp_path: Path) -> None:
 
 def documents(one: Order) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(one.text) if document is not None]
+
+
+KUBERNETES = ("1.29", kubernetes_validate.latest_version())
+"""The first version that has sidecars without being asked for them, and the newest whose schemas are at hand."""
+
+
+def check_kubernetes(objects: list[dict[str, Any]]) -> None:
+    """Against Kubernetes' own schemas, strict: a key that it does not know would be dropped without a word."""
+    for version in KUBERNETES:
+        for one in objects:
+            kubernetes_validate.validate(one, version, strict=True)
+
+
+@pytest.mark.parametrize("file", [file for file in CASES if file.endswith(".kubernetes.yaml")])
+def test_a_golden_file_is_what_kubernetes_knows(file: str) -> None:
+    objects = [one for one in yaml.safe_load_all((GOLDEN / file).read_text(encoding="utf-8")) if one is not None]
+    assert {one["kind"] for one in objects} & {"Job", "CronJob"}
+    check_kubernetes(objects)
+    # The check is one.
+    objects[-1]["spec"]["paralelism"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError, match="paralelism"):
+        check_kubernetes(objects)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cron"), [(name, "0 2 * * *" if number % 2 else None) for number, name in enumerate(recipe_names())]
+)
+def test_every_shipped_recipe_is_a_job_that_kubernetes_knows(recipe: str, cron: str | None, tmp_path: Path) -> None:
+    embedded = recipe.startswith(("embedded", "opd"))
+    launch = {
+        **COMMON,
+        "gpus": "1xCPU" if embedded else "8xH200",
+        "setup": ["source /venv/bin/activate"],
+        "cpus_per_gpu": 2,
+        "memory_gb_per_gpu": 8,
+        "kubernetes": {
+            **COMMON["kubernetes"],
+            "queue": "team-a",
+            "node_selector": {"gpu": "h200"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+            "service_account": "distill",
+        },
+    }
+    urls = {"generate": ["http://gpu-9:8001"], "score": ["http://gpu-9:8101"]}
+    job = {
+        "extends": recipe,
+        **({} if embedded else {"teacher": {"urls": urls}}),
+        "schedule": {"cron": cron, "timezone": "Europe/Berlin", "active_deadline_seconds": 7200},
+        "launch": launch,
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    (one,) = order(path, on="kubernetes", folder=tmp_path)
+    check_kubernetes(documents(one))
+
+
+@pytest.mark.parametrize("on", ENGINES)
+def test_the_job_file_that_is_shown_is_one(on: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "launch.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "big.yaml").write_text(shown)
+    (one,) = order(tmp_path / "big.yaml", on=on, folder=tmp_path)
+    assert [part.name for part in one.fleet.parts] == ["student", "teacher-generate", "teacher-score"]
 
 
 def test_the_recipe_that_travels_is_the_planned_run(tmp_path: Path) -> None:
