@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from shapes import assert_document
 
 from pipelines.phases import reproducible
 
@@ -126,3 +127,51 @@ def test_nothing_is_left_of_a_command(words: list[str], tmp_path: Path) -> None:
         assert code == -signal.SIGINT or "Traceback" not in stderr, stderr
         assert not left(mark), f"round {number}: a process is left"
     print(codes)
+
+
+SERVE = ["teacher", "serve", "--teacher", "tiny", "--role", "score", "--json"]
+TURNS = 3
+
+
+@pytest.mark.server
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_no_server_of_a_teacher_is_left(number: signal.Signals, tmp_path: Path) -> None:
+    """Asked to stop once it answers, then at random moments of its start; to be stopped is how it ends: exit code 0."""
+    mark, chance = {"DISTILL_MARK": str(tmp_path)}, random.Random(number)
+    command = [sys.executable, "-m", "distill.cli", *SERVE, "--log", str(tmp_path / "teacher.log")]
+    codes: Counter[int] = Counter()
+    whole = 0.0
+    for turn in range(TURNS):
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            assert process.stdout is not None
+            began = time.monotonic()
+            if not whole:
+                assert_document("teacher serve", process.stdout.readline())
+                whole = time.monotonic() - began
+                assert len(left(mark)) >= 4  # the command, the watcher, the API server, the engine
+            else:
+                time.sleep(whole * (turn - chance.random()) / (TURNS - 1))  # one in each stretch of its start
+            # A terminal tells all that run in its foreground, whoever ends a service that process alone.
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        codes[process.returncode] += 1
+        # Before its own modules are loaded it ends as every program does.
+        early = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (-signal.SIGTERM,)}[number]
+        assert process.returncode in (0, *(early if turn else ())), stderr
+        assert process.returncode == -signal.SIGINT or "Traceback" not in stderr, stderr
+        if stdout:
+            assert_document("teacher serve", stdout)
+        assert not left(mark), f"turn {turn}: a process is left"
+    print(codes, f"{whole:.1f} s to start")
+    assert codes[0] > 1
