@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from shapes import assert_document
 
 from distill.errors import UserError
 from distill.recipe import dump_yaml
@@ -147,7 +148,7 @@ def test_a_whole_comparison_stopped_and_resumed(tmp_path: Path) -> None:
 
     result = distill("run", "--recipe", str(recipe), "--out", str(out), "--json")
     assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout)
+    document = assert_document("run of a comparison", result.stdout)
     assert list(document["arms"]) == list(ARMS) and document["seeds"] == 1
     runs = {arm: Path(document["arms"][arm]["runs"][0]) for arm in ARMS}
     assert all((folder / "summary.json").exists() for folder in runs.values())
@@ -170,7 +171,7 @@ def test_a_whole_comparison_stopped_and_resumed(tmp_path: Path) -> None:
     assert set(document["score_at_equal_compute"]["arms"]) == set(ARMS)
     assert json.loads((out / "comparison.json").read_text()) == document
     # The door shows the same, from the folder and from its members.
-    assert json.loads(distill("compare", str(out), "--json").stdout) == document
+    assert assert_document("compare", distill("compare", str(out), "--json").stdout) == document
     pair = compare_folders([runs["on_policy"], runs["rl"]])
     assert pair["compute_at_equal_score"] == {
         **document["compute_at_equal_score"],

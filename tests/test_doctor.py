@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shapes import assert_document
 
 from pipelines.doctor import outside, software, strays
 from pipelines.doctor.machine import _left_to_cgroup, free_in, shared_memory
@@ -45,7 +45,7 @@ def doctor(libraries: Path, **environment: str) -> tuple[int, dict[str, Any], di
         check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr
-    document = json.loads(done.stdout)
+    document = assert_document("doctor", done.stdout)
     return done.returncode, document, {found["check"]: found for found in document["findings"]}
 
 

@@ -19,7 +19,6 @@ import pytest
 import typer.main
 
 from distill.cli import app
-from pipelines.database import Database
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY_MODULES = ("torch", "transformers", "vllm", "datasets", "pandas", "pyarrow", "numpy", "huggingface_hub")
@@ -134,33 +133,3 @@ def test_every_command_is_documented_with_a_command_that_is_one(path: tuple[str,
     COMMANDS[path].make_context("distill", words)
     for shown in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL):
         assert isinstance(json.loads(shown), dict)
-
-
-@pytest.mark.parametrize(
-    ("path", "arguments"),
-    [
-        (("init",), ["new.yaml"]),
-        (("config", "validate"), ["embedded"]),
-        (("preview",), ["--first", "1"]),
-        (("schedule", "list"), []),
-        (("queue", "list"), []),
-        (("responses", "ls"), []),
-        (("responses", "show"), []),
-        (("responses", "stats"), []),
-    ],
-    ids=lambda value: " ".join(value),
-)
-def test_documents_have_the_keys_that_are_documented(
-    path: tuple[str, ...],
-    arguments: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DISTILL_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("DISTILL_QUEUE", str(tmp_path / "queue"))
-    Database(tmp_path / "queue")
-    app([*path, *arguments, "--json"], standalone_mode=False)
-    (shown,) = re.findall(r"```json\n(.*?)```", documented(path), flags=re.DOTALL)
-    assert set(json.loads(capfd.readouterr().out)) == set(json.loads(shown))
