@@ -47,6 +47,8 @@ def print_jobs(jobs: Sequence[Document]) -> None:
         output().print("no jobs")
         return
     rows = table_of("job", "name", "due", "state", "at work", "why", left=6)
+    # Where it is narrow the reason takes more lines: without its number a job is nobody's.
+    rows.columns[-1].no_wrap = False
     for job in jobs:
         worked = f"{job['seconds']:,.0f} s" if job["seconds"] else "-"
         rows.add_row(str(job["id"]), job["name"], job["due"] or "-", job["state"], worked, job["reason"] or "")

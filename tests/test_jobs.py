@@ -19,6 +19,7 @@ from distill import cli
 from distill.errors import UserError
 from distill.jobs import ScheduleSettings, read_job
 from distill.recipe import dump_yaml, parse_assignment, parse_yaml
+from pipelines.board import print_jobs
 from pipelines.job import JobSpec, resolve_job
 from pipelines.preparation import distill_run, prepare
 from pipelines.queue import Queue
@@ -307,6 +308,19 @@ def test_schedules_as_documents(typed: Any, tmp_path: Path) -> None:
     ):
         code, out, _ = typed(*arguments)
         assert code == 0 and out
+
+
+def test_a_narrow_terminal_shows_the_numbers_of_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    queue = Queue(tmp_path / "queue")
+    job = queue.add(resolve_job(written(tmp_path / "nightly.yaml", NIGHTLY)))
+    reason = "its configuration or input is wrong (exit code 2); the log says what"
+    print_jobs([{**job.to_json(), "state": "failed", "reason": reason}])
+    out = capfd.readouterr().out
+    assert "1    nightly  -    failed" in out and max(map(len, out.splitlines())) <= 70
+    assert all(word in out for word in reason.split())
 
 
 def test_a_schedule_is_shown_with_what_is_not_the_default(typed: Any, tmp_path: Path) -> None:
