@@ -185,7 +185,7 @@ def rates(workload: str, num_tokens: int, wall: float, processor: float | None) 
 def largest_gap(student: Student, rollouts: Sequence[Rollout]) -> float:
     scored = rescore(student, rollouts)
     return max(
-        float((torch.tensor(rollout.logprobs) - one.token_R).abs().max())
+        float((torch.tensor(rollout.logprobs) - one.token_R.cpu()).abs().max())
         for rollout, one in zip(rollouts, scored, strict=True)
     )
 

@@ -12,6 +12,7 @@ Random weights in bf16 with fp32 masters, reverse KL to a teacher of the 8B shap
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from typing import Any, cast
 
@@ -68,6 +69,7 @@ def measure(name: str, variant: str, arguments: argparse.Namespace, product_tflo
     num_prompt, num_response = arguments.prompt, arguments.response
     load = Load(arguments.micro_batch_tokens, arguments.sequences * num_response)
     formula = student_memory(config, shape, TEACHER, device=device, load=load)
+    gc.collect()  # the student before holds its memory until then
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

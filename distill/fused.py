@@ -27,8 +27,10 @@ from torch import Tensor
 from distill import kernels
 from distill.divergence import TeacherLoss, measure_
 
-BLOCK_V, NUM_WARPS = 4096, 8
-"""Columns that a program holds at a time, and the warps it has."""
+BLOCK_V = 2048
+"""Columns that a program holds at a time."""
+NUM_WARPS = {kernels.online_facts: 4, kernels.mixture_sums: 8, kernels.gradient: 8}
+"""The fastest of 4, 8 and 16 on an H200 (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,4 +107,4 @@ class FusedTeacherLoss(TeacherLoss):
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, which need not be the tensors'
-        kernel[grid](*arguments, **constants, BLOCK=BLOCK_V, num_warps=NUM_WARPS)
+        kernel[grid](*arguments, **constants, BLOCK=BLOCK_V, num_warps=NUM_WARPS[kernel])

@@ -67,7 +67,7 @@ class Latency(Settings):
 
     train: Microseconds = 2000.0
     score: Microseconds = 500.0
-    sample: Microseconds = 700.0
+    sample: Microseconds = 250.0
     serve: Microseconds = 60.0
 
 

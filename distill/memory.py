@@ -12,7 +12,7 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
     activations    with checkpointing L T d b, every layer's input, and all that one layer keeps (``layer_bytes``);
                    without, what every layer keeps
     head gradient  4 V d while tiles are summed, b V d to hand it on, b V d for the embedding's where they are tied
-    tiles          the divergence's logits: the budget of ``distill.tiles``; on a GPU also their fp32 forms
+    tiles          the divergence's logits: the budget of ``distill.tiles``
     states         b R d_t of the teacher's, and b T (d_s + d_t) where a micro-batch's are joined
     teacher        its head, b V d_t; in this process, all of it
     sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, of which there are as
@@ -139,7 +139,8 @@ def student_memory(
     kept_layers = 1 if settings.gradient_checkpointing else student.num_layers
     inputs = student.num_layers * tokens * student.width * item if settings.gradient_checkpointing else 0
     trains_head = settings.lora is None
-    tile = min(TILE_BYTES[device], 2 * tokens * student.vocabulary * item)
+    # A GPU's products of 16-bit inputs are fp32, and their gradient goes on in 16 bits.
+    row_bytes = 2 * item if device == "cpu" or item == 4 else 2 * 4 + item
     in_process = config.teacher.backend == "local"
     teacher_item = 2 if config.teacher.dtype == "bfloat16" else 4
     cached = max(config.sampler_tokens, longest_sequence(config))
@@ -155,7 +156,7 @@ def student_memory(
         "gathered": (2 * item + 4) * groups + (2 * item + item + 4) * layer if engine == "sharded" else 0,
         "activations": inputs + kept_layers * per_layer,
         "head gradient": (4 + item + (item if student.tied else 0)) * head if trains_head else 0,
-        "tiles": tile if device == "cpu" else tile * (1 + 8 // item),
+        "tiles": min(TILE_BYTES[device], tokens * student.vocabulary * row_bytes),
         "states": teacher_item * held.step_tokens * teacher.width + item * tokens * (student.width + teacher.width),
         "teacher": teacher_item * (teacher.total_parameters if in_process else teacher.vocabulary * teacher.width),
         "sampling": sampling,
@@ -177,16 +178,17 @@ def cache_bytes(shape: Shape, item: int) -> int:
 
 
 def layer_bytes(shape: Shape, item: int) -> int:
-    """What autograd keeps of one Qwen3 layer for one token.
+    """What autograd keeps of one Qwen3 layer for one token; of a mixture, of the experts that it goes to.
 
-    A norm keeps its input and its normalised input in fp32, and its output; queries and keys are normalised so, then
-    rotated (two factors kept); attention keeps its output twice; the MLP gate, its activation, up and the product.
+    A norm keeps its input in fp32, and its normalised input and its output in the layer's type. So do those of queries
+    and keys, whose outputs are rotated. Attention keeps values and, twice, what it says; the MLP gate, its activation,
+    up and the product.
     """
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     widest = shape.mlp_width * max(1, shape.experts_per_token)
-    norms = 2 * (8 + item) * shape.width
-    rotated = (8 + 3 * item) * (queries + keys)
-    return norms + rotated + item * (2 * queries + keys) + 4 * item * widest
+    norms = 2 * (4 + 2 * item) * shape.width
+    attention = (4 + 4 * item) * queries + (4 + 3 * item) * keys
+    return norms + attention + 4 * item * widest
 
 
 def adapter_parameters(shape: Shape, rank: int) -> int:

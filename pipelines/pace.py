@@ -41,6 +41,8 @@ TILE_PASSES = 12
 """Reads and writes of both models' logits in the loss and its gradient."""
 SCORE_PASSES = 3
 """The same of one model's alone, without a gradient."""
+EAGER_PASSES = 3
+"""A decoding pass that Python launches kernel by kernel, in passes that a GPU replays."""
 STEP_BYTES = 30
 """Memory traffic of AdamW's step, a trained parameter: gradient, master and both moments read and written, weight."""
 HTTP_BYTES = 1e9
@@ -86,13 +88,15 @@ def _decode(job: Job, shape: Shape, layout: Layout) -> Times:
     in_turn = sum(part.num * part.response / min(num, rows_together(part, config)) for part in own)
     steps = max(in_turn, *(part.longest_of(part.num) for part in own))
     written = sum(part.num * part.response for part in own)
+    # Passes of these are not replayed (distill.replay).
+    is_eager = bool(shape.num_experts) or (job.who == "student" and _is_sharded(layout))
     demand = Demand(
         flops=_forward(own, shape),
         memory=steps * _touched(shape, item, written / steps)
         + _cache_reads(own, shape, item)
         + written * LOGIT_PASSES * 4 * shape.vocabulary,
         wire=_gathered(shape, item, layout) if job.who == "student" else 0.0,
-        passes=steps * shape.num_layers,
+        passes=steps * shape.num_layers * (EAGER_PASSES if is_eager and pool.device.kind == "gpu" else 1),
     )
     wire_rate = _collective(pool, num_processes)
     return times(demand, pool.device, "sample", number, experts=bool(shape.num_experts), wire_rate=wire_rate)

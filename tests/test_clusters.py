@@ -341,7 +341,7 @@ def test_no_more_gpus_are_asked_for_than_there_are(on: str, tmp_path: Path) -> N
     ("on", "assignments", "says"),
     [
         ("skypilot", ["launch.gpus=2xH100"], "both roles of the teacher up at once.*what would: 8xH100"),
-        ("slurm", ["launch.gpus=20xH100", "student.model=14B"], "3 of 8 GPUs for the 20 .* 24 together.*3x8xH100"),
+        ("slurm", ["launch.gpus=12xH100", "student.model=14B"], "2 of 8 GPUs for the 12 .* 16 together.*2x8xH100"),
     ],
 )
 def test_what_has_no_room_at_once_is_a_sentence(on: str, assignments: list[str], says: str, tmp_path: Path) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from distill.attention import PACKED, Packing
 from distill.config import RunConfig
 from distill.divergence import linear_cross_entropy, linear_divergence
 from distill.family import SIZES, STUDENTS, TEACHERS, Shape, shape_of
-from distill.memory import Load, plan, student_memory
+from distill.memory import Load, layer_bytes, plan, student_memory
 from distill.model_config import StudentSettings, TeacherSettings
 from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
@@ -138,6 +141,36 @@ def test_the_formula_counts_the_parameters_of_every_engine() -> None:
     assert whole["teacher"] == 2 * 151_936 * 5120
     # A cache of 131,072 tokens at 147,456 bytes, the figure of the published configuration.
     assert whole["sampling"] == 131_072 * 147_456
+
+
+@pytest.mark.parametrize("name", ["0.6B", "4B"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_keeps_what_the_formula_says(name: str, dtype: torch.dtype) -> None:
+    """By autograd's own account: the memory behind all that a pass saves, of three layers less that of one."""
+    kept = []
+    for num_layers in (1, 3):
+        learner = model(replace(SIZES[name], num_layers=num_layers, vocabulary=64), dtype).train()
+        learner.set_attn_implementation(PACKED)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in learner.parameters()}
+        saved: dict[int, Tensor] = {}
+
+        def note(tensor: Tensor, weights: set[int] = weights, saved: dict[int, Tensor] = saved) -> Tensor:
+            place = tensor.untyped_storage().data_ptr()
+            if place not in weights:
+                saved[place] = tensor
+            return tensor
+
+        ids = torch.zeros(1, 64, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            learner.get_decoder()(
+                input_ids=ids,
+                position_ids=torch.arange(64)[None],
+                use_cache=False,
+                **Packing.of([64], torch.device("cpu")).keywords(),
+            )
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+    item = torch.finfo(dtype).bits // 8
+    assert layer_bytes(SIZES[name], item) == pytest.approx((kept[1] - kept[0]) / 2 / 64, rel=0.01)
 
 
 def test_a_cache_holds_one_longest_sequence_whatever_is_set() -> None:

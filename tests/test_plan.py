@@ -223,7 +223,9 @@ def test_every_layout_fits_and_no_smaller_micro_batch_was_taken_than_needed() ->
 
 
 def test_what_is_left_to_the_driver_is_left(home: Path) -> None:
-    config, pair = resolve_run(teacher="4B", student="0.6B"), pair_of("4B", "0.6B")
+    # Activations are kept: training needs more than sampling.
+    config = resolve_run(teacher="4B", student="0.6B", assignments=["student.gradient_checkpointing=false"])
+    pair = pair_of("4B", "0.6B")
     needed = student_memory(config, pair.student, pair.teacher).total + RESERVED_BYTES
 
     def tokens(num_bytes: int) -> list[int | None]:
@@ -608,7 +610,7 @@ def test_the_proposed_commands_are_ones_that_a_run_takes() -> None:
     assignments = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
     config = resolve_run(teacher="235B", student="4B", assignments=assignments)
     assert config.teacher.urls.score == ("http://127.0.0.1:8101",) and config.teacher.backend == "vllm"
-    assert "CUDA_VISIBLE_DEVICES=4,5,6,7" in run and "--processes 4" in run
+    assert "CUDA_VISIBLE_DEVICES=6,7" in run and "--processes 2" in run  # short steps: fewer processes are cheaper
 
 
 def words_of(line: str) -> dict[str, str]:
@@ -839,7 +841,7 @@ HELD = {
     "1.7b": (1, "alone"),
     "4b": (2, "sharded"),
     "8b": (4, "sharded"),
-    "14b": (16, "sharded"),
+    "14b": (8, "sharded"),
     "30b": (64, "sharded"),
 }
 """Of every student size: how many GPUs of 80 GB it takes at the least, and how they hold it; whoever teaches it."""
@@ -889,7 +891,7 @@ def test_the_documented_sentence_is_what_is_said() -> None:
 
 def test_the_documented_gpu_hours_of_an_8b_student_are_what_the_plan_gives() -> None:
     text = (ROOT / "docs/plan.md").read_text()
-    rows = re.findall(r"^\| (\d+)[^|]*\| ([\d,]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)
+    rows = re.findall(r"^\| (\d+)[^|]*\| ([\d,]+) \| (\d+) \| ([\d,]+) \| (\d+) \| ([\d,]+) \|$", text, re.M)
     assert len(rows) == 4
     for row in rows:
         steps, limit, gpus, sample, train, together = (int(cell.replace(",", "")) for cell in row)
