@@ -194,6 +194,7 @@ def test_every_pair_has_a_recipe_that_fits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three minutes on a machine without other work
 def test_two_steps_of_the_real_06b_shape_need_what_the_formula_says() -> None:
     """The published 0.6B shape with its whole vocabulary in bf16, random weights; the teacher's states are 4,096 wide.
 
