@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill import interrupt
 from distill.errors import DistillError, StoppedError, UserError
 from distill.family import Shape
 from distill.journal import read_json, write_json
@@ -157,6 +158,7 @@ def _asked(
     """Every sample with its request; prompts are encoded once for all their samples."""
     asked = []
     for question in task.prompts:
+        interrupt.check()
         first = encoder.request(task.asked(question, mode), mode=mode, switch=switch, sampling=sampling, seed=0)
         for number in range(samples):
             request = replace(first, seed=derive(seed, question.id, number))

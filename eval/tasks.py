@@ -25,6 +25,12 @@ from eval.published import PUBLISHED, published_questions
 EMBEDDED_QUESTIONS = 512
 """Questions of the embedded task where no number is asked for: a 95 % interval of at most +-4.3 points."""
 
+MOST_EMBEDDED = 10_000
+"""Questions of the embedded task at the most. They are drawn until one is new, so that more take minutes."""
+
+MOST_RESPONSES = 1_000_000
+"""Responses to a task in one mode at the most; all are held in memory."""
+
 EMBEDDED_LONGEST = 96
 """Longest response of the embedded task; the report's limit would only feed a loop."""
 
@@ -115,12 +121,19 @@ def load_task(
     ``held_out``, the caller's own; a file of one's own is a path that ends in ``.jsonl`` or ``.parquet`` (columns
     prompt and answer; ``FILE@GRADER`` names the grader); the other names are those of ``eval.published.PUBLISHED``.
 
-    Raises UserError for an unknown name, a file that cannot be read, a set that cannot be had.
+    Raises UserError for an unknown name, a file that cannot be read, a set that cannot be had, and for more responses
+    than anybody waits for.
     """
     settings = check_task(wanted)
     grader = settings.grader
     num_questions = settings.num_questions or num_questions
     task = _load(settings, num_questions, seed, held_out)
+    num_asked, each = len(task.prompts[:num_questions]), settings.samples or samples or task.samples
+    if num_asked * each > MOST_RESPONSES:
+        raise UserError(
+            f"the task {settings.label or task.name} is asked {num_asked:,} questions with {each:,} responses each, "
+            f"and more than {MOST_RESPONSES:,} responses in one mode are not made; ask for fewer samples or questions"
+        )
     if num_questions is not None and num_questions > len(task.prompts):
         say(f"the task {task.name} has {len(task.prompts)} questions, fewer than the {num_questions} asked for")
     given = {mode: text for mode in MODES if (text := getattr(settings.instruction, mode)) is not None}
@@ -130,7 +143,7 @@ def load_task(
         prompts=task.prompts[:num_questions],
         grader=grader or task.grader,
         instructions={**task.instructions, **given},
-        samples=settings.samples or samples or task.samples,
+        samples=each,
         pass_at=settings.pass_at,
         modes=settings.modes,
     )
@@ -169,6 +182,11 @@ def _unknown(name: str) -> UserError:
 
 
 def _embedded(name: str, num_questions: int, seed: int) -> Task:
+    if num_questions > MOST_EMBEDDED:
+        raise UserError(
+            f"the task {name} has {MOST_EMBEDDED:,} questions at the most, and {num_questions:,} are asked for; ask "
+            "for fewer, or name another task"
+        )
     lengths = DEFAULT_LENGTHS if name == "embedded" else lengths_up_to(int(name.removeprefix("embedded-")))
     drawn = questions(seed, num_questions, lengths=lengths, split="test")
     prompts = tuple(Prompt(({"role": "user", "content": question.text},), answer=question.answer) for question in drawn)

@@ -34,7 +34,7 @@ from eval.run_files import LATER
 from eval.runner import evaluate
 from eval.switching import NUM_DIALOGUES, NUM_TURNS, ModeSwitching, examine_switching
 from eval.switching import TASK as MODE_SWITCHING
-from eval.tasks import EMBEDDED_LONGEST, Task, load_task
+from eval.tasks import EMBEDDED_LONGEST, MOST_EMBEDDED, MOST_RESPONSES, Task, load_task
 from pipelines.hiring import KEY_VARIABLE
 
 WIDTH = 256
@@ -166,7 +166,7 @@ def examine(
     if out is not None:
         _claim(out)
     wanted = [one for one in tasks if one.name != MODE_SWITCHING]
-    conversations = [_own_questions(one) for one in tasks if one.name == MODE_SWITCHING]
+    conversations = [_own_questions(one, num_questions) for one in tasks if one.name == MODE_SWITCHING]
     loaded = [load_task(one, num_questions=num_questions, samples=samples, seed=seed) for one in wanted]
     evaluations, switching = list[Evaluation](), list[ModeSwitching]()
     with _served(checkpoint, tokenizer) if source is None else _opened(checkpoint, source, tokenizer) as subject:
@@ -200,8 +200,16 @@ def _settings(limit: int, *, modes: Sequence[Mode], budgets: Sequence[int] = ())
     return EvaluationSettings(modes=tuple(modes), budgets=tuple(sorted(set(budgets))), sampling=ModeSampling(**longest))
 
 
-def _own_questions(task: TaskSettings) -> list[str]:
-    """The questions of one's own that the conversations are made of: what the user asks last in each prompt."""
+def _own_questions(task: TaskSettings, num: int | None) -> list[str]:
+    """The questions of one's own that ``num`` conversations are made of: what the user asks last in each prompt.
+
+    Raises UserError for more conversations than anybody waits for.
+    """
+    most = (MOST_EMBEDDED if task.path is None else MOST_RESPONSES) // NUM_TURNS
+    if num is not None and num > most:
+        raise UserError(
+            f"{MODE_SWITCHING} is {most:,} conversations at the most, and {num:,} are asked for; ask for fewer"
+        )
     if task.path is None:
         return []
     prompts = file_prompts(FilePrompts(path=task.path, prompt_column=task.prompt_column))

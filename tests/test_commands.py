@@ -6,6 +6,8 @@ Whole runs are in test_run.py.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ import pytest
 
 from distill import cli
 from distill.cli.options import one_of_many
+from distill.errors import StoppedError
+from distill.interrupt import deferred_signals
+from eval.tasks import load_task
 
 
 @pytest.fixture
@@ -131,6 +136,20 @@ HUGE = "9" * 26
         (["plan", "--hardware", "latency: {train: 1.0e+308}", "--json"], "latency.train"),
         (["plan", "--hardware", "shares: {score: 1.0e-320}", "--json"], "shares.score"),
         (["plan", "--hardware", "tflops: {bf16: 1.0e+308}", "--json"], "tflops.bf16"),
+        (["run", "--processes", "1000000000"], "--processes"),
+        (["run", "--dry-run", "--processes", "1000000000"], "--processes"),
+        (["run", "--nodes", "1000000000", "--node-address", "h"], "--nodes"),
+        (["run", "--nodes", "2", "--node-rank", "1000000000", "--node-address", "h"], "--node-rank"),
+        (["teacher", "serve", "--teacher=tiny", "--role=score", "--tp", "1000000000"], "--tp"),
+        (["teacher", "serve", "--teacher=tiny", "--role=score", "--pp", "1000000000"], "--pp"),
+        (["teacher", "serve", "--teacher=tiny", "--role=score", "--replicas", "1000000000"], "--replicas"),
+        (["teacher", "serve", "--teacher=tiny", "--role=score", "--nodes", "1000000000"], "--nodes"),
+        (["eval", "tiny", "--questions", "1000000", "--samples", "1000000"], "has 10,000 questions at the most"),
+        (["eval", "tiny", "--questions", "1001", "--samples", "1000"], "1,001 questions with 1,000 responses each"),
+        (["eval", "tiny", "--samples", "1000000"], "512 questions with 1,000,000 responses each"),
+        (["eval", "tiny", "--questions", "1000000"], "has 10,000 questions at the most"),
+        (["eval", "tiny", "--task", "mode_switching", "--questions", "1000000"], "2,500 conversations"),
+        (["eval", "tiny", "--task", "own.jsonl", "--samples", "1000000"], "2 questions with 1,000,000 responses each"),
         (["eval", "tiny", "--questions", HUGE], "--questions"),
         (["eval", "tiny", "--samples", HUGE], "--samples"),
         (["eval", "tiny", "--max-new-tokens", HUGE], "--max-new-tokens"),
@@ -148,6 +167,7 @@ def test_a_number_that_nothing_could_have_is_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTILL_QUEUE", str(tmp_path / "queue"))
+    Path("own.jsonl").write_text('{"prompt": "3+4=", "answer": "7"}\n{"prompt": "3+5=", "answer": "8"}\n')
     if "--hardware" in arguments:
         place = arguments.index("--hardware") + 1
         Path("own.yaml").write_text(f"H100:\n  {arguments[place]}\n")
@@ -183,3 +203,10 @@ def test_the_largest_numbers_that_are_taken_make_a_plan(typed: Any, tmp_path: Pa
 )
 def test_an_address_is_a_host_and_perhaps_a_port(address: str, expected: tuple[Any, ...]) -> None:
     assert one_of_many(lambda num, rank, *where: where, 2, 1, address) == expected
+
+
+def test_drawing_questions_hears_a_signal() -> None:
+    with deferred_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedError, match="SIGTERM"):
+            load_task("embedded", num_questions=8)

@@ -12,6 +12,9 @@ from distill.errors import UserError
 
 MANY = 1_000_000
 """The most of anything that is counted out one by one: responses, questions, rows."""
+PROCESSES = 1000
+"""The most processes of one machine, and the most GPUs or servers that a teacher is cut over."""
+MACHINES = 1000
 LONGEST = 1e9
 """Tokens; more is no length of a text."""
 DEAREST = 1e6

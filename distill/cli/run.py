@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli.options import Assignments, Json, Prompts, Recipe, Seed, Student, Teacher, one_of_many
+from distill.cli.options import (
+    MACHINES,
+    PROCESSES,
+    Assignments,
+    Json,
+    Prompts,
+    Recipe,
+    Seed,
+    Student,
+    Teacher,
+    one_of_many,
+)
 from distill.cli.plan import words
 from distill.errors import DistillError, UserError
 from distill.interrupt import EXIT_CODES
@@ -36,10 +47,15 @@ def run(
         typer.Option("--teacher-url", help="A vLLM server of the teacher that runs already; again for a further one."),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that share the work; default one a GPU, else one.")
+        int | None,
+        typer.Option(min=1, max=PROCESSES, help="Processes that share the work; default one a GPU, else one."),
     ] = None,
-    num_nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines with as many processes each.")] = 1,
-    node_rank: Annotated[int, typer.Option(min=0, help="This machine's number among them, from 0 on.")] = 0,
+    num_nodes: Annotated[
+        int, typer.Option("--nodes", min=1, max=MACHINES, help="Machines with as many processes each.")
+    ] = 1,
+    node_rank: Annotated[
+        int, typer.Option(min=0, max=MACHINES - 1, help="This machine's number among them, from 0 on.")
+    ] = 0,
     node_address: Annotated[
         str | None, typer.Option("--node-address", help="Where machine 0 is for the others, as HOST or HOST:PORT.")
     ] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import Json, one_of, one_of_many
+from distill.cli.options import MACHINES, PROCESSES, Json, one_of, one_of_many
 
 app = typer.Typer(help="A teacher's vLLM server.", no_args_is_help=True)
 
@@ -21,17 +21,30 @@ def teacher_serve(
     host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = "127.0.0.1",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default bfloat16, float32 on a CPU.")] = None,
     max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt and response together.")] = None,
-    tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="GPUs that each layer is cut over.")] = 1,
-    pipeline_parallel: Annotated[int, typer.Option("--pp", min=1, help="Groups that the layers are cut into.")] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tp", min=1, max=PROCESSES, help="GPUs that each layer is cut over.")
+    ] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option("--pp", min=1, max=PROCESSES, help="Groups that the layers are cut into.")
+    ] = 1,
     num_replicas: Annotated[
         int,
-        typer.Option("--replicas", min=1, help="Servers side by side, at PORT, PORT+1, ...; each has its own GPUs."),
+        typer.Option(
+            "--replicas",
+            min=1,
+            max=PROCESSES,
+            help="Servers side by side, at PORT, PORT+1, ...; each has its own GPUs.",
+        ),
     ] = 1,
     quantization: Annotated[
         str | None, typer.Option(help="Quantise while loading, by vLLM's name: fp8, fp8_per_block, ...")
     ] = None,
-    num_nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines that one server is spread over.")] = 1,
-    node_rank: Annotated[int, typer.Option(min=0, help="This machine's number among them; 0 answers requests.")] = 0,
+    num_nodes: Annotated[
+        int, typer.Option("--nodes", min=1, max=MACHINES, help="Machines that one server is spread over.")
+    ] = 1,
+    node_rank: Annotated[
+        int, typer.Option(min=0, max=MACHINES - 1, help="This machine's number among them; 0 answers requests.")
+    ] = 0,
     node_address: Annotated[
         str | None, typer.Option("--node-address", help="Where machine 0 is for the others, as HOST or HOST:PORT.")
     ] = None,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from distill import interrupt
 from distill.chat import split_thinking
 from distill.errors import UserError
 
@@ -92,6 +93,7 @@ def questions(
     seen: set[str] = set()
     drawn: list[Question] = []
     for num_operations in rng.choices(range(1, len(lengths) + 1), weights=lengths, k=num):
+        interrupt.check()
         question = _draw(rng, num_operations, split, seen)
         drawn.append(question)
         if split == "test":
