@@ -89,7 +89,7 @@ def resolve_job(
     settings = validate_as(ScheduleSettings, {**written, **given}, where=f"the job file {path}, schedule")
     name = checked_name(path.stem if name is None else name)
     configs = resolve_runs(job, path)
-    _check_prompts(settings, configs, path)
+    check_new_data(settings, configs, path)
     return JobSpec(
         name=name,
         cwd=Path.cwd(),
@@ -125,7 +125,8 @@ def is_teacher_ours(config: RunConfig) -> bool:
     return config.teacher.backend == "vllm" and not urls.generate and not urls.score
 
 
-def _check_prompts(settings: ScheduleSettings, configs: Sequence[RunConfig], path: Path) -> None:
+def check_new_data(settings: ScheduleSettings, configs: Sequence[RunConfig], path: Path) -> None:
+    """Raises UserError where the schedule waits for prompts to grow, and they cannot."""
     kinds = {config.prompts.kind for config in configs}
     if settings.when == "new_data" and kinds != {"file"}:
         other = ", ".join(sorted(kinds - {"file"}))

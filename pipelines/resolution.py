@@ -15,7 +15,7 @@ from distill.comparison import ComparisonConfig
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, resolve, short_name
-from distill.jobs import split_job
+from distill.jobs import BLOCKS, split_job
 from distill.prompt_files import prompt_files
 from distill.recipe import assign, load_recipe, merge, parse_assignment, parse_yaml, validate, validate_as
 from distill.stage_config import GrpoStage, OpdRewardStage
@@ -90,8 +90,8 @@ def _comparisons() -> Any:
     return files("pipelines") / "comparisons"
 
 
-def _shipped(name: str) -> dict[str, Any]:
-    """A shipped recipe, or one's own file."""
+def recipe_tree(name: str) -> dict[str, Any]:
+    """A shipped recipe, or one's own file, as it is written."""
     if name in _pairs():
         return pair_recipe(*_pairs()[name])
     return load_recipe(find_recipe(name))
@@ -140,7 +140,7 @@ def load_named(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """A shipped recipe or one's own file, not yet validated, laid over the one that its key ``extends`` names."""
     if name in above:
         raise UserError(f"the recipe {name!r} extends itself ({' extends '.join([*above, name])}); name another base")
-    job = split_job(_shipped(name), where=f"the recipe {name}")
+    job = split_job(recipe_tree(name), where=f"the recipe {name}")
     if job.sweep is not None:
         raise UserError(
             f"the recipe {name} is a sweep of {len(job.sweep.runs)} runs, not one; distill queue add {name} runs them"
@@ -177,6 +177,7 @@ def resolve_run(
     Without a recipe it is the embedded one if all models named are embedded, else the one for real sizes. Flags win
     over ``assignments`` (``a.b=c``), assignments over the recipe. Raises UserError for anything that is wrong.
     """
+    _refuse_blocks(assignments)
     named = [name for name in (teacher, student) if name is not None]
     if recipe is None:
         recipe = EMBEDDED_RECIPE if all(name in EMBEDDED_NAMES for name in named) else REAL_RECIPE
@@ -195,7 +196,7 @@ def resolve_run(
         # One's own questions are examined on themselves, unless an assignment says otherwise.
         assign(tree, "evaluation.tasks", None)
     # The flags lie below the assignments too: prompts.prompt_column is a key of the prompts that --prompts makes.
-    tree = merge(_assigned(merge(tree, flags), assignments), flags)
+    tree = merge(assigned(merge(tree, flags), assignments), flags)
     return _checked(tree, f"the configuration (recipe {recipe})")
 
 
@@ -211,7 +212,7 @@ def _checked(tree: dict[str, Any], where: str) -> RunConfig:
     return config
 
 
-def _assigned(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+def assigned(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """``tree`` with each ``a.b=c`` laid on top."""
     for text in assignments:
         key, value = parse_assignment(text)
@@ -219,6 +220,24 @@ def _assigned(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any
         assign(over, key, value)
         tree = merge(tree, over)
     return tree
+
+
+_READERS = {"schedule": "schedule add", "sweep": "queue add", "launch": "launch"}
+"""Which command reads each of a job file's blocks."""
+
+
+def is_of_job(assignment: str) -> bool:
+    """Whether ``a.b=c`` sets something in one of a job file's blocks, which no run has."""
+    return parse_assignment(assignment)[0].partition(".")[0] in BLOCKS
+
+
+def _refuse_blocks(assignments: Sequence[str]) -> None:
+    for text in filter(is_of_job, assignments):
+        block = text.partition("=")[0].partition(".")[0]
+        raise UserError(
+            f"--set {text}: {block} is a block of a job file and says nothing about a run; leave it out here. `distill "
+            f"{_READERS[block]}` reads it, and `distill config validate` checks it"
+        )
 
 
 def is_comparison(recipe: str | None) -> bool:
@@ -233,6 +252,7 @@ def resolve_comparison(
 
     Raises UserError for anything that is wrong.
     """
+    _refuse_blocks(assignments)
     tree = load_named(recipe)
     if quick:
         if not tree.get("quick"):
@@ -243,23 +263,7 @@ def resolve_comparison(
         tree = merge(tree, over) | ({} if starts is None else {"starts": starts})
     if seed is not None:
         tree = tree | {"seeds": [seed]}
-    return validate_as(ComparisonConfig, _assigned(tree, assignments), where=f"the comparison (recipe {recipe})")
-
-
-def check_recipe(recipe: str, assignments: Sequence[str] = ()) -> str:
-    """What ``recipe`` is, a run's or a comparison's, once all that is in it is known to be right (``check_names``)."""
-    if not is_comparison(recipe):
-        config = resolve_run(recipe=recipe, assignments=assignments)
-        check_names(config)
-        return f"{config.teacher.model} to {config.student.model}, stages {', '.join(config.stages)}"
-    from pipelines.comparison import OFF_POLICY, check
-
-    comparison = resolve_comparison(recipe, assignments=assignments)
-    runs = check(comparison, Path("runs") / comparison.name)
-    for member, config in runs:
-        # The others' students are what these runs will leave.
-        check_names(config, has_student=member.arm == OFF_POLICY)
-    return f"a comparison of {len(runs)} runs"
+    return validate_as(ComparisonConfig, assigned(tree, assignments), where=f"the comparison (recipe {recipe})")
 
 
 def check_names(config: RunConfig, *, has_student: bool = True, is_here: bool = True) -> None:

@@ -125,6 +125,49 @@ def test_a_comparison_is_shown_and_validated_too(typed: Any, tmp_path: Path) -> 
     assert code == 2 and "--set common." in err
 
 
+JOB = """
+extends: embedded
+schedule: {cron: "0 2 * * *"}
+launch: {gpus: 8xH100, slurm: {time: 60}}
+"""
+
+
+def test_a_job_file_is_validated_with_its_blocks(typed: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(JOB)
+    code, out, _ = typed("config", "validate", str(own), "--set", "launch.slurm.partition=gpu", "--set", "seed=3")
+    said = "tiny to nano, stages off_policy, on_policy, with what it says of schedule and launch"
+    assert (code, out) == (0, f"{own} is valid: {said}\n")
+    sweep = "sweep={runs: [{student: {model: nano}}, {student: {model: nano-moe}, name: experts}]}"
+    code, out, _ = typed("config", "validate", str(own), "--set", sweep)
+    assert code == 0 and "a sweep of 2 runs, tiny-to-nano, experts, with" in out
+    for assignment, sentence in (
+        ("launch.gpuss=8xH100", "did you mean gpus?"),
+        ("launch.slurm.time=soon", "launch is not valid: slurm.time"),
+        ("launch.environment={HF_TOKEN: x}", "looks like a secret"),
+        ("schedule.cron=99 2 * * *", "bad minute"),
+        ("schedule.when=new_data", "prompts.kind is embedded, which does not grow"),
+        ("sweep.runz=[]", "did you mean runs?"),
+        ("sweep={runs: [{}, {}]}", "give each its own name"),
+        ("sweep={runs: [{student: {model: nanno}}]}", "nearest: nano"),
+        ("stages.on_policy.stepz=3", "did you mean steps?"),
+    ):
+        code, out, err = typed("config", "validate", str(own), "--set", assignment, "--json")
+        document = json.loads(out)
+        assert code == 2 and sentence in err and not document["valid"], (assignment, err)
+        assert sentence in document["problem"]
+
+
+@pytest.mark.parametrize("command", [["run"], ["run", "--dry-run"], ["preview"], ["plan"], ["config", "show"]])
+def test_a_run_has_no_blocks_of_a_job_file(typed: Any, tmp_path: Path, command: list[str]) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(JOB)
+    for recipe in (str(own), "table21") if command[0] not in ("plan", "preview") else (str(own),):
+        for block in ("schedule", "sweep", "launch"):
+            code, out, err = typed(*command, "--recipe", recipe, "--set", f"{block}.foo=3")
+            assert (code, out) == (2, "") and f"{block} is a block of a job file" in err, (recipe, err)
+
+
 def test_the_schema_says_what_a_recipe_may_hold(typed: Any) -> None:
     code, out, _ = typed("config", "schema", "--json")
     schema = json.loads(out)

@@ -62,17 +62,20 @@ def config_validate(
     assignments: Assignments = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether a recipe is one that `distill run` takes: its keys, its values, and the names in it.
+    """Say whether a recipe or a job file is right: its keys, its values, and the names in it.
 
-    No model and no data set is opened. Exit code 0, or 2 with what is wrong.
+    A job file's blocks schedule, sweep and launch too. No model and no data set is opened. Exit code 0, or 2 with what
+    is wrong.
 
     Examples:
 
       distill config validate my.yaml
 
       distill config validate my.yaml --set student.model=0.6B --json
+
+      distill config validate nightly.yaml --set launch.gpus=8xH100
     """
-    from pipelines.resolution import check_recipe
+    from pipelines.validation import check_recipe
 
     try:
         found = check_recipe(recipe, assignments or ())

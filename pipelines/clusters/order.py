@@ -18,12 +18,13 @@ from distill.config import RunConfig
 from distill.errors import DistillError, UserError
 from distill.jobs import ScheduleSettings, checked_name, split_job
 from distill.journal import write_atomically
-from distill.recipe import assign, load_recipe, merge, parse_assignment
+from distill.recipe import load_recipe
 from pipelines.clusters.fleet import Fleet, make_fleet, roles_to_serve
 from pipelines.clusters.rendering import ENGINES, Engine
 from pipelines.job import is_teacher_ours, resolve_runs
 from pipelines.plan import Plan
 from pipelines.planning import planned
+from pipelines.resolution import assigned
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,7 @@ def order(
     if on not in ENGINES:
         raise UserError(f"--on {on!r} is none of {', '.join(ENGINES)}")
     engine = ENGINES[on]
-    tree = load_recipe(path)
-    for text in assignments:
-        key, value = parse_assignment(text)
-        over: dict[str, Any] = {}
-        assign(over, key, value)
-        tree = merge(tree, over)
-    job = split_job(tree, where=f"the job file {path}")
+    job = split_job(assigned(load_recipe(path), assignments), where=f"the job file {path}")
     schedule = job.schedule.model_copy(update={"cron": None}) if once else job.schedule
     name = checked_name(path.stem if name is None else name)
     _refuse(schedule, engine)

@@ -1,0 +1,60 @@
+"""Whether a file is one that the commands take: what ``distill config validate`` says of it.
+
+A recipe of one run, of a comparison, or a job file, whose blocks are checked by what a worker, a schedule and a launch
+read them with. Nothing is opened, and nothing is asked of the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.jobs import BLOCKS, JobFile, split_job
+from pipelines.job import check_new_data, resolve_runs
+from pipelines.resolution import (
+    assigned,
+    check_names,
+    is_comparison,
+    is_of_job,
+    recipe_tree,
+    resolve_comparison,
+    resolve_run,
+)
+
+
+def check_recipe(recipe: str, assignments: Sequence[str] = ()) -> str:
+    """What ``recipe`` is, once all that is in it is known to be right (``check_names``).
+
+    Raises UserError for anything that is wrong with a run of it or with one of its blocks.
+    """
+    tree = assigned(recipe_tree(recipe), assignments)
+    job = split_job(tree, where=f"the recipe {recipe}")
+    blocks = [block for block in BLOCKS if block != "sweep" and tree.get(block) is not None]
+    beside = f", with what it says of {' and '.join(blocks)}" if blocks else ""
+    return f"{_check_runs(recipe, job, assignments)}{beside}"
+
+
+def _check_runs(recipe: str, job: JobFile, assignments: Sequence[str]) -> str:
+    path = Path(recipe)
+    if job.sweep is not None:
+        configs = resolve_runs(job, path)
+        check_new_data(job.schedule, configs, path)
+        return f"a sweep of {len(configs)} runs, {', '.join(str(config.name) for config in configs)}"
+    own = [text for text in assignments if not is_of_job(text)]
+    if is_comparison(recipe):
+        return _check_comparison(recipe, own)
+    config = resolve_run(recipe=recipe, assignments=own)
+    check_names(config)
+    check_new_data(job.schedule, [config], path)
+    return f"{config.teacher.model} to {config.student.model}, stages {', '.join(config.stages)}"
+
+
+def _check_comparison(recipe: str, assignments: Sequence[str]) -> str:
+    from pipelines.comparison import OFF_POLICY, check
+
+    comparison = resolve_comparison(recipe, assignments=assignments)
+    runs = check(comparison, Path("runs") / comparison.name)
+    for member, config in runs:
+        # The others' students are what these runs will leave.
+        check_names(config, has_student=member.arm == OFF_POLICY)
+    return f"a comparison of {len(runs)} runs"
