@@ -199,7 +199,7 @@ def adapter_parameters(shape: Shape, rank: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class Held:
     """How a student is held, and what one of the processes needs; ``fits`` says whether a GPU has as much."""
 
     processes: int
@@ -212,7 +212,7 @@ class Planned:
         return {"processes": self.processes, "engine": self.engine, "fits": self.fits, "bytes": parts}
 
     def lines(self, gpu_bytes: int) -> list[str]:
-        """The plan in words, for people."""
+        """In words, for people."""
         verdict = "fits" if self.fits else "DOES NOT FIT"
         return [
             f"student: {self.processes} process{'es' if self.processes > 1 else ''}, {self.engine}; "
@@ -221,18 +221,18 @@ class Planned:
         ]
 
 
-def plan(
+def hold_student(
     config: RunConfig, student: Shape, teacher: Shape, *, gpu_bytes: int = GPU_BYTES, processes: int | None = None
-) -> Planned:
+) -> Held:
     """The fewest GPUs, and how they hold the student, so that the formula fits one; a student that fits whole is not
-    cut. ``processes`` fixes their number. What fits nowhere is planned for the most that was tried."""
+    cut. ``processes`` fixes their number. What fits nowhere is held by the most that was tried."""
     settings = config.student
     engines: tuple[Engine, ...] = ("replicated", "sharded") if settings.parallel == "auto" else (settings.parallel,)
     for count in [processes] if processes is not None else [2**power for power in range(8)]:
         for wanted in engines:
             engine: Engine = "alone" if count == 1 else wanted
             memory = student_memory(config, student, teacher, processes=count, engine=engine)
-            last = Planned(count, engine, memory, memory.total <= gpu_bytes - RESERVED_BYTES)
+            last = Held(count, engine, memory, memory.total <= gpu_bytes - RESERVED_BYTES)
             if last.fits:
                 return last
     return last

@@ -18,7 +18,7 @@ from distill.attention import PACKED, Packing
 from distill.config import RunConfig
 from distill.divergence import linear_cross_entropy, linear_divergence
 from distill.family import SIZES, STUDENTS, TEACHERS, Shape, shape_of
-from distill.memory import Load, layer_bytes, plan, student_memory
+from distill.memory import Load, hold_student, layer_bytes, student_memory
 from distill.model_config import StudentSettings, TeacherSettings
 from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
@@ -188,9 +188,9 @@ def test_every_pair_has_a_recipe_that_fits() -> None:
         config = resolve_run(recipe=name)
         shapes = shape_of(config.student.model), shape_of(config.teacher.model)
         assert shapes[0] is not None and shapes[1] is not None
-        planned = plan(config, *shapes)  # type: ignore[arg-type]
-        assert planned.fits and planned.processes <= 64, (name, planned)
-        assert planned.processes == 1 or not plan(config, *shapes, processes=planned.processes // 2).fits, name  # type: ignore[arg-type]
+        held = hold_student(config, *shapes)  # type: ignore[arg-type]
+        assert held.fits and held.processes <= 64, (name, held)
+        assert held.processes == 1 or not hold_student(config, *shapes, processes=held.processes // 2).fits, name  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

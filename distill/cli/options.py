@@ -56,6 +56,9 @@ Store = Annotated[Path | None, typer.Option(help="Folder of the store; default D
 QueueFolder = Annotated[
     Path | None, typer.Option(help="Folder of the queue; default DISTILL_QUEUE or the user's state.")
 ]
+NodeAddress = Annotated[
+    str | None, typer.Option("--node-address", help="Where machine 0 is for the others, as HOST or HOST:PORT.")
+]
 JobName = Annotated[str | None, typer.Option("--name", help="The job's name; default the file's.")]
 JobOut = Annotated[Path | None, typer.Option("--out", help="Folder of its run directories; default runs/<name>.")]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import MACHINES, PROCESSES, Json, one_of, one_of_many
+from distill.cli.options import MACHINES, PROCESSES, Json, NodeAddress, one_of, one_of_many
 
 app = typer.Typer(help="A teacher's vLLM server.", no_args_is_help=True)
 
@@ -45,9 +45,7 @@ def teacher_serve(
     node_rank: Annotated[
         int, typer.Option(min=0, max=MACHINES - 1, help="This machine's number among them; 0 answers requests.")
     ] = 0,
-    node_address: Annotated[
-        str | None, typer.Option("--node-address", help="Where machine 0 is for the others, as HOST or HOST:PORT.")
-    ] = None,
+    node_address: NodeAddress = None,
     python: Annotated[Path | None, typer.Option(help="Interpreter of the environment that has vLLM.")] = None,
     log: Annotated[Path, typer.Option(help="The server's log.")] = Path("teacher.log"),
     server_args: Annotated[list[str] | None, typer.Option("--server-arg", help="Goes to vLLM as it is.")] = None,
