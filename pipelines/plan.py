@@ -188,8 +188,6 @@ def make_plan(
             f"which samples with all of them{too}"
         )
     work = workload(config, lengths)
-    if config.specialists:
-        work = replace(work, notes=(*work.notes, "specialists are left out: the plan is that of the teacher alone"))
     tried = [devices] if devices is not None else _usual(config, known, price, processes or 1)
     found: list[tuple[Devices, _Estimates]] = []
     for candidate in tried:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distill.hardware import Pool
 from distill.memory import RESERVED_BYTES
 from pipelines.fitting import changed
+from pipelines.layouts import Layout
 from pipelines.plan import Estimate, Plan
 from pipelines.plan_document import commands, memory_by_phase, notes, phase_memory
 
@@ -57,6 +59,69 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"  {command}"
     for note in notes(plan):
         yield f"note: {note}"
+
+
+def short_lines(plan: Plan, *, is_resumed: bool = False, free_disk: int | None = None) -> Iterator[str]:
+    """The plan for whoever watches the run begin; of a resumed one what is left. ``free_disk`` is what the run's disk
+    has, where it is known."""
+    best, layout = plan.best, plan.best.layout
+    what = "what is left of " if is_resumed else ""
+    elsewhere = ", besides the teacher's servers, which are not its own" if not layout.teacher.roles_at_once else ""
+    yield (
+        f"plan: {what}{plan.config.teacher.model} -> {plan.config.student.model} on {plan.devices}: about "
+        f"{_duration(best.seconds)}, {best.gpu_hours:,.2f} GPU-hours{_money(best)}{elsewhere}"
+    )
+    yield f"  layout: teacher {layout.teacher}; student {layout.student}"
+    parts = [f"{name} {_duration(seconds)}" for name, seconds in _by_stage(plan).items()]
+    yield f"  time: {', '.join(parts) or 'nothing but the report is left'}"
+    most = [
+        f"{name.partition(',')[0]} {held / 1e9:,.2f} of {pool.device.memory:,.2f} GB"
+        for name, held, pool in _most_memory(plan)
+    ]
+    yield f"  memory of one device at the most: {', '.join(most)}"
+    disk = sum(plan.disk().values())
+    yield f"  disk: {disk / 1e9:,.2f} GB" + (
+        "" if free_disk is None else f" of {free_disk / 1e9:,.2f} GB that are free"
+    )
+    for note in (*plan.work.notes, *_source(layout)):
+        yield f"  {note}"
+    for shortage in plan.shortages:
+        yield (
+            f"warning: by the plan it does not fit: {shortage}. The run goes on as it is configured and may run out of "
+            "memory; `distill plan --gpus` says what fits"
+        )
+    if free_disk is not None and not is_resumed and disk > free_disk:
+        yield "warning: by the plan the disk is too small; the run goes on and stops where it is full, to be resumed"
+
+
+def _by_stage(plan: Plan) -> dict[str, float]:
+    """Seconds of each stage that has something to do, and of the examinations together."""
+    found: dict[str, float] = {}
+    for phase in plan.best.phases:
+        if phase.seconds and not phase.is_hidden:
+            is_examination = phase.job.role == "evaluate" and not phase.job.is_between
+            name = "examinations" if is_examination else phase.job.stage
+            found[name] = found.get(name, 0.0) + phase.seconds
+    return found
+
+
+def _most_memory(plan: Plan) -> Iterator[tuple[str, int, Pool]]:
+    """Of one device of each side, in the phase that takes most."""
+    layout = plan.best.layout
+    by_phase = {name: sum(parts.values()) for name, parts in memory_by_phase(layout).items()}
+    for side, pool in (("student", layout.student_pool), ("teacher", layout.teacher_pool)):
+        held = {name: size for name, size in by_phase.items() if name.startswith(side)}
+        if held:
+            name = max(held, key=lambda name: held[name])
+            yield name, held[name], pool
+
+
+def _source(layout: Layout) -> Iterator[str]:
+    device, name = layout.student_pool.device, layout.student_pool.name
+    if device.measured:
+        yield f"{name} as measured on {device.measured}"
+    else:
+        yield f"by the table's figures of {name}, which are not this machine's; `distill plan --calibrate` measures it"
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:

@@ -63,7 +63,7 @@ def planned(
 
 
 def _shape(model: str, role: str) -> Shape:
-    found = _found(model)
+    found = known_shape(model)
     if found is not None:
         return found
     resolve(model, role="teacher" if role == "teacher" else "student")  # says what is wrong with a name
@@ -73,8 +73,9 @@ def _shape(model: str, role: str) -> Shape:
     )
 
 
-def _found(model: str) -> Shape | None:
-    """Of a size or an embedded model, or of what a folder's config.json says."""
+def known_shape(model: str) -> Shape | None:
+    """Of a size or an embedded model, or of what a folder's config.json says; None where that is not known before a
+    model is downloaded. Raises UserError for a config.json that describes no model."""
     shape = shape_of(model)
     config = Path(model) / "config.json"
     if shape is not None or not config.is_file():

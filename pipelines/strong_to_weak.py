@@ -46,8 +46,10 @@ from pipelines.crew import Crew, Stage
 from pipelines.curve import Curve
 from pipelines.examination import Examined, Subject, examine_mode_switching, examine_task
 from pipelines.faculty import Candidate, Faculty, check_domains, find_teachers, hired_faculty
+from pipelines.forecast import announce, named_pair
 from pipelines.guards import Guards
 from pipelines.launch import choose_engine
+from pipelines.layouts import Pair
 from pipelines.loop import run_stage
 from pipelines.meter import Meter, MeteredSampler
 from pipelines.phases import Clock, devices_of
@@ -105,7 +107,12 @@ class _Run:
     ) -> None:
         self.config, self.journal, self.ranks, self.stack = config, journal, ranks, stack
         with ranks.together():
+            named = named_pair(config)
+            if named is not None and ranks.is_main:
+                announce(config, named, journal, ranks)
             candidates, student = self._open()
+            if named is None and ranks.is_main:
+                announce(config, Pair(candidates[0].checkpoint.shape, student.shape), journal, ranks)
             _check_shared_servers(config, ranks)
             check_sampler(config, student, ranks)
             self.engine = choose_engine(config, student.shape, ranks, candidates[0].checkpoint.shape)

@@ -120,6 +120,8 @@ class Job:
     sequences: tuple[Sequences, ...]
     judged: bool = False
     """Whether a teacher's distribution is part of the loss."""
+    is_between: bool = False
+    """Whether its times lie between the stage's steps: a learning curve's points."""
 
     def over(self, num: int) -> tuple[Sequences, ...]:
         """One of ``num`` equal shares of one time's sequences."""
@@ -161,6 +163,8 @@ class Workload:
 def workload(config: RunConfig, lengths: Lengths | None = None) -> Workload:
     """What ``config`` asks for; ``lengths`` None takes the usual ones."""
     notes = []
+    if config.specialists:
+        notes.append("specialists are left out: the plan is that of the teacher alone")
     if lengths is None:
         lengths = usual_lengths(config)
         if lengths.longest is None:
@@ -230,7 +234,7 @@ def _curve(name: str, steps: int, lengths: Lengths, config: RunConfig) -> Iterat
     sampling = config.evaluation.sampling
     asked = _in_modes(sampling, curve.modes, curve.num_questions * curve.samples, lengths)
     points = 1 + steps // curve.every + (steps % curve.every > 0)
-    yield Job(name, "evaluate", "decode", "student", points, tuple(asked))
+    yield Job(name, "evaluate", "decode", "student", points, tuple(asked), is_between=True)
 
 
 def _examination(config: RunConfig, lengths: Lengths) -> tuple[list[Sequences], list[str]]:

@@ -21,8 +21,13 @@ LITTLE_SHARED = 1 * 2**30
 """vLLM's workers exchange tensors through /dev/shm; a container has 64 MiB of it unless told otherwise."""
 
 
+def free_memory() -> float:
+    """Bytes of this machine that a new process could have."""
+    return min(_available(), _left_to_cgroup())
+
+
 def memory() -> Sequence[Finding]:
-    free = min(_available(), _left_to_cgroup())
+    free = free_memory()
     text = f"{_gib(free)} free"
     if free < LEAST_MEMORY:
         cure = f"end other programs: the embedded run alone needs {_gib(LEAST_MEMORY)}"
