@@ -58,9 +58,7 @@ def open_checkpoint(source: ModelSource, *, download: bool = True) -> Checkpoint
     """
     is_hub = source.kind == "hub"
     path = _download(source.location, source.revision, offline=not download) if is_hub else Path(source.location)
-    config = read_object(path / "config.json", f"{path} is no model folder")
-    shape = _shape(path, config)
-    weight_files = validate_safetensors(path)
+    config, shape, weight_files = read_folder(path)
     return Checkpoint(
         source=source,
         path=path,
@@ -72,6 +70,15 @@ def open_checkpoint(source: ModelSource, *, download: bool = True) -> Checkpoint
         max_positions=_positive(path, config, "max_position_embeddings"),
         weight_files=weight_files,
     )
+
+
+def read_folder(path: Path) -> tuple[dict[str, Any], Shape, dict[str, Path]]:
+    """Configuration, shape and weight files of the model in ``path``; of the weights headers alone are read.
+
+    Raises UserError for a folder that holds no whole model of the Qwen3 family.
+    """
+    config = read_object(path / "config.json", f"{path} is no model folder")
+    return config, _shape(path, config), validate_safetensors(path)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -295,19 +295,27 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
+def check_place(path: Path, *, marker: str) -> None:
+    """Raises UserError for a place that is no directory for a run: a file, or one that holds something else than what
+    the file ``marker`` stands for."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path} is a file; name a folder")
+        there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be used: {error.strerror}; name another folder") from None
+    if there and marker not in there and there != [".lock"]:
+        raise UserError(
+            f"--out {path} holds something that is no run ({', '.join(there[:3])}, ...); name a new or an empty folder"
+        )
+
+
 def claim(path: Path, *, marker: str) -> Any:
     """The directory, made if need be, for this process alone; an open lock file.
 
-    Raises UserError where it cannot be used, among others where it is not empty and the file ``marker`` is not there.
+    Raises UserError where it cannot be used (``check_place``), or another process works in it.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--out {path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
-        shown = ", ".join(sorted(entry.name for entry in path.iterdir())[:3])
-        if {entry.name for entry in path.iterdir()} != {".lock"}:
-            raise UserError(
-                f"--out {path} holds something that is no run ({shown}, ...); name a new or an empty folder"
-            )
+    check_place(path, marker=marker)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,9 +17,12 @@ import pytest
 
 from distill import cli
 from distill.cli.options import one_of_many
+from distill.embedded import checkpoint_dir
 from distill.errors import StoppedError
 from distill.interrupt import deferred_signals
+from distill.recipe import dump_yaml
 from eval.tasks import load_task
+from pipelines.resolution import resolve_run
 
 
 @pytest.fixture
@@ -93,6 +97,57 @@ def test_bad_input_is_a_sentence_and_exit_code_2(typed: Any, tmp_path: Path) -> 
         assert (code, out) == (2, ""), arguments
         assert sentence in err and "Traceback" not in err, (arguments, err)
     assert (tmp_path / "file").read_text() == "years of work"
+
+
+def test_a_dry_run_refuses_what_the_run_would(typed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("good.jsonl").write_text('{"prompt": "3+4=", "answer": "7"}\n')
+    Path("text.jsonl").write_text('{"prompt": "3+4="}\n3+4=\n')
+    Path("bare.jsonl").write_text('{"prompt": "3+4="}\n')
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("years of work")
+    Path("begun").mkdir()
+    Path("begun/config.yaml").write_text(dump_yaml(resolve_run(seed=1)))
+    Path("empty").mkdir()
+    Path("weightless").mkdir()
+    shutil.copy(checkpoint_dir("nano") / "config.json", "weightless")
+    cases = [
+        (["--prompts", "nope.jsonl"], "there is no file"),
+        (["--prompts", "text.jsonl"], "line 2 is not JSON"),
+        (["--prompts", "empty"], "holds no .jsonl or .parquet file"),
+        (["--recipe", "embedded", "--student", "empty"], "no model folder"),
+        (["--recipe", "embedded", "--student", "weightless"], "neither model.safetensors nor"),
+        (["--out", "full"], "holds something that is no run"),
+        (["--out", "full/thesis.txt"], "is a file"),
+        (["--out", "full/thesis.txt/below"], "cannot be written: Not a directory"),
+        (["--out", "x" * 300], "File name too long"),
+        (["--store", "x" * 300], "File name too long"),
+        (["--out", "begun"], "seed is 1 there and 0 here"),
+        (["--store", "full/thesis.txt"], "the response store full/thesis.txt cannot be made"),
+        (["--set", "evaluation.tasks=[nope.jsonl]"], "there is no file"),
+        (["--set", "evaluation.tasks=[bare.jsonl]"], "has no answer"),
+        (["--set", "evaluation.tasks=[{name: gsm8k, path: nope}]"], "there is no file or folder nope"),
+        (["--set", "evaluation.tasks=[embeded]"], "nearest: embedded"),
+        (["--set", "evaluation.curve={task: nope.jsonl}"], "there is no file"),
+    ]
+    for number, (given, sentence) in enumerate(cases):
+        arguments = given if "--out" in given else ["--out", f"run-{number}", *given]
+        for more in ([], ["--json"]):
+            code, out, err = typed("run", "--dry-run", *arguments, *more)
+            assert (code, out) == (2, ""), (arguments, out, err)
+            assert sentence in err and "Traceback" not in err, (arguments, err)
+        # The run itself ends with the same.
+        code, _, said = typed("run", *arguments)
+        assert code == 2 and said.splitlines()[-1] == err.splitlines()[-1], (arguments, said)
+    for arguments, sentence in (
+        (["--set", "common.prompts={kind: file, path: nope.jsonl}"], "there is no file"),
+        (["--set", "common.teacher.model=5B"], "nearest: 235B"),
+        (["--out", "full"], "holds something that is no run"),
+    ):
+        code, out, err = typed("run", "--recipe", "table21", "--dry-run", *arguments)
+        assert (code, out) == (2, "") and sentence in err, (arguments, err)
+    assert typed("run", "--dry-run", "--prompts", "good.jsonl", "--out", "new/deep")[0] == 0
+    assert not Path("new").exists()
 
 
 def test_a_dry_run_says_what_the_names_mean(typed: Any) -> None:

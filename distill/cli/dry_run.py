@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 def print_dry_run(config: RunConfig, folder: Path, as_json: bool, *, processes: int | None, asked: list[str]) -> None:
     """A run's; ``processes`` are all of the run's where somebody says how many, ``asked`` as for a plan."""
+    from pipelines.rehearsal import rehearse
+
+    rehearse(config, folder)
     steps = _steps(config, folder)
     held = _held(config, processes)
     plan, obstacle = _plan(config, held, processes, asked)
@@ -52,8 +55,11 @@ def print_comparison_dry_run(config: ComparisonConfig, folder: Path, as_json: bo
     """A comparison's: its runs."""
     from distill.recipe import dump_yaml
     from pipelines.comparison import check
+    from pipelines.rehearsal import rehearse_comparison
 
-    runs = {str(member.folder(folder)): found for member, found in check(config, folder)}
+    members = check(config, folder)
+    rehearse_comparison(config, members, folder)
+    runs = {str(member.folder(folder)): found for member, found in members}
     if as_json:
         shown = {path: found.model_dump(mode="json") for path, found in runs.items()}
         print(json.dumps({"out": str(folder), "config": config.model_dump(mode="json"), "runs": shown}))
