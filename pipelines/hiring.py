@@ -34,7 +34,7 @@ from pipelines.signals import SIGNALS, Wanted
 from teachers.local import LocalTeacher
 from teachers.reduced import Choose
 from teachers.remote import REPLY_BYTES, state_bytes
-from teachers.roles import find_role
+from teachers.roles import find_role, glance
 from teachers.teacher import Teacher
 
 KEY_VARIABLE = "DISTILL_TEACHER_API_KEY"
@@ -131,10 +131,21 @@ def hired_teacher(
 
 def found_servers(urls: Sequence[str]) -> list[str]:
     """The assignments (``a.b=c``) that make a run use servers which run already; what each one is for, it is asked."""
-    by_role: dict[Role, list[str]] = {}
     with deferred_signals():
-        for url in urls:
-            by_role.setdefault(find_role(url, api_key=os.environ.get(KEY_VARIABLE)), []).append(url)
+        return _used([(url, find_role(url, api_key=os.environ.get(KEY_VARIABLE))) for url in urls])
+
+
+def seen_servers(urls: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The same of those that answer now, without waiting for any; and what is the matter with each of the others."""
+    seen = [(url, *glance(url, api_key=os.environ.get(KEY_VARIABLE))) for url in urls]
+    used = _used([(url, role) for url, role, _ in seen if role is not None])
+    return used, {url: trouble for url, role, trouble in seen if role is None}
+
+
+def _used(servers: Sequence[tuple[str, Role]]) -> list[str]:
+    by_role: dict[Role, list[str]] = {}
+    for url, role in servers:
+        by_role.setdefault(role, []).append(url)
     return ["teacher.backend=vllm", *(f"teacher.urls.{role}={json.dumps(found)}" for role, found in by_role.items())]
 
 

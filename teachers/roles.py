@@ -16,6 +16,9 @@ from distill.vllm.replica import is_loopback
 
 _ROUTES: Mapping[Role, str] = {"score": "/pooling", "generate": "/v1/completions"}
 _PAUSE_SECONDS = 2.0
+_ANSWER_SECONDS = 10.0
+_GLANCE_SECONDS = 2.0
+"""What a server gets that is asked once."""
 
 
 def find_role(url: str, *, api_key: str | None = None, patience: float | None = None) -> Role:
@@ -28,9 +31,9 @@ def find_role(url: str, *, api_key: str | None = None, patience: float | None = 
     started, has_told = time.monotonic(), False
     while True:
         try:
-            return _ask(checked_url(url), api_key)
+            return _ask(checked_url(url), api_key, _ANSWER_SECONDS)
         except httpx.TransportError as error:
-            trouble = f"{type(error).__name__} {error}".strip()
+            trouble = _said(error)
         interrupt.check()
         waited = time.monotonic() - started
         if waited > patience:
@@ -45,10 +48,25 @@ def find_role(url: str, *, api_key: str | None = None, patience: float | None = 
         time.sleep(min(_PAUSE_SECONDS, patience))
 
 
-def _ask(url: str, api_key: str | None) -> Role:
+def glance(url: str, *, api_key: str | None = None) -> tuple[Role | None, str]:
+    """The role of the server at ``url``, asked once; None, with what is the matter, where it does not answer soon.
+
+    Raises UserError as ``find_role`` does.
+    """
+    try:
+        return _ask(checked_url(url), api_key, _GLANCE_SECONDS), ""
+    except httpx.TransportError as error:
+        return None, _said(error)
+
+
+def _said(error: httpx.TransportError) -> str:
+    return f"{type(error).__name__} {error}".strip()
+
+
+def _ask(url: str, api_key: str | None, timeout: float) -> Role:
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     found = []
-    with httpx.Client(headers=headers, timeout=10.0, trust_env=not is_loopback(url)) as http:
+    with httpx.Client(headers=headers, timeout=timeout, trust_env=not is_loopback(url)) as http:
         for role, route in _ROUTES.items():
             # A route that is there for POST answers 405 to GET; one that is not there 404.
             status = http.get(url + route).status_code

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from test_client import Answer, pooled, serving
 from test_service import FAKE, alive
 
+from distill import cli
 from distill.checkpoint import load_tokenizer, open_checkpoint
 from distill.config import RunConfig
 from distill.encode import Encoder
@@ -18,7 +22,7 @@ from distill.family import resolve
 from distill.journal import Journal
 from distill.vllm.client import is_healthy
 from distill.vllm.launch import Launch
-from distill.vllm.service import Service
+from distill.vllm.service import Service, free_port
 from pipelines.hiring import Shifts, found_servers, hired_teacher, server_launches
 from pipelines.resolution import resolve_run
 
@@ -41,6 +45,35 @@ def test_servers_that_run_already_are_sorted_by_what_they_are_for() -> None:
         config = resolve_run(assignments=found_servers([one, two, three]))
     assert config.teacher.backend == "vllm"
     assert config.teacher.urls.score == (one, three) and config.teacher.urls.generate == (two,)
+
+
+def test_a_dry_run_waits_for_no_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def post(path: str, body: dict[str, object]) -> Answer:
+        return pooled(body)
+
+    with (
+        serving(post, get=lambda path: (405 if path == "/pooling" else 404, {}, b"")) as there,
+        serving(post, get=lambda path: (404, {}, b"")) as other,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+    ):
+        hung = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        gone = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+
+        def typed(*urls: str) -> int:
+            words = [word for url in urls for word in ("--teacher-url", url)]
+            monkeypatch.setattr(sys, "argv", ["distill", "run", "--dry-run", "--json", *words])
+            return cli._exit_code()
+
+        began = time.monotonic()
+        assert typed(there, hung, gone) == 0 and time.monotonic() - began < 10
+        document = json.loads(capsys.readouterr().out)
+        assert document["config"]["teacher"]["urls"] == {"generate": [], "score": [there]}
+        assert document["config"]["teacher"]["backend"] == "vllm"
+        for step, url in zip(document["plan"], (hung, gone), strict=False):
+            assert step.startswith(f"wait for the teacher's server {url}, which does not answer now (")
+        # What the run would refuse is refused.
+        for url, said in ((other, "neither scores nor generates"), ("gpu-1:8000", "is no URL")):
+            assert typed(url) == 2 and said in capsys.readouterr().err
 
 
 def test_a_server_may_move_while_a_run_rests_and_nothing_else_may_change(tmp_path: Path) -> None:

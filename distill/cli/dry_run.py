@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,26 @@ if TYPE_CHECKING:
     from pipelines.plan import Plan
 
 
-def print_dry_run(config: RunConfig, folder: Path, as_json: bool, *, processes: int | None, asked: list[str]) -> None:
-    """A run's; ``processes`` are all of the run's where somebody says how many, ``asked`` as for a plan."""
+def print_dry_run(
+    config: RunConfig,
+    folder: Path,
+    as_json: bool,
+    *,
+    processes: int | None,
+    asked: list[str],
+    absent: Mapping[str, str],
+) -> None:
+    """A run's; ``processes`` are all of the run's where somebody says how many, ``asked`` as for a plan. ``absent`` are
+    servers of the teacher that do not answer, with what is the matter."""
     from pipelines.rehearsal import rehearse
 
     rehearse(config, folder)
-    steps = _steps(config, folder)
+    waits = [
+        f"wait for the teacher's server {url}, which does not answer now ({trouble}), and ask it what it is for; until "
+        "then this configuration is without it"
+        for url, trouble in absent.items()
+    ]
+    steps = [*waits, *_steps(config, folder)]
     held = _held(config, processes)
     plan, obstacle = _plan(config, held, processes, asked)
     if as_json:

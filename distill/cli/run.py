@@ -112,25 +112,27 @@ def run(
         return
     if quick:
         raise UserError("--quick is the short variant of a comparison; give --recipe table21 with it, or leave it out")
-    given = [*given, *_served(teacher_urls or [])]
+    served, absent = _served(teacher_urls or [], waits=not dry_run)
+    given = [*given, *served]
     overrides = {"store": store, "preflight.skip": skip_preflight}
     laid = [*given, *(f"{key}={json.dumps(value)}" for key, value in overrides.items() if value)]
     config = resolve_run(recipe=recipe, teacher=teacher, student=student, prompts=prompts, seed=seed, assignments=laid)
     folder, nodes = out or Path("runs") / str(config.name), (num_nodes, node_rank, node_address)
     if dry_run:
         asked = words(prompts=prompts, recipe=recipe, assignments=given)
-        _rehearse(config, folder, as_json, processes, nodes, asked)
+        _rehearse(config, folder, as_json, processes, nodes, asked, absent)
     else:
         _start(config, folder, as_json, processes, nodes)
 
 
-def _served(urls: list[str]) -> list[str]:
-    """The assignments that have a run use servers which run already."""
+def _served(urls: list[str], *, waits: bool) -> tuple[list[str], dict[str, str]]:
+    """The assignments that have a run use servers which run already; and which of them do not answer, with what is the
+    matter, where nobody waits for them."""
     if not urls:
-        return []
-    from pipelines.hiring import found_servers
+        return [], {}
+    from pipelines.hiring import found_servers, seen_servers
 
-    return found_servers(urls)
+    return (found_servers(urls), {}) if waits else seen_servers(urls)
 
 
 def _rehearse(
@@ -140,6 +142,7 @@ def _rehearse(
     processes: int | None,
     nodes: tuple[int, int, str | None],
     asked: list[str],
+    absent: dict[str, str],
 ) -> None:
     """Say what would run."""
     from distill.cli.dry_run import print_dry_run
@@ -150,7 +153,7 @@ def _rehearse(
 
         one_of_many(Machines, *nodes)
     everywhere = None if processes is None else processes * num_nodes
-    print_dry_run(config, folder, as_json, processes=everywhere, asked=asked)
+    print_dry_run(config, folder, as_json, processes=everywhere, asked=asked, absent=absent)
 
 
 def _start(
