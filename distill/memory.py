@@ -222,13 +222,20 @@ class Held:
 
 
 def hold_student(
-    config: RunConfig, student: Shape, teacher: Shape, *, gpu_bytes: int = GPU_BYTES, processes: int | None = None
+    config: RunConfig,
+    student: Shape,
+    teacher: Shape,
+    *,
+    gpu_bytes: int = GPU_BYTES,
+    processes: int | None = None,
+    machines: int = 1,
 ) -> Held:
     """The fewest GPUs, and how they hold the student, so that the formula fits one; a student that fits whole is not
-    cut. ``processes`` fixes their number. What fits nowhere is held by the most that was tried."""
+    cut. ``processes`` fixes their number, and each of ``machines`` has as many. What fits nowhere is held by the most
+    that was tried."""
     settings = config.student
     engines: tuple[Engine, ...] = ("replicated", "sharded") if settings.parallel == "auto" else (settings.parallel,)
-    for count in [processes] if processes is not None else [2**power for power in range(8)]:
+    for count in [processes] if processes is not None else [machines * 2**power for power in range(8)]:
         for wanted in engines:
             engine: Engine = "alone" if count == 1 else wanted
             memory = student_memory(config, student, teacher, processes=count, engine=engine)

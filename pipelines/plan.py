@@ -15,7 +15,7 @@ from distill.config import RunConfig
 from distill.costs import training_passes
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES
-from distill.hardware import Device, Pool, with_price
+from distill.hardware import PER_NODE, Device, Pool, with_price
 from distill.journal import KEPT_CHECKPOINTS
 from distill.roofline import Bottleneck, Times
 from distill.server_memory import Bytes, weight_bytes
@@ -173,44 +173,80 @@ def make_plan(
     price: float | None = None,
     lengths: Lengths | None = None,
     processes: int | None = None,
+    machines: int = 1,
     asked: Sequence[str] = (),
 ) -> Plan:
     """The plan of ``config`` on ``devices``; None takes the fewest of the usual ones that it fits on. ``processes``
-    fixes how many the student has.
+    fixes how many the student has. Of the usual devices it is on so many ``machines``, as many on each.
 
     Raises UserError where nothing fits, with what would.
     """
     check_pair(pair, config)
-    if config.sampler.backend == "vllm" and processes is not None and processes > 1:
+    least = machines if processes is None else processes
+    if config.sampler.backend == "vllm" and least > 1:
         too = ", and sampler.staleness to 0" if config.sampler.staleness else ""
         raise UserError(
-            f"sampler.backend=vllm is for one process, and the plan is asked for {processes}; set it to transformers, "
+            f"sampler.backend=vllm is for one process, and the plan is asked for {least}; set it to transformers, "
             f"which samples with all of them{too}"
         )
     work = workload(config, lengths)
-    tried = [devices] if devices is not None else _usual(config, known, price, processes or 1)
+    if devices is not None:
+        tried = [devices]
+    elif machines > 1:
+        tried = _usual_machines(config, known, price, processes, machines)
+    else:
+        tried = _usual(config, known, price, processes or 1)
     found: list[tuple[Devices, _Estimates]] = []
     for candidate in tried:
-        estimates, shortages = _estimates(config, pair, candidate, work, processes)
+        # Machines are named for what the student has on them.
+        count = candidate.student.count if machines > 1 and devices is None else processes
+        estimates, shortages = _estimates(config, pair, candidate, work, count)
         if estimates:
             found.append((candidate, estimates))
         if () in estimates:
             break
     if not found:
-        raise UserError(Ways(config, pair, tried[-1], processes).sentence(known, shortages))
+        raise UserError(Ways(config, pair, tried[-1], count).sentence(known, shortages))
     # Rather more devices than another result.
     chosen, estimates = found[-1] if () in found[-1][1] else found[0]
     return replace(_ranked(config, pair, chosen, work, estimates, shortages=shortages), asked=tuple(asked))
 
 
 def _usual(config: RunConfig, known: Mapping[str, Device], price: float | None, processes: int) -> list[Devices]:
-    if {config.teacher.model, config.student.model} <= set(EMBEDDED_NAMES):
-        # They run on what is here, which may have been measured.
-        name, counts = next((name for name, device in known.items() if device.measured), "CPU"), [processes]
-    else:
-        name, counts = DEFAULT_DEVICE, [2**power for power in range(8)]
-    pools = [with_price(Pool(name, known[name], count, 8), price) for count in counts]
+    name = _usual_device(config, known)
+    # The embedded models run on what is here.
+    counts = [processes] if _is_embedded(config) else [2**power for power in range(8)]
+    pools = [with_price(Pool(name, known[name], count, PER_NODE), price) for count in counts]
     return [Devices(pool, pool, is_one=True) for pool in pools]
+
+
+def _usual_machines(
+    config: RunConfig, known: Mapping[str, Device], price: float | None, processes: int | None, machines: int
+) -> list[Devices]:
+    """So many machines with what the student has on each, the teacher in the same processes or on others' devices; the
+    fewest devices first."""
+    name = _usual_device(config, known)
+    device = with_price(Pool(name, known[name], 1, 1), price).device
+    few = [1] if _is_embedded(config) else [1, 2, 4, PER_NODE]
+    found = []
+    for each in few if processes is None else [processes // machines]:
+        student = Pool(name, device, machines * each, each)
+        found.append(Devices(student, student, is_one=True))
+        if not _is_embedded(config):
+            teachers = [Pool(name, device, 2**power, PER_NODE) for power in range(8)]
+            found += [Devices(teacher, student, is_one=False) for teacher in teachers]
+    return sorted(found, key=lambda devices: devices.count)
+
+
+def _is_embedded(config: RunConfig) -> bool:
+    return {config.teacher.model, config.student.model} <= set(EMBEDDED_NAMES)
+
+
+def _usual_device(config: RunConfig, known: Mapping[str, Device]) -> str:
+    if not _is_embedded(config):
+        return DEFAULT_DEVICE
+    # What is here, which may have been measured.
+    return next((name for name, device in known.items() if device.measured), "CPU")
 
 
 _Estimates = dict[tuple[Change, ...], list[Estimate]]

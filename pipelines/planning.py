@@ -27,12 +27,14 @@ def planned(
     price: float | None = None,
     lengths: Mapping[str, float | None] | None = None,
     processes: int | None = None,
+    machines: int = 1,
     roles_at_once: int = 1,
     options: tuple[str, str, str] = POOL_OPTIONS,
     asked: Sequence[str] = (),
 ) -> Plan:
     """The plan of ``config``. ``lengths`` are tokens of prompt, think and no_think; None where the usual ones hold.
-    ``processes`` fixes how many the student has, ``roles_at_once`` how many of the teacher's roles have servers up at
+    ``processes`` fixes how many the student has, ``machines`` on how many it has them, as many on each, where no GPUs
+    are named; ``roles_at_once`` how many of the teacher's roles have servers up at
     the same time; ``options`` are what the three pools of GPUs are called where the user named them, ``asked`` words
     that the run's command has beside its models.
 
@@ -59,7 +61,17 @@ def planned(
     pair = Pair(teacher=_shape(config.teacher.model, "teacher"), student=_shape(config.student.model, "student"))
     said = {name: value for name, value in (lengths or {}).items() if value is not None}
     spoken = replace(usual_lengths(config), **said, longest=None) if said else None
-    return make_plan(config, pair, known, devices, price=price, lengths=spoken, processes=processes, asked=asked)
+    return make_plan(
+        config,
+        pair,
+        known,
+        devices,
+        price=price,
+        lengths=spoken,
+        processes=processes,
+        machines=machines,
+        asked=asked,
+    )
 
 
 def _shape(model: str, role: str) -> Shape:

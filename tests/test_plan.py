@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -871,6 +872,34 @@ def test_a_dry_run_of_every_recipe_says_how_the_student_is_held_and_what_each_pr
     memory = json.loads(out)["memory"]
     assert (memory["processes"], memory["engine"], memory["fits"]) == (*expected, fits)
     assert memory["bytes"]["total"] / 1e9 == pytest.approx(float(said[3]), abs=0.051)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "models", "least"),
+    [
+        (["--nodes", "2"], ["tiny", "nano"], 2),
+        (["--nodes", "3", "--processes", "2"], ["tiny", "nano"], 6),
+        (["--nodes", "2"], ["4B", "0.6B"], 2),
+        (["--nodes", "2"], ["235B", "14B"], 2),
+        (["--nodes", "2", "--processes", "4"], ["32B", "8B"], 8),
+    ],
+)
+def test_a_dry_run_is_on_as_many_machines_as_the_run(arguments: list[str], models: list[str], least: int) -> None:
+    num = int(arguments[1])
+    words = ["--teacher", models[0], "--student", models[1], "--node-address", "gpu-1", *arguments]
+    began = time.perf_counter()
+    code, out, _ = typed("run", "--dry-run", "--json", *words)
+    assert time.perf_counter() - began < 10
+    found = json.loads(out)
+    assert code == 0 and found["no_estimate"] is None, found["no_estimate"]
+    processes = found["estimate"]["layout"]["student"]["processes"]
+    assert processes % num == 0 and processes >= least and found["memory"]["processes"] % num == 0
+    assert processes == least or "--processes" not in arguments
+    # Each of the machines has its command, with as many processes.
+    runs = [line for line in found["estimate"]["commands"] if "distill run" in line]
+    each = f" --processes {processes // num} " if processes > num else " "
+    assert len(runs) == num and all(f"{each}--nodes {num} --node-rank {rank} " in runs[rank] for rank in range(num))
+    assert found["estimate"]["layout"]["gpus"] >= processes
 
 
 # The documentation.

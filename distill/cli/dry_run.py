@@ -22,6 +22,7 @@ def print_dry_run(
     as_json: bool,
     *,
     processes: int | None,
+    machines: int,
     asked: list[str],
     absent: Mapping[str, str],
 ) -> None:
@@ -36,8 +37,8 @@ def print_dry_run(
         for url, trouble in absent.items()
     ]
     steps = [*waits, *_steps(config, folder)]
-    held = _held(config, processes)
-    plan, obstacle = _plan(config, held, processes, asked)
+    held = _held(config, processes, machines)
+    plan, obstacle = _plan(config, held, processes, machines, asked)
     if as_json:
         from pipelines.plan_document import document
 
@@ -105,17 +106,19 @@ def _steps(config: RunConfig, folder: Path) -> list[str]:
     ]
 
 
-def _held(config: RunConfig, processes: int | None) -> Held | None:
+def _held(config: RunConfig, processes: int | None, machines: int) -> Held | None:
     """How the student would be held; None where a model's shape is not known before it is opened."""
     from distill.family import shape_of
     from distill.memory import hold_student
 
     student, teacher = shape_of(config.student.model), shape_of(config.teacher.model)
-    return None if student is None or teacher is None else hold_student(config, student, teacher, processes=processes)
+    if student is None or teacher is None:
+        return None
+    return hold_student(config, student, teacher, processes=processes, machines=machines)
 
 
 def _plan(
-    config: RunConfig, held: Held | None, processes: int | None, asked: list[str]
+    config: RunConfig, held: Held | None, processes: int | None, machines: int, asked: list[str]
 ) -> tuple[Plan | None, str | None]:
     """The plan for the usual devices, or why there is none."""
     from pipelines.planning import planned
@@ -123,7 +126,7 @@ def _plan(
     if held is None:
         return None, "the models' shapes are not known before they are opened"
     try:
-        return planned(config, processes=processes, asked=asked), None
+        return planned(config, processes=processes, machines=machines, asked=asked), None
     except UserError as error:
         # What does not fit the usual devices may have others: a plan is asked for with `distill plan --gpus`.
         return None, str(error)

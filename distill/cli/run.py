@@ -153,7 +153,7 @@ def _rehearse(
 
         one_of_many(Machines, *nodes)
     everywhere = None if processes is None else processes * num_nodes
-    print_dry_run(config, folder, as_json, processes=everywhere, asked=asked, absent=absent)
+    print_dry_run(config, folder, as_json, processes=everywhere, machines=num_nodes, asked=asked, absent=absent)
 
 
 def _start(
