@@ -64,8 +64,7 @@ def config_validate(
 ) -> None:
     """Say whether a recipe or a job file is right: its keys, its values, and the names in it.
 
-    A job file's blocks schedule, sweep and launch too. No model and no data set is opened. Exit code 0, or 2 with what
-    is wrong.
+    A job file's blocks schedule, sweep and launch too. Nothing is opened. Exit code 0, or 2 with what is wrong.
 
     Examples:
 

@@ -15,41 +15,51 @@ if TYPE_CHECKING:
     from distill.evaluation_config import TaskSettings
 
 
+Checkpoint = Annotated[
+    str, typer.Argument(help="A model folder, a run, an embedded or size name, a hub id, or a vLLM server's URL.")
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help="A task's name, mode_switching, or a JSONL file with prompt and answer [default: embedded]"),
+]
+Data = Annotated[Path | None, typer.Option(help="Local copy of the task's set, or prompts to converse on.")]
+ModeName = Annotated[str, typer.Option(help="think, no_think or both.")]
+Budgets = Annotated[list[str] | None, typer.Option(help="Thinking budgets in tokens: 8,16,24, or the option repeated.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, max=MANY, help="Responses to each question [default: the task's; 64 for AIME, else 1]"),
+]
+PassAt = Annotated[
+    list[str] | None, typer.Option(help="The k of pass@k, like --budget [default: the number of samples]")
+]
+Questions = Annotated[
+    int | None,
+    typer.Option(min=1, max=MANY, help="Only the task's first questions; conversations of mode_switching."),
+]
+Longest = Annotated[int | None, typer.Option(min=1, max=MANY, help="Longest response [default: the report's]")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="For a server's URL: size name, hub id or folder of the model that it serves.")
+]
+ResponseSeed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of the responses.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for scores and per-sample parquet; resumes [default: a run's own, else none]"),
+]
+
+
 def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A model folder, a run, an embedded or size name, a hub id, or a vLLM server's URL.")
-    ],
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="A task's name, mode_switching, or a JSONL file with prompt and answer [default: embedded]"),
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="Local copy of the task's set, or prompts to converse on.")] = None,
-    mode: Annotated[str, typer.Option(help="think, no_think or both.")] = "both",
-    budget: Annotated[
-        list[str] | None, typer.Option(help="Thinking budgets in tokens: 8,16,24, or the option repeated.")
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(min=1, max=MANY, help="Responses to each question [default: the task's; 64 for AIME, else 1]"),
-    ] = None,
-    pass_at: Annotated[
-        list[str] | None, typer.Option(help="The k of pass@k, like --budget [default: the number of samples]")
-    ] = None,
-    questions: Annotated[
-        int | None,
-        typer.Option(min=1, max=MANY, help="Only the task's first questions; conversations of mode_switching."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, max=MANY, help="Longest response [default: the report's]")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="For a server's URL: size name, hub id or folder of the model that it serves.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**53, help="Seed of the responses.")] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for scores and per-sample parquet; resumes [default: a run's own, else none]"),
-    ] = None,
+    checkpoint: Checkpoint,
+    task: Tasks = None,
+    data: Data = None,
+    mode: ModeName = "both",
+    budget: Budgets = None,
+    samples: Samples = None,
+    pass_at: PassAt = None,
+    questions: Questions = None,
+    max_new_tokens: Longest = None,
+    tokenizer: Tokenizer = None,
+    seed: ResponseSeed = 0,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Examine a checkpoint on tasks, in one mode or both, with the report's prompts and sampling for each mode.

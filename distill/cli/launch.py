@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import Assignments, JobName, Json
+from distill.cli.options import Assignments, Hardware, JobName, Json
 from distill.progress import say
 
 
@@ -21,7 +21,7 @@ def launch(
     name: JobName = None,
     once: Annotated[bool, typer.Option("--once", help="Leave the schedule's cron out: one run, now.")] = False,
     assignments: Assignments = None,
-    hardware: Annotated[Path | None, typer.Option(help="Your own devices, as YAML (docs/plan.md).")] = None,
+    hardware: Hardware = None,
     replace: Annotated[bool, typer.Option("--replace", help="Write over files that say something else.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -53,6 +53,7 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Override one key: --set stages.on_policy.steps=100")
 ]
 Store = Annotated[Path | None, typer.Option(help="Folder of the store; default DISTILL_STORE or the user's cache.")]
+Hardware = Annotated[Path | None, typer.Option(help="Your own devices, as YAML (docs/plan.md).")]
 QueueFolder = Annotated[
     Path | None, typer.Option(help="Folder of the queue; default DISTILL_QUEUE or the user's state.")
 ]

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distill.cli.options import DEAREST, LONGEST, Assignments, Json, Prompts, Recipe, Student, Teacher
+from distill.cli.options import DEAREST, LONGEST, Assignments, Hardware, Json, Prompts, Recipe, Student, Teacher
+
+Gpus = Annotated[
+    str | None, typer.Option(help="What both share: 8xH200, or 2x8xH100 for two machines. Default: the fewest H100.")
+]
+GpusTeacher = Annotated[str | None, typer.Option(help="The teacher's own, with --gpus-student.")]
+GpusStudent = Annotated[str | None, typer.Option(help="The student's own, with --gpus-teacher.")]
+Price = Annotated[float | None, typer.Option(min=0.0, max=DEAREST, help="USD for an hour of one GPU.")]
+PromptTokens = Annotated[float | None, typer.Option(min=1.0, max=LONGEST, help="Tokens of a prompt on the mean.")]
+ThinkTokens = Annotated[float | None, typer.Option(min=1.0, max=LONGEST, help="Of a response with thinking.")]
+NoThinkTokens = Annotated[float | None, typer.Option(min=1.0, max=LONGEST, help="Of a response without.")]
+Calibrate = Annotated[bool, typer.Option("--calibrate", help="Measure this machine first, and keep what was measured.")]
 
 
 def plan(
     teacher: Teacher = None,
     student: Student = None,
-    gpus: Annotated[
-        str | None,
-        typer.Option(help="What both share: 8xH200, or 2x8xH100 for two machines. Default: the fewest H100."),
-    ] = None,
-    gpus_teacher: Annotated[str | None, typer.Option(help="The teacher's own, with --gpus-student.")] = None,
-    gpus_student: Annotated[str | None, typer.Option(help="The student's own, with --gpus-teacher.")] = None,
-    hardware: Annotated[Path | None, typer.Option(help="Your own devices, as YAML (docs/plan.md).")] = None,
-    price: Annotated[float | None, typer.Option(min=0.0, max=DEAREST, help="USD for an hour of one GPU.")] = None,
-    prompt_tokens: Annotated[
-        float | None, typer.Option(min=1.0, max=LONGEST, help="Tokens of a prompt on the mean.")
-    ] = None,
-    think_tokens: Annotated[
-        float | None, typer.Option(min=1.0, max=LONGEST, help="Of a response with thinking.")
-    ] = None,
-    no_think_tokens: Annotated[float | None, typer.Option(min=1.0, max=LONGEST, help="Of a response without.")] = None,
+    gpus: Gpus = None,
+    gpus_teacher: GpusTeacher = None,
+    gpus_student: GpusStudent = None,
+    hardware: Hardware = None,
+    price: Price = None,
+    prompt_tokens: PromptTokens = None,
+    think_tokens: ThinkTokens = None,
+    no_think_tokens: NoThinkTokens = None,
     prompts: Prompts = None,
     recipe: Recipe = None,
     assignments: Assignments = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this machine first, and keep what was measured.")
-    ] = False,
+    calibrate: Calibrate = False,
     as_json: Json = False,
 ) -> None:
     """What a run needs before it spends anything: what fits, the cheapest layout, time, GPU-hours, money, disk.
