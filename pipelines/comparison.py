@@ -99,10 +99,25 @@ def run_comparison(config: ComparisonConfig, out: Path) -> dict[str, Any]:
     Raises UserError for a configuration that no member could be made of (before anything runs), StoppedError where a
     signal asked to stop, DistillError where a member failed; the same call goes on from there.
     """
-    check(config, out)
+    runs = check(config, out)
     with _claimed(out, config):
+        _announce(runs, out)
         _run_chains(config, out)
         return summarise(config, out)
+
+
+def _announce(runs: Sequence[tuple[Member, RunConfig]], out: Path) -> None:
+    """Say what the runs take that are not finished, as far as it is known before those they depend on have run."""
+    from pipelines.forecast import announce_several, named_pair
+
+    # All of a chain train the student that the first one begins with.
+    pairs = {(member.start, member.seed): named_pair(config) for member, config in runs if member.arm == OFF_POLICY}
+    unfinished = [one for one in runs if not (one[0].folder(out) / "summary.json").exists()]
+    known = [(config, pair) for member, config in unfinished if (pair := pairs[member.start, member.seed]) is not None]
+    if len(known) < len(unfinished):
+        say("plan: the models' shapes are not known before they are opened; what each run takes is in its log")
+        return
+    announce_several(known)
 
 
 def check(config: ComparisonConfig, out: Path) -> list[tuple[Member, RunConfig]]:

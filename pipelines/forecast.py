@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +26,10 @@ from distill.server_memory import ServerMemory, server_memory
 from distill.vllm.cuts import needs_expert_parallel
 from pipelines.doctor.machine import free_memory
 from pipelines.fitting import Shortage, teacher_bytes, teacher_config
-from pipelines.launch import choose_engine
+from pipelines.launch import choose_engine, processes_to_start
 from pipelines.layouts import Devices, Layout, Pair, Role, StudentLayout, TeacherLayout
 from pipelines.plan import Plan, estimate
-from pipelines.plan_lines import short_lines
+from pipelines.plan_lines import lines_of_several, short_lines
 from pipelines.planning import known_shape
 from pipelines.workload import Job, Workload, workload
 from students.ranks import Ranks
@@ -56,6 +56,18 @@ def announce(config: RunConfig, pair: Pair, journal: Journal, ranks: Ranks) -> N
     plan = replace(plan, work=left(plan.work, config, journal)) if is_resumed else plan
     plan = replace(plan, best=estimate(plan.best.layout, pair, plan.work))
     for line in short_lines(plan, is_resumed=is_resumed, free_disk=_free_disk(journal.path)):
+        say(line)
+
+
+def announce_several(runs: Sequence[tuple[RunConfig, Pair]]) -> None:
+    """The same of runs that begin one after the other, each in processes of its own, and say their own then."""
+    ranks = Ranks(0, processes_to_start(None))
+    try:
+        plans = [forecast(config, pair, ranks) for config, pair in runs]
+    except UserError as error:
+        say(f"plan: none can be made: {error}")
+        return
+    for line in lines_of_several(plans):
         say(line)
 
 

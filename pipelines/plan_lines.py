@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from distill.hardware import Pool
 from distill.memory import RESERVED_BYTES
@@ -85,13 +85,32 @@ def short_lines(plan: Plan, *, is_resumed: bool = False, free_disk: int | None =
     )
     for note in (*plan.work.notes, *_source(layout)):
         yield f"  {note}"
-    for shortage in plan.shortages:
+    yield from _warnings(plan.shortages)
+    if free_disk is not None and not is_resumed and disk > free_disk:
+        yield "warning: by the plan the disk is too small; the run goes on and stops where it is full, to be resumed"
+
+
+def lines_of_several(plans: Sequence[Plan]) -> Iterator[str]:
+    """Of several runs together, one after the other."""
+    if not plans:
+        return
+    prices = [plan.best.usd for plan in plans]
+    money = "" if None in prices else f", ${sum(price or 0.0 for price in prices):,.2f}"
+    hours, disk = sum(plan.best.gpu_hours for plan in plans), sum(sum(plan.disk().values()) for plan in plans)
+    seconds = sum(plan.best.seconds for plan in plans)
+    yield (
+        f"plan: {len(plans)} run{'s' if len(plans) > 1 else ''} on {plans[0].devices}, about {_duration(seconds)} one "
+        f"after the other, {hours:,.2f} GPU-hours{money}, {disk / 1e9:,.2f} GB of disk; each one's own is in its log"
+    )
+    yield from _warnings(dict.fromkeys(shortage for plan in plans for shortage in plan.shortages))
+
+
+def _warnings(shortages: Iterable[str]) -> Iterator[str]:
+    for shortage in shortages:
         yield (
             f"warning: by the plan it does not fit: {shortage}. The run goes on as it is configured and may run out of "
             "memory; `distill plan --gpus` says what fits"
         )
-    if free_disk is not None and not is_resumed and disk > free_disk:
-        yield "warning: by the plan the disk is too small; the run goes on and stops where it is full, to be resumed"
 
 
 def _by_stage(plan: Plan) -> dict[str, float]:

@@ -17,12 +17,13 @@ from distill.config import RunConfig
 from distill.family import shape_of
 from distill.journal import Journal, write_json
 from distill.recipe import dump_yaml
+from pipelines import comparison
 from pipelines.forecast import announce, forecast, left, named_pair
 from pipelines.layouts import Pair
 from pipelines.plan_document import PORTS
 from pipelines.plan_lines import short_lines
 from pipelines.planning import planned
-from pipelines.resolution import resolve_run
+from pipelines.resolution import resolve_comparison, resolve_run
 from pipelines.workload import workload
 from students.ranks import ALONE, Ranks
 
@@ -167,6 +168,24 @@ def test_what_is_done_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not any(left_at("c", stage=2, step=0, examined=["teacher", "start", *config.stages]).values())
     announce(config, pair_of(config), Journal(tmp_path / "a", config, writes=False), ALONE)
     assert "plan: what is left of tiny -> nano" in capsys.readouterr().err
+
+
+def test_a_comparison_says_what_its_runs_take_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparison, "_run_chains", lambda config, out: None)
+    monkeypatch.setattr(comparison, "summarise", lambda config, out: {})
+    config = resolve_comparison("table21")
+    runs = comparison.check(config, tmp_path)
+    first = next(run for member, run in runs if member.arm == comparison.OFF_POLICY)
+    seconds = [forecast(run, pair_of(first), ALONE).best.seconds for _, run in runs]
+    comparison.run_comparison(config, tmp_path)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("plan: "))
+    assert line.startswith(f"plan: 24 runs on 1xCPU, about {sum(seconds) / 3600:,.2f} h one after the other, ")
+    for member, _ in runs[:-1]:
+        write_json(member.folder(tmp_path) / "summary.json", {})
+    comparison.run_comparison(config, tmp_path)
+    assert "plan: 1 run on" in capsys.readouterr().err
 
 
 def test_a_run_says_it_once_before_its_work(tmp_path: Path) -> None:
