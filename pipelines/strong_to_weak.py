@@ -11,7 +11,7 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,37 +22,31 @@ from transformers import PreTrainedModel
 
 from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from distill.config import RunConfig
-from distill.costs import Cost, CostAccount, Role
+from distill.costs import CostAccount, Role
 from distill.encode import Encoder
 from distill.errors import DistillError, UserError
-from distill.family import EMBEDDED_NAMES, ModelSource, resolve
+from distill.family import ModelSource, resolve
 from distill.journal import Journal, StoredTensors, read_json, write_json
 from distill.progress import be_silent, say
 from distill.prompts import load_prompts
 from distill.sampler import OnFinished, Sampler
 from distill.seeding import derive
 from distill.stage_config import StageSettings
-from distill.types import Mode, Prompt, Request, Rollout
-from eval.budget import budget_curves
-from eval.evaluation import Evaluation
+from distill.types import Request, Rollout
 from eval.report import write_report
-from eval.statistics import paired_difference
-from eval.switching import TASK as MODE_SWITCHING
-from eval.switching import ModeSwitching
-from eval.tasks import load_task
 from pipelines.admission import Admission, is_judge_wanted
 from pipelines.batches import batches_of
 from pipelines.crew import Crew, Stage
 from pipelines.curve import Curve
-from pipelines.examination import Examined, Subject, examine_mode_switching, examine_task
 from pipelines.faculty import Candidate, Faculty, check_domains, find_teachers, hired_faculty
 from pipelines.forecast import announce, named_pair
 from pipelines.guards import Guards
 from pipelines.launch import choose_engine
 from pipelines.layouts import Pair
 from pipelines.loop import run_stage
-from pipelines.meter import Meter, MeteredSampler
+from pipelines.meter import Meter
 from pipelines.phases import Clock, devices_of
+from pipelines.scores import Scores
 from pipelines.specimens import Specimens
 from pipelines.stages import STAGES
 from pipelines.student_sampling import check_sampler, student_sampler
@@ -143,9 +137,7 @@ class _Run:
         for name, settings in config.stages.items():
             self.stages.append(STAGES[type(settings)](name, settings, self.crew, first_prompt=first_prompt))
             first_prompt += self.stages[-1].num_prompts
-        self.curve = None if config.evaluation.curve is None else Curve(config, self.crew, journal, self.tasks)
-        self.evaluations: list[Evaluation] = []
-        self.switching: list[ModeSwitching] = []
+        self.curve = None if config.evaluation.curve is None else Curve(config, self.crew, journal, self.scores.tasks)
         self._moments: Mapping[str, torch.Tensor] = {}
         """What the optimiser had at the checkpoint that this process resumes from."""
 
@@ -168,21 +160,7 @@ class _Run:
             count_tokens=self.encoder.count_tokens,
         )
         check_domains(candidates, self.prompts.domains)
-        held_out = self.prompts.held_out()
-        wanted = config.evaluation.tasks or _own_tasks(config, held_out)
-        self.tasks = [
-            load_task(
-                one,
-                num_questions=config.evaluation.num_questions,
-                samples=config.evaluation.samples,
-                held_out=held_out,
-            )
-            for one in wanted
-            if one != MODE_SWITCHING
-        ]
-        if not self.tasks:
-            raise UserError("evaluation.tasks names mode_switching alone, which no gap is measured on; add a task")
-        self.examines_switching = MODE_SWITCHING in wanted
+        self.scores = Scores(config, self.prompts.held_out())
         return candidates, student
 
     def _write_manifest(self, candidates: Sequence[Candidate], student: Checkpoint, command: Sequence[str]) -> None:
@@ -392,52 +370,13 @@ class _Run:
 
     def _evaluate_all(self, checkpoint: str, sampler: Sampler) -> None:
         """Every evaluation of one checkpoint; on the main process."""
-        settings = self.config.evaluation
-        shape = self.crew.teachers.default.shape if checkpoint == "teacher" else self.crew.student_shape
-        subject = Subject(
-            checkpoint,
-            MeteredSampler(sampler, self.crew.meter, shape, "evaluate", checkpoint),
-            self.encoder,
-            shape=shape,
-            context=self.config.max_prompt_tokens + self.config.longest_response,
-        )
-        seed, out = self.config.seed, self.journal.path / "eval"
-        for task in self.tasks:
-            self.evaluations += examine_task(subject, task, settings, seed=seed, out=out)
-        if (passing := settings.pass_at) is not None:
-            few = replace(
-                self.tasks[0],
-                name=f"{self.tasks[0].name}-pass",
-                prompts=self.tasks[0].prompts[: passing.num_questions],
-                samples=passing.samples,
-                pass_at=(passing.k,),
-                modes=passing.modes,
-            )
-            without_budgets = settings.model_copy(update={"budgets": ()})
-            self.evaluations += examine_task(subject, few, without_budgets, seed=seed, out=out)
-        if self.examines_switching:
-            self.switching.append(examine_mode_switching(subject, settings, seed=seed, out=out))
-        self._charge_evaluation(checkpoint)
+        self.scores.examine(checkpoint, sampler, self.crew, self.journal.path / "eval")
         self._write_costs()
-
-    @property
-    def _examined(self) -> list[Examined]:
-        return [*self.evaluations, *self.switching]
-
-    def _charge_evaluation(self, checkpoint: str) -> None:
-        """From the evaluations themselves: parts of them may have been made by an earlier process of this run."""
-        cost = Cost()
-        for found in self._examined:
-            if found.checkpoint == checkpoint:
-                cost.add(Cost(found.num_tokens, found.flops or 0.0, found.seconds))
-        self.crew.meter.account.entries.setdefault("evaluate", {})[checkpoint] = cost
 
     def _summarise(self) -> dict[str, Any]:
         summary = {
             "run": str(self.journal.path),
-            "scores": [entry for found in self._examined for entry in found.entries],
-            "budget_curves": budget_curves(self.evaluations),
-            "gap_closed": {mode: self._gap_closed(mode) for mode in self.config.evaluation.modes},
+            **self.scores.summary([stage.name for stage in self.stages]),
             "costs": self.crew.meter.account.to_json(),
             "peak_memory_bytes": self.crew.meter.account.peak_bytes,
         }
@@ -446,29 +385,6 @@ class _Run:
         write_json(self.journal.path / "summary.json", summary)
         write_report(self.journal.path)
         return summary
-
-    def _gap_closed(self, mode: Mode) -> float | None:
-        """Share of the distance between the first stage's student and the teacher that the last stage covered;
-        where there is one stage alone, between the start and the teacher.
-
-        Of the first task; null where it is not asked in this mode, where the teacher's lead is not certain (its paired
-        95 % interval reaches zero) or the teacher was not examined.
-        """
-        by_checkpoint = {
-            evaluation.checkpoint: evaluation
-            for evaluation in self.evaluations
-            if evaluation.mode == mode
-            and evaluation.task == self.tasks[0].name
-            and evaluation.sampling.thinking_budget is None
-        }
-        if "teacher" not in by_checkpoint:
-            return None
-        before = self.stages[0].name if len(self.stages) > 1 else "start"
-        teacher, first, last = (by_checkpoint[name] for name in ("teacher", before, self.stages[-1].name))
-        lead = paired_difference(teacher.scores, first.scores)
-        if lead.ci95[0] <= 0:
-            return None
-        return (_mean(last) - _mean(first)) / (_mean(teacher) - _mean(first))
 
 
 class _Gone:
@@ -505,24 +421,9 @@ def _check_shared_servers(config: RunConfig, ranks: Ranks) -> None:
             )
 
 
-def _own_tasks(config: RunConfig, held_out: Sequence[Prompt]) -> tuple[str, ...]:
-    """What to examine on where the configuration leaves it open."""
-    if config.prompts.kind == "embedded":
-        return ("embedded",)
-    if held_out:
-        return ("prompts",)
-    # The embedded models know their own task alone, and need no hub for it.
-    return ("embedded",) if config.teacher.model in EMBEDDED_NAMES else ("gsm8k",)
-
-
 def _identified(checkpoint: Checkpoint) -> dict[str, str]:
     return {"name": checkpoint.source.location, "revision": checkpoint.revision}
 
 
 def _is_of_steps(role: Role) -> bool:
     return role.partition(".")[0] in STEP_ROLES
-
-
-def _mean(evaluation: Evaluation) -> float:
-    """The first metric's mean: avg@K."""
-    return next(iter(evaluation.metrics.values())).mean
