@@ -21,7 +21,7 @@ from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
 from students.ranks import Ranks
-from students.sleep import Sleep, check_sleep, level_for
+from students.sleep import Sleep, SleepingServer, check_sleep, level_for
 from students.student import Student
 from students.vllm_sampler import TOLERANCE, VllmSampler
 from students.weight_sync import (
@@ -66,7 +66,7 @@ def student_sampler(
         with client:
             remote = RemoteSampler(client, encoder, speaker="student", vocabulary=checkpoint.shape.vocabulary)
             tolerance = settings.tolerance or TOLERANCE[config.student.dtype]
-            sleep = Sleep(client, level_for(way)) if settings.sleep else None
+            sleep = Sleep(SleepingServer(client), level_for(way)) if settings.sleep else None
             yield VllmSampler(student, remote, _sync(way, student, client), tolerance=tolerance, sleep=sleep)
     finally:
         service.stop()

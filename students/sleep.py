@@ -7,26 +7,49 @@ Until both are awake the server takes requests in and works on none.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from distill.errors import DistillError, UserError
-from distill.vllm.client import Client
-from students.weight_sync import Way, ask
+from distill.vllm.client import Client, ask
+from students.weight_sync import Way
 
 Level = Literal[1, 2]
+
+
+class Sleeper(Protocol):
+    """What can give its memory away, and take it back part by part."""
+
+    def sleep(self, level: Level) -> None: ...
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> bool:
+        """Whether it is awake as a whole then."""
+        ...
+
+
+class SleepingServer:
+    """A server, by vLLM's routes."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    def sleep(self, level: Level) -> None:
+        ask(self.client, f"/sleep?level={level}", {})
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> bool:
+        return bool(ask(self.client, f"/wake_up?tags={part}", {})["status"] == "awake")
 
 
 class Sleep:
     """``level`` 1 moves the server's weights to the machine's memory, 2 forgets them; both forget keys and values."""
 
-    def __init__(self, client: Client, level: Level) -> None:
-        self.client, self.level = client, level
+    def __init__(self, sleeper: Sleeper, level: Level) -> None:
+        self.sleeper, self.level = sleeper, level
         self.asleep = False
 
     def begin(self) -> None:
-        ask(self.client, f"/sleep?level={self.level}", {})
+        self.sleeper.sleep(self.level)
         self.asleep = True
 
     def wake_weights(self) -> None:
@@ -34,18 +57,14 @@ class Sleep:
         if self.asleep:
             # What the trainer holds in reserve is the server's now.
             torch.cuda.empty_cache()
-            self._wake("weights")
+            self.sleeper.wake("weights")
 
     def wake_cache(self) -> None:
         """Give it the memory of keys and values back; it works again."""
         if self.asleep:
-            status = self._wake("kv_cache")
-            if status != "awake":
-                raise DistillError(f"the student's server was woken up and says that it is {status}; its log says why")
+            if not self.sleeper.wake("kv_cache"):
+                raise DistillError("the student's vLLM was woken up and says that it sleeps; its log says why")
             self.asleep = False
-
-    def _wake(self, tag: str) -> str:
-        return str(ask(self.client, f"/wake_up?tags={tag}", {})["status"])
 
 
 def level_for(way: Way) -> Level:

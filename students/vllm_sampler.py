@@ -23,7 +23,7 @@ from distill.vllm.remote_sampler import RemoteSampler
 from students.rescoring import rescore
 from students.sleep import Sleep
 from students.student import Student
-from students.weight_sync import WeightSync, forget_prefixes
+from students.weight_sync import WeightSync
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """The largest difference in log-probability of one token between two implementations of the same weights."""
@@ -98,7 +98,7 @@ class VllmSampler:
         return facts
 
     def _bring_up_to_date(self) -> None:
-        self.remote.client.before()  # the server's start is not the transfer's time
+        self.remote.ready()  # the server's start is not the transfer's time
         started = time.perf_counter()
         if self.sleep is not None:
             self.sleep.wake_weights()
@@ -106,7 +106,7 @@ class VllmSampler:
         if self.sleep is not None:
             self.sleep.wake_cache()
         # What the old weights made of a prompt is no use to the new ones.
-        forget_prefixes(self.remote.client)
+        self.remote.forget_prefixes()
         gap = self.gap()
         if not gap.size <= self.tolerance:  # NaN is no agreement
             raise WeightsError(

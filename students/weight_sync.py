@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import distill
-from distill.errors import DistillError, UserError
+from distill.errors import UserError
 from distill.model_config import LoraSettings
-from distill.vllm.client import Client, Job
+from distill.vllm.client import Client, ask
 from students.adapter import adapter_flags, why_not_served
 from students.handover import filling, private_folder
 
@@ -196,22 +196,3 @@ def variables_of(way: Way, inherited: str | None) -> tuple[tuple[str, str], ...]
         # Handles of memory travel pickled; the server listens on the loopback device alone.
         variables.append(("VLLM_ALLOW_INSECURE_SERIALIZATION", "1"))
     return tuple(variables)
-
-
-def forget_prefixes(client: Client) -> None:
-    """Empty the server's prefix cache. Raises DistillError where it keeps some of it."""
-    # A question that nobody waits for any longer may still hold keys and values: they are computed anew.
-    said = ask(client, "/reset_prefix_cache?reset_running_requests=true", {})
-    if not said["success"]:
-        raise DistillError("the student's server cannot empty its prefix cache; its log says why")
-
-
-def ask(client: Client, path: str, body: dict[str, Any]) -> Any:
-    """The answer to one request, where it is JSON; None where it says nothing but that it was done."""
-
-    async def one(path: str) -> Any:
-        _, answer = await client.post(path, body, load=1)
-        return answer.json() if "json" in answer.headers.get("content-type", "") else None
-
-    ((_, said),) = client.each([Job(path, 1)], one)
-    return said

@@ -30,7 +30,7 @@ from distill.vllm.client import Client
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
 from students.rescoring import rescore
-from students.sleep import Sleep, level_for
+from students.sleep import Sleep, SleepingServer, level_for
 from students.student import Student
 from students.vllm_sampler import VllmSampler
 from students.weight_sync import AdapterSync, EngineSync, WeightSync
@@ -167,7 +167,7 @@ def test_whole_weights_are_sent_between_the_two_halves_of_waking(
     engine, client = served
     learner = student()
     sync = EngineSync("ipc", client.replicas[0].url, learner.merged_weights)
-    speaker = sampler(engine, client, learner, sync, Sleep(client, level_for("ipc")))
+    speaker = sampler(engine, client, learner, sync, Sleep(SleepingServer(client), level_for("ipc")))
     send, check, batch = ["start", "finish"], ["reset", "check"], ["batch", "sleep 2"]
     speaker.generate([])  # a server that has just started is awake
     assert engine.calls == [*send, *check, *batch]
@@ -182,7 +182,7 @@ def test_under_adapters_the_base_weights_are_kept(served: tuple[Engine, Client])
     engine, client = served
     learner = student(LoraSettings(rank=4))
     sync = AdapterSync(client, learner.write_adapter)
-    speaker = sampler(engine, client, learner, sync, Sleep(client, level_for("adapter")))
+    speaker = sampler(engine, client, learner, sync, Sleep(SleepingServer(client), level_for("adapter")))
     speaker.generate([])
     speak = ["reset", "check", "batch", "sleep 1"]
     assert engine.calls == ["load", *speak]
@@ -195,10 +195,10 @@ def test_under_adapters_the_base_weights_are_kept(served: tuple[Engine, Client])
 def test_a_server_that_does_not_wake_is_a_sentence(served: tuple[Engine, Client]) -> None:
     engine, client = served
     engine.wakes = False
-    sleep = Sleep(client, 1)
+    sleep = Sleep(SleepingServer(client), 1)
     sleep.begin()
     sleep.wake_weights()
-    with pytest.raises(DistillError, match="was woken up and says that it is sleeping"):
+    with pytest.raises(DistillError, match="was woken up and says that it sleeps"):
         sleep.wake_cache()
 
 

@@ -133,9 +133,8 @@ def test_weights_that_did_not_arrive_name_a_way_out(
 ) -> None:
     settings = StudentSettings(dtype=dtype, gradient_checkpointing=False)
     learner = Student(load_model(NANO, torch.float32, "cpu"), settings, stop_ids=[0])
-    remote: Any = SimpleNamespace(vocabulary=100, client=SimpleNamespace(before=lambda: None), model=None)
+    remote: Any = SimpleNamespace(vocabulary=100, ready=lambda: None, forget_prefixes=lambda: None, model=None)
     sampler = VllmSampler(learner, remote, SimpleNamespace(send=lambda: None), tolerance=0.1)
-    monkeypatch.setattr("students.vllm_sampler.forget_prefixes", lambda client: None)
     monkeypatch.setattr(sampler, "gap", lambda: Gap(0, 1, -1.0, said))
     with pytest.raises(WeightsError, match=way_out):
         sampler.take_weights()

@@ -287,6 +287,17 @@ class Client:
         return replica.model
 
 
+def ask(client: Client, path: str, body: Mapping[str, Any]) -> Any:
+    """The answer to one request, where it is JSON; None where it says nothing but that it was done."""
+
+    async def one(path: str) -> Any:
+        _, answer = await client.post(path, body, load=1)
+        return answer.json() if "json" in answer.headers.get("content-type", "") else None
+
+    ((_, said),) = client.each([Job(path, 1)], one)
+    return said
+
+
 def _is_being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
