@@ -138,6 +138,11 @@ class RunConfig(Settings):
                 f"sampler.staleness is 1, and sampler.backend={self.sampler.backend} samples with the very weights "
                 f"that are trained; set sampler.backend to vllm, whose server has its own, or sampler.staleness to 0"
             )
+        if self.sampler.place != "server":
+            raise ValueError(
+                "sampler.staleness=1 samples the next batch while this one is trained on, and sampler.place=in_process "
+                "has one process for both; set sampler.place to server, or sampler.staleness to 0"
+            )
         if self.sampler.sleep:
             raise ValueError(
                 "sampler.sleep gives the server's memory away while the student trains, and sampler.staleness=1 has it "

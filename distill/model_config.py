@@ -95,15 +95,18 @@ class SamplerSettings(Settings):
     """Who draws the student's responses."""
 
     backend: Literal["transformers", "vllm"] = "transformers"
-    """``transformers``: the trained model itself, in this process. ``vllm``: a vLLM server of the run's own, which gets
-    the student's weights before it speaks, and is checked to have got them."""
+    """``transformers``: the trained model itself, in this process. ``vllm``: a vLLM of the run's own, which gets the
+    student's weights before it speaks, and is checked to have got them."""
+    place: Literal["server", "in_process"] = "server"
+    """Where ``backend`` vllm runs. ``server``: in processes of its own. ``in_process``: in the trainer's, on its cores
+    or its GPU; weights are handed over as they lie in memory."""
     sync: Literal["auto", "file", "nccl", "ipc", "adapter"] = "auto"
     """How the weights get to the server. ``file``: through memory or disk, for a server on a CPU. ``nccl``: to a server
     with ``devices`` of its own. ``ipc``: within the GPU that trainer and server share. ``adapter``: LoRA adapters by
     themselves, which the server lays over the weights that it started with. Auto takes the one that fits: adapter for a
-    LoRA student on a GPU that vLLM can serve so."""
+    LoRA student on a GPU that vLLM can serve so. In the trainer's process there is nothing to choose."""
     sleep: bool = False
-    """Whether a server on the trainer's GPU gives its memory away while the student trains."""
+    """Whether vLLM on the trainer's GPU gives its memory away while the student trains."""
     devices: tuple[str, ...] = ()
     """GPUs of the server's own, by number, or CPU cores; empty leaves the choice to vLLM, which on a GPU is the
     trainer's."""
@@ -115,6 +118,6 @@ class SamplerSettings(Settings):
     """The largest difference in log-probability of a probe's token between server and trainer, beyond which the run
     stops. Null means 1e-4 for float32 and 0.25 for bfloat16."""
     server_args: tuple[str, ...] = ()
-    """Further arguments of the server, as vLLM takes them."""
+    """Further arguments of the server, or of the engine in this process, as vLLM takes them."""
     patience_seconds: PositiveFloat = 600.0
     """How long a server that does not answer is waited for; then the run stops with exit code 75."""

@@ -1,7 +1,7 @@
-"""Who draws the student's responses in a run: its own model in this process, or a vLLM server of the run's own.
+"""Who draws the student's responses in a run: its own model in this process, or a vLLM of the run's own.
 
-The server starts when the first responses are wanted, and ends with the run. It is never started again by itself: it
-would speak with the weights of its checkpoint.
+vLLM is a server, or an engine in this process. It starts when the first responses are wanted, and ends with the run. A
+server is never started again by itself: it would speak with the weights of its checkpoint.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from distill.encode import Encoder
 from distill.errors import UserError
 from distill.sampler import StudentSampler, TransformersSampler
 from distill.vllm.client import Client
+from distill.vllm.engine import Engine, check_installed
+from distill.vllm.engine_sampler import EngineSampler
 from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
@@ -28,6 +30,7 @@ from students.weight_sync import (
     AdapterSync,
     EngineSync,
     FileSync,
+    MemorySync,
     Way,
     WeightSync,
     check_uncut,
@@ -53,7 +56,16 @@ def student_sampler(
         )
         return
     way = _way(config, checkpoint, ranks)
-    service = Service(_launch(config, checkpoint, way, on_gpu=ranks.device.type == "cuda"), log=logs / "student.log")
+    launch, log = _launch(config, checkpoint, way, on_gpu=ranks.device.type == "cuda"), logs / "student.log"
+    tolerance = settings.tolerance or TOLERANCE[config.student.dtype]
+    if settings.place == "in_process":
+        with Engine(launch, log=log) as engine:
+            speaker = EngineSampler(engine, encoder, speaker="student", width=config.sampler_batch)
+            sleep = Sleep(engine, level_for(way)) if settings.sleep else None
+            memory = MemorySync(engine, student.merged_weights)
+            yield VllmSampler(student, speaker, memory, tolerance=tolerance, sleep=sleep)
+        return
+    service = Service(launch, log=log)
     client = Client(
         [service.url],
         width=config.sampler_batch,
@@ -65,7 +77,6 @@ def student_sampler(
     try:
         with client:
             remote = RemoteSampler(client, encoder, speaker="student", vocabulary=checkpoint.shape.vocabulary)
-            tolerance = settings.tolerance or TOLERANCE[config.student.dtype]
             sleep = Sleep(SleepingServer(client), level_for(way)) if settings.sleep else None
             yield VllmSampler(student, remote, _sync(way, student, client), tolerance=tolerance, sleep=sleep)
     finally:
@@ -75,6 +86,8 @@ def student_sampler(
 def check_sampler(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> None:
     """Raises UserError where the student cannot be sampled in the way that ``config`` wants, before anything starts."""
     if config.sampler.backend == "vllm":
+        if config.sampler.place == "in_process":
+            check_installed()
         _launch(config, checkpoint, _way(config, checkpoint, ranks), on_gpu=ranks.device.type == "cuda").check()
 
 
@@ -96,6 +109,7 @@ def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
         own_devices=own_devices,
         num_experts=checkpoint.shape.num_experts,
         lora=config.student.lora,
+        in_process=config.sampler.place == "in_process",
     )
 
 
@@ -104,6 +118,7 @@ def _sync(way: Way, student: Student, client: Client) -> WeightSync:
         return AdapterSync(client, student.write_adapter)
     if way == "file":
         return FileSync(client, student.merged_weights)
+    assert way != "memory", "a server shares no memory with this process"
     return EngineSync(way, client.replicas[0].url, student.merged_weights)
 
 

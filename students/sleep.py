@@ -1,8 +1,9 @@
-"""vLLM's sleep mode: a server on the trainer's GPU leaves its memory to the trainer between two batches.
+"""vLLM's sleep mode: a vLLM on the trainer's GPU leaves its memory to the trainer between two batches.
 
     batch, /sleep ... /wake_up?tags=weights, new weights, /wake_up?tags=kv_cache, check, batch
 
-Until both are awake the server takes requests in and works on none.
+Until both are awake a server takes requests in and works on none. An engine in the trainer's process does the same
+without the routes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class SleepingServer:
 
 
 class Sleep:
-    """``level`` 1 moves the server's weights to the machine's memory, 2 forgets them; both forget keys and values."""
+    """``level`` 1 moves vLLM's weights to the machine's memory, 2 forgets them; both forget keys and values."""
 
     def __init__(self, sleeper: Sleeper, level: Level) -> None:
         self.sleeper, self.level = sleeper, level
@@ -53,9 +54,9 @@ class Sleep:
         self.asleep = True
 
     def wake_weights(self) -> None:
-        """Give the server the memory of its weights back; after level 2 nothing is in it."""
+        """Give it the memory of its weights back; after level 2 nothing is in it."""
         if self.asleep:
-            # What the trainer holds in reserve is the server's now.
+            # What the trainer holds in reserve is vLLM's now.
             torch.cuda.empty_cache()
             self.sleeper.wake("weights")
 
@@ -76,10 +77,10 @@ def check_sleep(*, on_gpu: bool, own_devices: bool) -> None:
     """Raise UserError where the server shares no GPU with the trainer."""
     if not on_gpu:
         raise UserError(
-            "sampler.sleep=true is for a server on the trainer's GPU, and this machine has none; set it to false"
+            "sampler.sleep=true is for vLLM on the trainer's GPU, and this machine has none; set it to false"
         )
     if own_devices:
         raise UserError(
-            "sampler.sleep=true is for a server on the trainer's GPU, and sampler.devices gives it its own; set it to "
+            "sampler.sleep=true is for vLLM on the trainer's GPU, and sampler.devices gives it its own; set it to "
             "false, or leave sampler.devices empty"
         )

@@ -1,4 +1,4 @@
-"""The student behind a vLLM server: new weights are sent before it speaks, and checked to have arrived.
+"""The student through vLLM: new weights are sent before it speaks, and checked to have arrived.
 
 vLLM's own ways to take new weights have left wrong ones without a word, and a run on stale or broken weights looks like
 one that learns badly. So after each transfer a few probe sequences are scored by both, token by token, and a
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from distill.errors import DistillError
 from distill.sampler import OnFinished
 from distill.seeding import derive
 from distill.types import Prompt, Request, Rollout, Sampling
-from distill.vllm.remote_sampler import RemoteSampler
 from students.rescoring import rescore
 from students.sleep import Sleep
 from students.student import Student
@@ -48,44 +48,61 @@ class Gap:
         return abs(self.trainer - self.sampler)
 
 
-class VllmSampler:
-    """Samples ``student`` through ``remote``, whose servers get its weights by ``sync``.
+class Speaker(Protocol):
+    """A vLLM that speaks with whatever weights it has: a server, or an engine in this process."""
 
-    With ``sleep`` the server rests whenever it has answered, and takes the weights anew before it speaks again.
+    vocabulary: int
+    weight_version: int
+    model: str | None
+    """The name of the model that speaks; None where there is one alone, or the server's own."""
+
+    def ready(self) -> None: ...
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]: ...
+
+    def read(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
+
+    def forget_prefixes(self) -> None: ...
+
+
+class VllmSampler:
+    """Samples ``student`` through ``vllm``, which gets its weights by ``sync``.
+
+    With ``sleep`` that rests whenever it has answered, and takes the weights anew before it speaks again.
     ``tolerance`` is in nats, for one token. The probes are sequences of random tokens: every row of the embeddings and
     every layer counts, and a checkpoint that was not trained yet has no responses of its own.
     """
 
     def __init__(
-        self, student: Student, remote: RemoteSampler, sync: WeightSync, *, tolerance: float, sleep: Sleep | None = None
+        self, student: Student, vllm: Speaker, sync: WeightSync, *, tolerance: float, sleep: Sleep | None = None
     ) -> None:
-        self.student, self.remote, self.sync, self.tolerance = student, remote, sync, tolerance
+        self.student, self.vllm, self.sync, self.tolerance = student, vllm, sync, tolerance
         self.sleep = sleep
         self.weight_version = 0
-        self.probes = _probes(remote.vocabulary)
+        self.probes = _probes(vllm.vocabulary)
         self._synced: int | None = None
         self._keeps = False
         self._facts: dict[str, float] = {}
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
-        """Raises WeightsError where the server does not hold the student's weights after they were sent."""
+        """Raises WeightsError where vLLM does not hold the student's weights after they were sent."""
         if not self._keeps:
             self.take_weights()
-        rollouts = self.remote.generate(requests, on_finished)
+        rollouts = self.vllm.generate(requests, on_finished)
         if self.sleep is not None:
             self.sleep.begin()
             self._synced = None
         return rollouts
 
     def take_weights(self) -> None:
-        """Raises WeightsError where the server does not hold the student's weights after they were sent."""
+        """Raises WeightsError where vLLM does not hold the student's weights after they were sent."""
         if self._synced != self.student.num_changes:
             self._bring_up_to_date()
-        self.remote.weight_version = self.weight_version
+        self.vllm.weight_version = self.weight_version
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Within the block nothing is sent: the server speaks, and its responses are stamped, as it stands."""
+        """Within the block nothing is sent: vLLM speaks, and its responses are stamped, as it stands."""
         self._keeps = True
         try:
             yield
@@ -98,15 +115,15 @@ class VllmSampler:
         return facts
 
     def _bring_up_to_date(self) -> None:
-        self.remote.ready()  # the server's start is not the transfer's time
+        self.vllm.ready()  # its start is not the transfer's time
         started = time.perf_counter()
         if self.sleep is not None:
             self.sleep.wake_weights()
-        self.remote.model = self.sync.send()
+        self.vllm.model = self.sync.send()
         if self.sleep is not None:
             self.sleep.wake_cache()
         # What the old weights made of a prompt is no use to the new ones.
-        self.remote.forget_prefixes()
+        self.vllm.forget_prefixes()
         gap = self.gap()
         if not gap.size <= self.tolerance:  # NaN is no agreement
             raise WeightsError(
@@ -119,14 +136,16 @@ class VllmSampler:
         self._facts = {"sampler.gap": gap.size, "sampler.sync_seconds": time.perf_counter() - started}
 
     def _way_out(self, gap: Gap) -> str:
-        others = "set another sampler.sync, or sampler.backend to transformers and sampler.staleness to 0"
+        others = (
+            "set another sampler.sync or sampler.place, or sampler.backend to transformers and sampler.staleness to 0"
+        )
         if self.student.dtype == torch.bfloat16 and np.isfinite(gap.size):
             return f"where the rounding of bfloat16 alone explains it, raise sampler.tolerance; otherwise {others}"
         return others
 
     def gap(self) -> Gap:
         """The largest difference between trainer and sampler on the probes."""
-        said = self.remote.read([probe.prompt_ids + probe.response_ids for probe in self.probes])
+        said = self.vllm.read([probe.prompt_ids + probe.response_ids for probe in self.probes])
         gaps = [
             Gap(number, place, trainer, sampler)
             for number, (scored, read) in enumerate(zip(rescore(self.student, self.probes), said, strict=True))

@@ -1,11 +1,12 @@
-"""Ways for the student's weights into a running vLLM server: a file that its worker reads, or vLLM's own transfer.
+"""Ways for the student's weights into a running vLLM: a file that its worker reads, vLLM's own transfer, or memory.
 
     file      a server on a CPU: a safetensors file in a private folder in memory, read by ``distill.vllm.worker``
     nccl      a server with GPUs of its own: broadcast (vLLM's NCCL engine)
     ipc       a server on the trainer's GPU: handles of the trainer's memory (vLLM's IPC engine)
     adapter   any server of a LoRA student: the adapters alone, beside the base weights that it started with
+    memory    vLLM in this process: the tensors themselves
 
-The first three send the weights whole, adapters merged. That they arrived is not believed but checked, by whoever sends
+All but adapter send the weights whole, adapters merged. That they arrived is not believed but checked, by whoever sends
 them.
 """
 
@@ -23,15 +24,18 @@ import distill
 from distill.errors import UserError
 from distill.model_config import LoraSettings
 from distill.vllm.client import Client, ask
+from distill.vllm.engine import Engine
 from students.adapter import adapter_flags, why_not_served
 from students.handover import filling, private_folder
 
-Way = Literal["file", "nccl", "ipc", "adapter"]
+Way = Literal["file", "nccl", "ipc", "adapter", "memory"]
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives every weight by its name in a plain checkpoint, as it is now."""
 
 _CUTS = ("--tensor-parallel", "--pipeline-parallel", "--data-parallel")
 _CUTS_SHORT = ("-tp", "-pp", "-dp")
+
+_EXPERTS_ON_CPU = "the vLLM sampler cannot take over a mixture of experts on a CPU; set sampler.backend to transformers"
 
 WORKER = "distill.vllm.worker.WeightsFromFile"
 
@@ -83,6 +87,16 @@ class AdapterSync:
         return folder.name
 
 
+class MemorySync:
+    """Through no file and no wire, to an engine in this process."""
+
+    def __init__(self, engine: Engine, weights: Weights) -> None:
+        self.engine, self.weights = engine, weights
+
+    def send(self) -> None:
+        self.engine.take_weights(self.weights())
+
+
 class EngineSync:
     """Through one of vLLM's weight-transfer engines, which are made for GPUs, to a server that is one process."""
 
@@ -130,8 +144,11 @@ def choose_way(
     own_devices: bool,
     num_experts: int,
     lora: LoraSettings | None,
+    in_process: bool = False,
 ) -> Way:
     """The way that fits. Raises UserError where ``wanted`` cannot be gone on this machine, or with this student."""
+    if in_process:
+        return _to_this_process(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=num_experts)
     reason = why_not_served(lora, num_experts)
     # On a CPU vLLM gathers a copy of the adapters for every token; merged weights cost it nothing.
     if wanted == "adapter" or (wanted == "auto" and on_gpu and reason is None):
@@ -155,10 +172,24 @@ def choose_way(
             "sampler.sync=ipc is for a server on the trainer's GPU; leave sampler.devices empty, or set nccl"
         )
     if way == "file" and num_experts:
-        raise UserError(
-            "the vLLM sampler cannot take over a mixture of experts on a CPU; set sampler.backend to transformers"
-        )
+        raise UserError(_EXPERTS_ON_CPU)
     return way
+
+
+def _to_this_process(wanted: str, *, on_gpu: bool, own_devices: bool, num_experts: int) -> Way:
+    if wanted != "auto":
+        raise UserError(
+            f"sampler.sync={wanted} is a way to a server, and sampler.place=in_process has none: weights are handed "
+            f"over in memory; set sampler.sync to auto, or sampler.place to server"
+        )
+    if own_devices:
+        raise UserError(
+            "sampler.devices are a server's own, and sampler.place=in_process runs where the trainer runs; leave "
+            "sampler.devices empty, or set sampler.place to server"
+        )
+    if num_experts and not on_gpu:
+        raise UserError(_EXPERTS_ON_CPU)
+    return "memory"
 
 
 def check_uncut(server_args: Sequence[str]) -> None:
@@ -179,11 +210,15 @@ def flags_of(way: Way, lora: LoraSettings | None = None) -> tuple[str, ...]:
         return adapter_flags(lora)
     if way == "file":
         return ("--worker-extension-cls", WORKER)
+    if way == "memory":
+        return ()
     return ("--weight-transfer-config", f'{{"backend": "{way}"}}')
 
 
 def variables_of(way: Way, inherited: str | None) -> tuple[tuple[str, str], ...]:
     """Its environment; ``inherited`` is the PYTHONPATH of this process."""
+    if way == "memory":
+        return ()
     # The routes that take weights are open in this mode alone.
     variables = [("VLLM_SERVER_DEV_MODE", "1")]
     if way == "file":

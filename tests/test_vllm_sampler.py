@@ -174,12 +174,12 @@ def test_adapters_are_swapped_under_a_server_that_runs(adapting: Client) -> None
         for rollout, scored in zip(rollouts, rescore(learner, rollouts), strict=True):
             assert rollout.logprobs == pytest.approx(scored.token_R.tolist(), abs=1e-4)
         said.append([one.response_ids for one in rollouts])
-        names.append(speaker.remote.model)
+        names.append(speaker.vllm.model)
     assert len({str(one) for one in said}) > 12  # the adapters are no trifle
     # None but the last is left, and whoever asks for another is not answered by it.
-    speaker.remote.model = names[-2]
+    speaker.vllm.model = names[-2]
     with pytest.raises(UserError, match=names[-2]):
-        speaker.remote.read([[1, 2]])
+        speaker.vllm.read([[1, 2]])
 
 
 def test_an_adapter_with_a_wrong_tensor_is_caught(adapting: Client) -> None:
@@ -220,7 +220,7 @@ def test_a_swap_that_never_happened_is_caught(adapting: Client) -> None:
     sync = AdapterSync(adapting, learner.write_adapter)
     speaker = sampler(adapting, learner, sync)
     speaker.generate(requests(1))
-    name = speaker.remote.model
+    name = speaker.vllm.model
 
     class Nothing:
         def send(self) -> str | None:

@@ -111,6 +111,48 @@ def test_a_run_is_refused_before_anything_starts() -> None:
     check_sampler(RunConfig(sampler=SamplerSettings(sync="nccl")), NANO, ALONE)  # nobody will ask for it
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"sync": "file"}, r"sampler\.sync=file is a way to a server, and sampler\.place=in_process has none"),
+        ({"devices": ("0",)}, r"sampler\.devices are a server's own, and sampler\.place=in_process"),
+        ({"sleep": True}, r"sampler\.sleep=true is for vLLM on the trainer's GPU, and this machine has none"),
+        ({"server_args": ("-tp", "2")}, r"server_args has -tp"),
+    ],
+)
+def test_what_an_engine_in_the_trainers_process_cannot_have(
+    settings: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    sampler = SamplerSettings(backend="vllm", place="in_process", **settings)
+    with pytest.raises(UserError, match=sentence):
+        check_sampler(RunConfig(student=StudentSettings(model="nano"), sampler=sampler), NANO, ALONE)
+
+
+def test_an_engine_in_the_trainers_process_needs_vllm_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = SamplerSettings(backend="vllm", place="in_process")
+    config = RunConfig(student=StudentSettings(model="nano"), sampler=sampler)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    check_sampler(config, NANO, ALONE)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"place=in_process runs vLLM in this process, and it is not installed"):
+        check_sampler(config, NANO, ALONE)
+
+
+def test_one_process_does_not_speak_and_train_at_once() -> None:
+    sampler = SamplerSettings(backend="vllm", place="in_process", staleness=1)
+    with pytest.raises(ValueError, match=r"in_process has one process for both; set sampler\.place to server"):
+        RunConfig(student=StudentSettings(model="nano"), sampler=sampler)
+
+
+def test_the_way_within_a_process() -> None:
+    for on_gpu in (False, True):
+        way = choose_way("auto", on_gpu=on_gpu, own_devices=False, num_experts=0, lora=LORA, in_process=True)
+        assert (way, flags_of(way), variables_of(way, None)) == ("memory", (), ())
+    with pytest.raises(UserError, match="cannot take over a mixture of experts on a CPU"):
+        choose_way("auto", on_gpu=False, own_devices=False, num_experts=8, lora=None, in_process=True)
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_several_processes_are_sent_to_what_is_not_refused_next(staleness: Any) -> None:
     sampler = SamplerSettings(backend="vllm", staleness=staleness)
@@ -123,9 +165,17 @@ def test_several_processes_are_sent_to_what_is_not_refused_next(staleness: Any) 
 @pytest.mark.parametrize(
     ("dtype", "said", "way_out"),
     [
-        ("float32", -2.0, "sampler.tolerance 0.1; set another sampler.sync, or sampler.backend to transformers"),
-        ("bfloat16", -2.0, "bfloat16 alone explains it, raise sampler.tolerance; otherwise set another sampler.sync"),
-        ("bfloat16", float("nan"), "sampler.tolerance 0.1; set another sampler.sync"),  # no tolerance lets it through
+        ("float32", -2.0, "sampler.tolerance 0.1; set another sampler.sync or sampler.place, or"),
+        (
+            "bfloat16",
+            -2.0,
+            "bfloat16 alone explains it, raise sampler.tolerance; otherwise set another sampler.sync or",
+        ),
+        (
+            "bfloat16",
+            float("nan"),
+            "sampler.tolerance 0.1; set another sampler.sync or",
+        ),  # no tolerance lets it through
     ],
 )
 def test_weights_that_did_not_arrive_name_a_way_out(
@@ -326,7 +376,7 @@ def test_a_server_sleeps_only_on_the_trainers_gpu() -> None:
     with pytest.raises(UserError, match=r"sampler\.devices gives it its own"):
         check_sleep(on_gpu=True, own_devices=True)
     config = RunConfig(student=StudentSettings(model="nano"), sampler=SamplerSettings(backend="vllm", sleep=True))
-    with pytest.raises(UserError, match=r"sampler\.sleep=true is for a server on the trainer's GPU, and this machine"):
+    with pytest.raises(UserError, match=r"sampler\.sleep=true is for vLLM on the trainer's GPU, and this machine"):
         check_sampler(config, NANO, ALONE)
 
 

@@ -124,11 +124,17 @@ class Launch:
         """The server's command line; secrets are in ``environment``, where a list of processes does not show them."""
         return [
             *self._program(),
-            *("--model", str(self.checkpoint.path)),
-            *("--served-model-name", self.checkpoint.name),
             *("--host", self.host, "--port", str(port)),
             # A line for every request tells nothing and, with short responses, costs more than it should.
             "--disable-uvicorn-access-log",
+            *self.model_flags(),
+        ]
+
+    def model_flags(self) -> list[str]:
+        """What is said of the model and its engine, in a server or in a process that has one."""
+        return [
+            *("--model", str(self.checkpoint.path)),
+            *("--served-model-name", self.checkpoint.name),
             *("--dtype", self.dtype),
             *("--max-model-len", str(self.max_model_len)),
             *self._parallel_flags(),
