@@ -1,15 +1,16 @@
 """How fast a student is sampled: ``python -m benchmarks.sampler --json``.
 
-Two students: the embedded one, and the published 0.6B shape with random weights (few tokens there). Three samplers: a
-vLLM server (null where vLLM is not installed, and on a GPU), transformers' own ``generate``, and ours. Two workloads
-without stop tokens, whose lengths are the requests' limits: ``mixed``, a long tail (half end by 16 tokens, a tenth run
-to 256; an eighth of that for the 0.6B shape on a CPU), and ``equal``. Prompts have 10 to 30 tokens.
+Two students: the embedded one, and the published 0.6B shape with random weights (few tokens there). Four samplers: a
+vLLM server and a vLLM engine in this process (null where vLLM is not installed, and on a GPU), transformers' own
+``generate``, and ours. Two workloads without stop tokens, whose lengths are the requests' limits: ``mixed``, a long
+tail (half end by 16 tokens, a tenth run to 256; an eighth of that for the 0.6B shape on a CPU), and ``equal``. Prompts
+have 10 to 30 tokens.
 
 ``generate`` decodes a batch until its longest row has ended; tokens beyond a row's limit do not count. In process the
 samplers take turns, ``--repeats`` times, and the fastest pass counts. ``cpu_tokens_per_second`` are by processor time,
-which other work on the machine changes less; null for vLLM, whose work is another process's. ``logprob_gap`` is the
+which other work on the machine changes less; null for a server, whose work is another process's. ``logprob_gap`` is the
 largest difference between a sampler's log-probability of a token and a forward pass over the whole sequence;
-``generate`` gives none. ``sync_seconds`` is what new weights take to get there, the check included: nothing in process.
+``generate`` gives none. ``sync_seconds`` is what new weights take to get to vLLM, the check included.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ from distill.model_config import StudentSettings
 from distill.sampler import TransformersSampler
 from distill.types import Prompt, Request, Rollout, Sampling
 from distill.vllm.client import Client
+from distill.vllm.engine import Engine
+from distill.vllm.engine_sampler import EngineSampler
 from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
 from students.rescoring import rescore
 from students.student import Student
 from students.vllm_sampler import VllmSampler
-from students.weight_sync import FileSync, flags_of, variables_of
+from students.weight_sync import FileSync, MemorySync, Way, flags_of, variables_of
 
 
 @dataclass(frozen=True)
@@ -190,48 +193,63 @@ def largest_gap(student: Student, rollouts: Sequence[Rollout]) -> float:
     )
 
 
-def by_vllm(
-    checkpoint: Checkpoint, student: Student, size: Size, arguments: argparse.Namespace
-) -> dict[str, Any] | None:
-    if importlib.util.find_spec("vllm") is None:
-        return None
-    launch = Launch(
+def launch(checkpoint: Checkpoint, way: Way, dtype: str) -> Launch:
+    return Launch(
         checkpoint,
         "generate",
-        dtype=arguments.dtype,
+        dtype=dtype,
         max_model_len=512,
         on_gpu=False,
-        extra=flags_of("file"),
+        extra=flags_of(way),
         whose="student",
         max_restarts=0,
-        variables=variables_of("file", None),
+        variables=variables_of(way, None),
     )
-    found: dict[str, Any] = {}
+
+
+def by_server(checkpoint: Checkpoint, student: Student, size: Size, repeats: int) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as folder,
-        Service(launch, log=Path(folder) / "log") as service,
+        Service(launch(checkpoint, "file", student.settings.dtype), log=Path(folder) / "log") as service,
     ):
         service.wait()
         with Client([service.url], width=256, whose="student") as client:
             vocabulary = checkpoint.shape.vocabulary
             remote = RemoteSampler(client, cast(Encoder, Ids()), speaker="student", vocabulary=vocabulary)
             sampler = VllmSampler(student, remote, FileSync(client, student.merged_weights), tolerance=1e-3)
-            gap, syncs = 0.0, []
-            for workload in ("mixed", "equal"):
-                asked = requests(vocabulary, workload, size)
-                walls = []
-                for number in range(arguments.repeats):
-                    student.num_changes += 1
-                    # Other prompts: the server keeps what it knows of those it has read.
-                    fresh = [replace(one, prompt_ids=(number, *one.prompt_ids[1:])) for one in asked]
-                    started = time.perf_counter()
-                    rollouts = sampler.generate(fresh)
-                    facts = sampler.facts()
-                    walls.append(time.perf_counter() - started - facts["sampler.sync_seconds"])
-                    syncs.append(facts["sampler.sync_seconds"])
-                gap = max(gap, facts["sampler.gap"], largest_gap(student, rollouts))
-                num_tokens = sum(request.sampling.max_new_tokens for request in asked)
-                found |= rates(workload, num_tokens, min(walls), None)
+            return by_vllm(sampler, size, repeats, in_process=False)
+
+
+def by_engine(checkpoint: Checkpoint, student: Student, size: Size, repeats: int) -> dict[str, Any]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Engine(launch(checkpoint, "memory", student.settings.dtype), log=Path(folder) / "log") as engine,
+    ):
+        speaker = EngineSampler(engine, cast(Encoder, Ids()), speaker="student", width=256)
+        sampler = VllmSampler(student, speaker, MemorySync(engine, student.merged_weights), tolerance=1e-3)
+        return by_vllm(sampler, size, repeats, in_process=True)
+
+
+def by_vllm(sampler: VllmSampler, size: Size, repeats: int, *, in_process: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    gap, syncs = 0.0, []
+    for workload in ("mixed", "equal"):
+        asked = requests(sampler.vllm.vocabulary, workload, size)
+        walls, processors = [], []
+        for number in range(repeats):
+            sampler.student.num_changes += 1
+            sampler.take_weights()
+            facts = sampler.facts()
+            syncs.append(facts["sampler.sync_seconds"])
+            # Other prompts: vLLM keeps what it knows of those it has read.
+            fresh = [replace(one, prompt_ids=(number, *one.prompt_ids[1:])) for one in asked]
+            wall, processor = time.perf_counter(), time.process_time()
+            rollouts = sampler.generate(fresh)
+            walls.append(time.perf_counter() - wall)
+            processors.append(time.process_time() - processor)
+        gap = max(gap, facts["sampler.gap"], largest_gap(sampler.student, rollouts))
+        num_tokens = sum(request.sampling.max_new_tokens for request in asked)
+        found |= rates(workload, num_tokens, min(walls), min(processors) if in_process else None)
     return found | {"sync_seconds": min(syncs), "logprob_gap": gap}
 
 
@@ -250,13 +268,15 @@ def checkpoint_of(name: str, dtype: torch.dtype, device: str) -> Iterator[Checkp
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    device, dtype, repeats = arguments.device, getattr(torch, arguments.dtype), arguments.repeats
     size = (SIZE if device == "cpu" else GPU_SIZE)[name]
     with checkpoint_of(name, dtype, device) as checkpoint:
         settings = StudentSettings(dtype=arguments.dtype, gradient_checkpointing=False, micro_batch_tokens=2048)
         student = Student(load_model(checkpoint, dtype, device), settings, stop_ids=[0])
+        with_vllm = not arguments.no_vllm and device == "cpu" and importlib.util.find_spec("vllm") is not None
         return {
-            "vllm": None if arguments.no_vllm or device != "cpu" else by_vllm(checkpoint, student, size, arguments),
+            "vllm": by_server(checkpoint, student, size, repeats) if with_vllm else None,
+            "vllm_in_process": by_engine(checkpoint, student, size, repeats) if with_vllm else None,
             **in_process(student, size, arguments),
         }
 
