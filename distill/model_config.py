@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from distill.errors import UserError
 from distill.settings import PositiveFloat, PositiveInt, Settings
 
 ServerUrl = Annotated[str, Field(pattern=r"^https?://[^/]+")]
@@ -121,3 +122,17 @@ class SamplerSettings(Settings):
     """Further arguments of the server, or of the engine in this process, as vLLM takes them."""
     patience_seconds: PositiveFloat = 600.0
     """How long a server that does not answer is waited for; then the run stops with exit code 75."""
+
+    @property
+    def confines(self) -> str | None:
+        """The setting that confines a run to one process, as ``name=value``; None where none does."""
+        if self.backend == "vllm" and self.place == "in_process":
+            return "sampler.place=in_process"
+        if self.staleness:
+            return f"sampler.staleness={self.staleness}"
+        return "sampler.sleep=true" if self.backend == "vllm" and self.sleep else None
+
+    def check_processes(self, num: int) -> None:
+        """Raises UserError where a run of ``num`` processes cannot be sampled so."""
+        if num > 1 and self.confines is not None:
+            raise UserError(f"{self.confines} is for one process, and there are {num}; set it to its default")

@@ -93,7 +93,7 @@ def search(
 ) -> Search:
     """Every layout of ``devices`` that fits, and what the others lacked. ``processes`` fixes the student's number.
 
-    A run that samples its student in a vLLM server of its own is one process.
+    A run whose sampler is for one process has one.
     """
     found = Search()
     base, assignments = changed(config, changes)
@@ -131,7 +131,7 @@ def _kept(layouts: Sequence[Layout], devices: Devices) -> list[Layout]:
 
 
 def _most_processes(config: RunConfig, devices: Devices) -> int:
-    return 1 if config.sampler.backend == "vllm" else devices.student.count
+    return 1 if config.sampler.confines else devices.student.count
 
 
 def teacher_bytes(config: RunConfig) -> Bytes:

@@ -182,13 +182,7 @@ def make_plan(
     Raises UserError where nothing fits, with what would.
     """
     check_pair(pair, config)
-    least = machines if processes is None else processes
-    if config.sampler.backend == "vllm" and least > 1:
-        too = ", and sampler.staleness to 0" if config.sampler.staleness else ""
-        raise UserError(
-            f"sampler.backend=vllm is for one process, and the plan is asked for {least}; set it to transformers, "
-            f"which samples with all of them{too}"
-        )
+    config.sampler.check_processes(machines if processes is None else processes)
     work = workload(config, lengths)
     if devices is not None:
         tried = [devices]

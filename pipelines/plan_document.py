@@ -280,9 +280,9 @@ def notes(plan: Plan) -> list[str]:
         found.append(f"offload: the student's machines have to hold {held:,.0f} GB of it in their own memory together")
     if layout.config.sampler.backend == "vllm":
         found.append(
-            "sampler.backend=vllm: one process; its server's weights and cache and its speed are not planned, the "
-            "student is taken to speak in the trainer's process. Without sampler.devices the two share a GPU: leave "
-            "room by sampler.server_args"
+            "sampler.backend=vllm: its weights and cache and its speed are not planned, the student is taken to speak "
+            "in the trainer's processes. Without sampler.devices it shares a GPU with the first of them: leave room "
+            "by sampler.server_args"
         )
     if not layout.is_shared and plan.config.teacher.signal != "hidden":
         found.append(

@@ -60,6 +60,7 @@ class Specimens:
         felt: list[dict[str, Tensor]] = []
         with crew.meter.measure("evaluate", "samples") as cost:
             with student.whole(), ranks.together():
+                crew.student_sampler.take_weights()
                 if ranks.is_main:
                     rollouts = crew.student_sampler.generate(self._requests(stage, settings))
                     signals = crew.teachers.judge(rollouts, aside, stage.name)

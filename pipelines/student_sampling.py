@@ -1,12 +1,14 @@
 """Who draws the student's responses in a run: its own model in this process, or a vLLM of the run's own.
 
 vLLM is a server, or an engine in this process. It starts when the first responses are wanted, and ends with the run. A
-server is never started again by itself: it would speak with the weights of its checkpoint.
+server is never started again by itself: it would speak with the weights of its checkpoint. Several processes share one
+server, which the main one starts.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,9 @@ from students.weight_sync import (
     variables_of,
 )
 
+_GONE_SECONDS = 20.0
+"""How long a process that did not start the server waits for one that does not answer: it never comes back."""
+
 
 @contextmanager
 def student_sampler(
@@ -65,22 +70,38 @@ def student_sampler(
             memory = MemorySync(engine, student.merged_weights)
             yield VllmSampler(student, speaker, memory, tolerance=tolerance, sleep=sleep)
         return
+    _check_one_machine(ranks)
     service = Service(launch, log=log)
     client = Client(
-        [service.url],
-        width=config.sampler_batch,
+        [ranks.from_main(service.url)],
+        width=-(-config.sampler_batch // ranks.count),
         whose="student",
-        patience=settings.patience_seconds,
-        before=service.ensure,
-        check=service.check,
+        patience=settings.patience_seconds if ranks.is_main else min(_GONE_SECONDS, settings.patience_seconds),
+        before=service.ensure if ranks.is_main else _nothing,
+        check=service.check if ranks.is_main else _nothing,
     )
     try:
         with client:
             remote = RemoteSampler(client, encoder, speaker="student", vocabulary=checkpoint.shape.vocabulary)
             sleep = Sleep(SleepingServer(client), level_for(way)) if settings.sleep else None
-            yield VllmSampler(student, remote, _sync(way, student, client), tolerance=tolerance, sleep=sleep)
+            sync = _sync(way, student, client)
+            yield VllmSampler(student, remote, sync, tolerance=tolerance, sleep=sleep, ranks=ranks)
     finally:
         service.stop()
+
+
+def _nothing() -> None:
+    """The main process starts the server, and learns of its end."""
+
+
+def _check_one_machine(ranks: Ranks) -> None:
+    """Every process must call it."""
+    machines = sorted(set(ranks.gather(socket.gethostname())))
+    if len(machines) > 1:
+        raise UserError(
+            f"sampler.backend=vllm starts a server that its own machine alone can reach, and the run's processes are "
+            f"on {', '.join(machines)}; set sampler.backend to transformers"
+        )
 
 
 def check_sampler(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> None:
@@ -92,13 +113,7 @@ def check_sampler(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> No
 
 
 def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
-    if ranks.count > 1:
-        # The trained model itself is never a step behind.
-        too = ", and sampler.staleness to 0" if config.sampler.staleness else ""
-        raise UserError(
-            f"sampler.backend=vllm is for one process, and the run has {ranks.count}; set it to transformers, which "
-            f"samples with all of them{too}"
-        )
+    config.sampler.check_processes(ranks.count)
     check_uncut(config.sampler.server_args)
     on_gpu, own_devices = ranks.device.type == "cuda", bool(config.sampler.devices)
     if config.sampler.sleep:

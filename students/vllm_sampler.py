@@ -20,6 +20,7 @@ from distill.errors import DistillError
 from distill.sampler import OnFinished
 from distill.seeding import derive
 from distill.types import Prompt, Request, Rollout, Sampling
+from students.ranks import ALONE, Ranks
 from students.rescoring import rescore
 from students.sleep import Sleep
 from students.student import Student
@@ -71,13 +72,24 @@ class VllmSampler:
     With ``sleep`` that rests whenever it has answered, and takes the weights anew before it speaks again.
     ``tolerance`` is in nats, for one token. The probes are sequences of random tokens: every row of the embeddings and
     every layer counts, and a checkpoint that was not trained yet has no responses of its own.
+
+    Several processes (``ranks``) share one server: the main process sends and checks for all, the others wait for it
+    and then ask for themselves. Whenever the student has changed, all of them call ``take_weights`` or ``generate``.
     """
 
     def __init__(
-        self, student: Student, vllm: Speaker, sync: WeightSync, *, tolerance: float, sleep: Sleep | None = None
+        self,
+        student: Student,
+        vllm: Speaker,
+        sync: WeightSync,
+        *,
+        tolerance: float,
+        sleep: Sleep | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        assert sleep is None or ranks.count == 1, "nobody knows when the last of several processes has its answers"
         self.student, self.vllm, self.sync, self.tolerance = student, vllm, sync, tolerance
-        self.sleep = sleep
+        self.sleep, self.ranks = sleep, ranks
         self.weight_version = 0
         self.probes = _probes(vllm.vocabulary)
         self._synced: int | None = None
@@ -97,7 +109,15 @@ class VllmSampler:
     def take_weights(self) -> None:
         """Raises WeightsError where vLLM does not hold the student's weights after they were sent."""
         if self._synced != self.student.num_changes:
-            self._bring_up_to_date()
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    self._bring_up_to_date()
+                else:
+                    # FSDP2 prefetches in the next backward pass by the passes since the last one. Where the main
+                    # process alone had made one, it would gather what nobody else does.
+                    rescore(self.student, self.probes)
+            self.vllm.model = self.ranks.from_main(self.vllm.model)
+            self._synced = self.student.num_changes
         self.vllm.weight_version = self.weight_version
 
     @contextmanager
@@ -132,7 +152,6 @@ class VllmSampler:
                 f"gives it {gap.trainer:.6f}; the gap of {gap.size:.2g} is above sampler.tolerance {self.tolerance:g}; "
                 f"{self._way_out(gap)}"
             )
-        self._synced = self.student.num_changes
         self._facts = {"sampler.gap": gap.size, "sampler.sync_seconds": time.perf_counter() - started}
 
     def _way_out(self, gap: Gap) -> str:

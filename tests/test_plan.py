@@ -160,17 +160,21 @@ def test_reinforcement_learning_scores_with_no_teacher() -> None:
     assert two.tokens == pytest.approx(one.tokens)
 
 
-def test_a_student_that_a_server_speaks_for_is_one_process() -> None:
-    found = plan_for("4B", "0.6B", "8xH100", "sampler.backend=vllm")
-    every = [found.best, *(one for _, one in found.others)]
-    assert {one.layout.student.processes for one in every} == {1}
-    assert any("its server's weights and cache and its speed are not planned" in note for note in notes(found))
+def test_a_sampler_that_is_for_one_process_is_planned_with_one() -> None:
+    shared = plan_for("4B", "0.6B", "8xH100", "sampler.backend=vllm")
+    assert any(
+        "sampler.backend=vllm: its weights and cache and its speed are not planned" in one for one in notes(shared)
+    )
     assert not any("sampler.backend" in note for note in notes(plan_for("4B", "0.6B", "8xH100")))
-    with pytest.raises(UserError, match=r"sampler\.backend=vllm is for one process, and the plan is asked for 2"):
-        plan_for("4B", "0.6B", "8xH100", "sampler.backend=vllm", processes=2)
-    ahead = ("sampler.backend=vllm", "sampler.staleness=1")
-    with pytest.raises(UserError, match=r"set it to transformers, .*, and sampler\.staleness to 0$"):
-        plan_for("4B", "0.6B", "8xH100", *ahead, processes=2)
+    for setting in ("staleness=1", "sleep=true", "place=in_process"):
+        settings = ("sampler.backend=vllm", f"sampler.{setting}")
+        found = plan_for("4B", "0.6B", "8xH100", *settings)
+        every = [found.best, *(one for _, one in found.others)]
+        assert {one.layout.student.processes for one in every} == {1}
+        with pytest.raises(
+            UserError, match=rf"sampler\.{setting} is for one process, and there are 2; set it to its d"
+        ):
+            plan_for("4B", "0.6B", "8xH100", *settings, processes=2)
 
 
 # Memory.
