@@ -183,6 +183,11 @@ def make_plan(
     """
     check_pair(pair, config)
     config.sampler.check_processes(machines if processes is None else processes)
+    if machines > 1 and config.sampler.backend == "vllm":
+        raise UserError(
+            f"sampler.backend=vllm starts a server that its own machine alone can reach, and the plan is asked for "
+            f"{machines} machines; set it to transformers"
+        )
     work = workload(config, lengths)
     if devices is not None:
         tried = [devices]

@@ -841,6 +841,14 @@ def test_a_dry_run_shows_the_plan() -> None:
     assert code == 0 and json.loads(out)["estimate"] is None and "not known" in json.loads(out)["no_estimate"]
 
 
+def test_a_server_that_samples_is_for_one_machine() -> None:
+    words = ["--teacher", "32B", "--student", "8B", "--set", "sampler.backend=vllm"]
+    code, out, _ = typed("run", "--dry-run", "--json", *words, "--processes", "2")
+    assert code == 0 and json.loads(out)["estimate"]["layout"]["student"]["processes"] == 2
+    code, out, _ = typed("run", "--dry-run", "--json", *words, "--nodes", "2", "--node-address", "gpu-1")
+    assert code == 0 and "asked for 2 machines; set it to transformers" in json.loads(out)["no_estimate"]
+
+
 HELD = {
     "0.6b": (1, "alone"),
     "1.7b": (1, "alone"),
