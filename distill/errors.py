@@ -28,6 +28,10 @@ class GuardError(DistillError):
     """A guard found that the training goes wrong; a checkpoint of the last step was written (exit code 1)."""
 
 
+class GoneError(DistillError):
+    """Who should answer will not any more: asking again, or for less, is of no use (exit code 1)."""
+
+
 class StoppedError(DistillError):
     """A signal asked the run to stop; a resumable checkpoint was written (75 for SIGTERM, 130 for Ctrl-C)."""
 

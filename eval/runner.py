@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import interrupt
-from distill.errors import DistillError, StoppedError, UserError
+from distill.errors import DistillError, GoneError, StoppedError, UserError
 from distill.family import Shape
 from distill.journal import read_json, write_json
 from distill.progress import say, track
@@ -205,8 +205,8 @@ def speak(
     """A rollout for each request, or the sentence that says why this one has none; sentences stay as they are.
 
     Where a batch fails it is asked for again in halves, so that what one request does to the sampler costs the others
-    nothing but time. Raises what the sampler raises for a stop, for wrong usage, and where the first ``HOPELESS``
-    requests fail one by one.
+    nothing but time. Raises what the sampler raises for a stop, for wrong usage, where nobody will answer any more, and
+    where the first ``HOPELESS`` requests fail one by one.
     """
     said: list[Rollout | str] = [one if isinstance(one, str) else "" for one in wanted]
     num_had = num_failed = 0
@@ -215,7 +215,7 @@ def speak(
         nonlocal num_had, num_failed
         try:
             rollouts = sampler.generate([request for _, request in requests], on_finished)
-        except (StoppedError, UserError):
+        except (StoppedError, UserError, GoneError):
             raise
         except DistillError as error:
             if len(requests) > 1:

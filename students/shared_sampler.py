@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from distill.errors import DistillError, StoppedError
 from distill.sampler import OnFinished, Sampler
 from distill.types import Request, Rollout
 from students.ranks import Ranks
@@ -40,7 +41,7 @@ class _SharedSampler:
     def __init__(self, ranks: Ranks, sampler: Sampler) -> None:
         self.ranks, self.sampler = ranks, sampler
         self._listening = True
-        """Whether the others wait to be asked; after a failure in which all took part they are gone."""
+        """Whether the others wait to be asked; where all were asked to stop they are gone."""
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
         """On the main process: what all sampled, in the order of the requests."""
@@ -55,14 +56,22 @@ class _SharedSampler:
     def serve(self) -> None:
         """On the other processes: samples its share of whatever the main one asks, until it asks no more."""
         while (requests := self.ranks.from_main(None)) is not None:
-            self._answer(requests, None)
+            try:
+                self._answer(requests, None)
+            except StoppedError:
+                raise
+            except DistillError:
+                # All have met it. An examination may ask again for less, and says why it gives up.
+                continue
 
     def _answer(self, requests: Sequence[Request], on_finished: OnFinished | None) -> list[Rollout]:
         number, count = self.ranks.number, self.ranks.count
-        self._listening = False
-        with self.ranks.together():
-            mine = self.sampler.generate(requests[number::count], on_finished)
-        self._listening = True
+        try:
+            with self.ranks.together():
+                mine = self.sampler.generate(requests[number::count], on_finished)
+        except StoppedError:
+            self._listening = False
+            raise
         parts = self.ranks.gather(mine)
         rollouts = [parts[place % count][place // count] for place in range(len(requests))]
         if on_finished is not None:

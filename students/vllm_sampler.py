@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from distill.errors import DistillError
+from distill.errors import GoneError
 from distill.sampler import OnFinished
 from distill.seeding import derive
 from distill.types import Prompt, Request, Rollout, Sampling
@@ -31,7 +31,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 NUM_PROBES, PROBE_TOKENS = 4, 32
 
 
-class WeightsError(DistillError):
+class WeightsError(GoneError):
     """The sampler does not hold the trainer's weights."""
 
 

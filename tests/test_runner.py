@@ -10,7 +10,7 @@ import pytest
 
 from distill.embedded.tokenizer import build_tokenizer
 from distill.encode import Encoder
-from distill.errors import DistillError, StoppedError, UserError
+from distill.errors import DistillError, GoneError, StoppedError, UserError
 from distill.family import Shape
 from distill.sampler import OnFinished
 from distill.types import MODES, Prompt, Request, Rollout, Sampling
@@ -339,6 +339,14 @@ def test_a_sampler_that_fails_on_everything_ends_the_examination_soon(encoder: E
             run(encoder, task_of(*map(str, range(200))), sampler)
         with pytest.raises(type(error)):
             run(encoder, task_of("1"), sampler)
+
+
+def test_one_who_is_gone_for_good_ends_the_examination_though_others_were_answered(encoder: Encoder) -> None:
+    """What was not answered is not wrong: there is no score."""
+    sampler = Fragile(encoder, {"7"}, GoneError("the server ended"))
+    with pytest.raises(GoneError):
+        run(encoder, task_of(*map(str, range(10))), sampler)
+    assert len(sampler.seen) == 0
 
 
 def test_a_question_without_room_is_broken_and_another_is_cut_to_what_is_left(encoder: Encoder) -> None:

@@ -1,12 +1,16 @@
-"""Several processes of one run and one vLLM server of its own: the curve of one process."""
+"""Several processes of one run and one vLLM server of its own: the curve of one process, and one end for all."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_parallel import assert_same_curve, metrics, start
 
@@ -44,6 +48,23 @@ def test_two_processes_and_their_server_give_the_curve_of_one(tmp_path: Path) ->
         ]
         log = (tmp_path / kind / "servers" / "student.log").read_text()
         assert log.count("Started server process") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.timeout(600)
+def test_a_server_that_dies_ends_all(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = run(out, 2, **{"stages.on_policy.steps": "1000"})
+    while len(metrics(out)) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    words = {one.pid: one.cmdline() for one in psutil.Process(process.pid).children(recursive=True)}
+    (server,) = (pid for pid, line in words.items() if "vllm.entrypoints" in " ".join(line) and "-I" not in line)
+    os.kill(server, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr[-3000:]
+    assert "the student's vLLM server (generate) ended unexpectedly" in stderr
 
 
 def test_a_server_that_some_cannot_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.errors import DistillError, UserError
+from distill.errors import DistillError, GoneError, UserError
 from distill.progress import say
 from distill.vllm.launch import Launch
 from distill.vllm.segments import Question, Segment, checked
@@ -100,7 +100,7 @@ class Engine:
         try:
             return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
         except (ValueError, RuntimeError, OSError) as error:
-            raise DistillError(
+            raise GoneError(
                 f"{_WHO} could not start for the {self.launch.whose}: {error}; {self.log} says more"
             ) from error
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from distill import interrupt
-from distill.errors import DistillError
+from distill.errors import GoneError
 from distill.progress import PLAIN_SECONDS, say
 from distill.vllm import watch
 from distill.vllm.client import is_healthy
@@ -52,7 +52,7 @@ class Service:
         self._stopping = threading.Event()
         self._healthy = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._failure: DistillError | None = None
+        self._failure: GoneError | None = None
         self._healthy_since: float | None = None
         self._thread = threading.Thread(target=self._supervise, name=f"{launch.whose} {launch.role}", daemon=True)
 
@@ -80,7 +80,7 @@ class Service:
             self.wait()
 
     def wait(self) -> None:
-        """Until the server answers. Raises DistillError with the log's last lines where it ends instead."""
+        """Until the server answers. Raises GoneError with the log's last lines where it ends instead."""
         name, role = f"{self.launch.whose} {self.launch.checkpoint.name}", self.launch.role
         say(f"{name}: starting vLLM to {role}, log in {self.log}")
         started = last = time.monotonic()
@@ -95,7 +95,7 @@ class Service:
         say(f"{name}: ready to {role} {where} after {time.monotonic() - started:.0f} s")
 
     def check(self) -> None:
-        """Raise DistillError if the server is gone for good."""
+        """Raise GoneError if the server is gone for good."""
         if self._failure is not None:
             raise self._failure
 
@@ -146,7 +146,7 @@ class Service:
             self._healthy.clear()
             num_restarts = 0 if steady else num_restarts
             if not was_healthy or num_restarts == self.launch.max_restarts:
-                self._failure = DistillError(
+                self._failure = GoneError(
                     f"the {self.launch.whose}'s vLLM server ({self.launch.role}) "
                     + ("ended again and again" if num_restarts else end if was_healthy else "ended before it was ready")
                     + f"; the last lines of {self.log}:\n{_last_lines(self.log)}"

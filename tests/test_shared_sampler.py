@@ -1,0 +1,87 @@
+"""One sampler made of every process's own, in two real processes: who sampled what, and failures that all outlive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill.errors import DistillError, PeerError, StoppedError
+from distill.sampler import OnFinished, Sampler
+from distill.types import Prompt, Request, Rollout, Sampling
+from eval.runner import speak
+from students.ranks import Ranks
+from students.shared_sampler import with_all_samplers
+
+SPOILT, STOP = 5, 99
+
+
+def request(seed: int) -> Request:
+    return Request(Prompt(()), "think", "hard", (1, 2), Sampling(4), seed)
+
+
+class Fussy:
+    """Answers with its process's number; fails with whatever stands beside the spoilt request."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        if any(one.seed == SPOILT for one in requests):
+            raise DistillError("this one is spoilt")
+        if any(one.seed == STOP for one in requests):
+            raise StoppedError("asked to stop", exit_code=75)
+        return [
+            Rollout(one, (one.seed + 1, self.rank), (False,) * 2, (0.0,) * 2, "stop", "student") for one in requests
+        ]
+
+
+def work(rank: int, folder: str, seeds: list[int]) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+
+    def ask(sampler: Sampler) -> list[list[int] | str]:
+        said = speak(sampler, [request(seed) for seed in seeds])
+        return [one if isinstance(one, str) else list(one.response_ids) for one in said]
+
+    try:
+        found: object = with_all_samplers(Ranks(rank, 2), Fussy(rank), ask)
+    except DistillError as error:
+        found = type(error).__name__
+    # All are at the same place: a message still means the same to each of them.
+    together = Ranks(rank, 2).gather(rank)
+    Path(folder, f"{rank}.json").write_text(json.dumps([found, together]))
+    dist.destroy_process_group()
+
+
+def run(tmp_path: Path, seeds: list[int]) -> list[object]:
+    torch.multiprocessing.spawn(work, (str(tmp_path), seeds), nprocs=2)  # type: ignore[attr-defined]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [together for _, together in found] == [[0, 1], [0, 1]]
+    return [one for one, _ in found]
+
+
+def test_each_samples_its_share(tmp_path: Path) -> None:
+    assert run(tmp_path, [1, 2, 3]) == [[[2, 0], [3, 1], [4, 0]], None]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_one_request_does_costs_the_others_nothing(tmp_path: Path, place: int) -> None:
+    """Spoilt for the main process or for the other one: the rest is asked for again, and is had."""
+    seeds = [1, 2, 3, 4]
+    seeds.insert(place, SPOILT)
+    found, other = run(tmp_path, seeds)
+    assert isinstance(found, list) and other is None
+    assert "spoilt" in found.pop(place)
+    assert [one[0] for one in found] == [2, 3, 4, 5]
+
+
+def test_where_nothing_is_had_the_main_process_says_so(tmp_path: Path) -> None:
+    assert run(tmp_path, [SPOILT] * 12) == [DistillError.__name__, PeerError.__name__]
+
+
+def test_all_stop_where_one_is_asked_to(tmp_path: Path) -> None:
+    assert run(tmp_path, [1, STOP, 3]) == [StoppedError.__name__] * 2
