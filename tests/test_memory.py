@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.machine import random_model
 from distill.attention import PACKED, Packing
 from distill.config import RunConfig
 from distill.divergence import linear_cross_entropy, linear_divergence
@@ -50,28 +50,9 @@ def tensor_peak(work: Callable[[], object]) -> int:
     return max(accumulate(event.nbytes() for event in recorded))
 
 
-def model(shape: Shape, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp_width,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        return Qwen3ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def student(shape: Shape, dtype: str = "float32", *, micro_batch_tokens: int | None = None) -> Student:
     settings = StudentSettings(dtype=dtype, micro_batch_tokens=micro_batch_tokens)  # type: ignore[arg-type]
-    made = Student(model(shape, getattr(torch, dtype)), settings, stop_ids=(1,))
+    made = Student(random_model(shape, seed=0, dtype=getattr(torch, dtype)), settings, stop_ids=(1,))
     made.begin(Optimiser(learning_rate=1e-5, warmup_steps=0))
     return made
 
@@ -149,7 +130,7 @@ def test_a_layer_keeps_what_the_formula_says(name: str, dtype: torch.dtype) -> N
     """By autograd's own account: the memory behind all that a pass saves, of three layers less that of one."""
     kept = []
     for num_layers in (1, 3):
-        learner = model(replace(SIZES[name], num_layers=num_layers, vocabulary=64), dtype).train()
+        learner = random_model(replace(SIZES[name], num_layers=num_layers, vocabulary=64), seed=0, dtype=dtype).train()
         learner.set_attn_implementation(PACKED)
         weights = {parameter.untyped_storage().data_ptr() for parameter in learner.parameters()}
         saved: dict[int, Tensor] = {}
