@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import DistillError, UserError
-from distill.family import ModelSource, Shape
+from distill.family import ModelSource, Shape, shape_in
 from distill.weights import fingerprint, first_line, read_object, validate_safetensors
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def read_folder(path: Path) -> tuple[dict[str, Any], Shape, dict[str, Path]]:
     Raises UserError for a folder that holds no whole model of the Qwen3 family.
     """
     config = read_object(path / "config.json", f"{path} is no model folder")
-    return config, _shape(path, config), validate_safetensors(path)
+    return config, shape_in(config, path / "config.json"), validate_safetensors(path)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -94,7 +94,7 @@ def open_tokenizer(source: ModelSource) -> tuple[PreTrainedTokenizerBase, Shape 
     patterns = [pattern for pattern in WANTED_FILES if pattern != "*.safetensors"]
     path = _download(source.location, source.revision, patterns) if source.kind == "hub" else Path(source.location)
     config = path / "config.json"
-    return tokenizer_in(path), _shape(path, read_object(config, "")) if config.is_file() else None
+    return tokenizer_in(path), shape_in(read_object(config, ""), config) if config.is_file() else None
 
 
 def tokenizer_in(path: Path) -> PreTrainedTokenizerBase:
@@ -261,21 +261,6 @@ def _download(
             f"the download of {what} failed: {first_line(error)}; what has arrived is kept and the same command "
             f"goes on from there, and with HF_HUB_OFFLINE=1 a model in the cache is used without asking the hub"
         ) from error
-
-
-def _shape(path: Path, config: Mapping[str, Any]) -> Shape:
-    try:
-        shape = Shape.from_config(config)
-    except UserError as error:
-        raise UserError(f"{path / 'config.json'}: {error}; name another model") from None
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / 'config.json'} does not describe a whole model: {error} is missing") from None
-    for field in fields(Shape):
-        value = getattr(shape, field.name)
-        is_zero_fine = field.name in ("num_experts", "experts_per_token")
-        if not isinstance(value, int) or value < (0 if is_zero_fine or field.name == "tied" else 1):
-            raise UserError(f"{path / 'config.json'} gives {value!r} for the model's {field.name}, not a whole number")
-    return shape
 
 
 def _positive(path: Path, config: Mapping[str, Any], key: str) -> int:

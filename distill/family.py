@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,24 @@ class Shape:
             num_experts=(config.get("num_experts") or config["num_local_experts"]) if moe else 0,
             experts_per_token=config["num_experts_per_tok"] if moe else 0,
         )
+
+
+def shape_in(config: Any, where: object) -> Shape:
+    """The shape that ``config``, read from the file ``where``, describes. Raises UserError for one that has none."""
+    if not isinstance(config, Mapping):
+        raise UserError(f"{where} holds no object with a model's settings")
+    try:
+        shape = Shape.from_config(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}; name another model") from None
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{where} does not describe a whole model: {error} is missing") from None
+    for field in fields(Shape):
+        value = getattr(shape, field.name)
+        is_zero_fine = field.name in ("num_experts", "experts_per_token")
+        if not isinstance(value, int) or value < (0 if is_zero_fine or field.name == "tied" else 1):
+            raise UserError(f"{where} gives {value!r} for the model's {field.name}, not a whole number")
+    return shape
 
 
 def _dense(layers: int, heads: int, width: int, mlp_width: int, *, tied: bool) -> Shape:

@@ -121,7 +121,8 @@ class SamplerSettings(Settings):
     server_args: tuple[str, ...] = ()
     """Further arguments of the server, or of the engine in this process, as vLLM takes them."""
     patience_seconds: PositiveFloat = 600.0
-    """How long a server that does not answer is waited for; then the run stops with exit code 75."""
+    """How long a server that does not answer is waited for; then the run stops with exit code 75. Of several processes
+    those that did not start it wait for 20 s at most."""
 
     @property
     def confines(self) -> str | None:

@@ -32,8 +32,8 @@ given up when all of it is gone: then it takes another ``Capture``."""
 
 WIDTH_STEP = 64
 """Widths are multiples of it, or all the places that there are."""
-IDLE_SHARE = 8
-"""Rows are filled up by this part of them at most, from 8 on."""
+MOST_CAPTURED = 32
+"""Passes that are kept at once; rows only grow longer, so that the oldest ones' shapes hardly come back."""
 
 
 def replays(model: PreTrainedModel, cache: SlotCache, forward: Forward) -> Replays | None:
@@ -49,10 +49,10 @@ def replays(model: PreTrainedModel, cache: SlotCache, forward: Forward) -> Repla
 
 
 def rounded_rows(num: int) -> int:
-    """``num`` or a little more: a power of two up to 8, then a multiple of at most an eighth."""
-    if num <= IDLE_SHARE:
+    """``num`` or more: a power of two up to 8, a multiple of 8 up to 128, and beyond that at most an eighth more."""
+    if num <= 8:
         return 1 << (num - 1).bit_length()
-    step = max(IDLE_SHARE, (1 << (num.bit_length() - 1)) // IDLE_SHARE)
+    step = max(8, (1 << (num.bit_length() - 1)) // 8)
     return -(-num // step) * step
 
 
@@ -100,6 +100,9 @@ class Replays:
         again = self._again[shape]
         if again is None:
             again = self._again[shape] = self._capture(work)
+            kept = [known for known, held in self._again.items() if held is not None]
+            for oldest in kept[:-MOST_CAPTURED]:
+                del self._again[oldest]
         return again()[:num]
 
     def close(self) -> None:

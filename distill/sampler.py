@@ -126,8 +126,8 @@ class TransformersSampler:
     def _decode(self, requests: Sequence[Request]) -> Generator[Response, None, None]:
         """Every request's response, as soon as it has ended."""
         responses = [Response(place, request, self.encoder) for place, request in enumerate(requests)]
-        queue = _Queue(responses, self.batch, self.cache_tokens)
         batch = _Batch(self.model, self.speaker)
+        queue = _Queue(responses, self.batch, self.cache_tokens, batch.num_slots)
         try:
             while True:
                 interrupt.check()
@@ -140,12 +140,17 @@ class TransformersSampler:
 
 
 class _Queue:
-    """The responses that wait for a place in the batch, of ``most_rows`` rows and ``most_tokens`` at their limits."""
+    """The responses that wait for a place in the batch, of ``most_rows`` rows and ``most_tokens`` at their limits.
 
-    def __init__(self, responses: Sequence[Response], most_rows: int, most_tokens: int) -> None:
+    ``num_slots`` says how many slots of the cache so many rows take.
+    """
+
+    def __init__(
+        self, responses: Sequence[Response], most_rows: int, most_tokens: int, num_slots: Callable[[int], int]
+    ) -> None:
         # Who may speak longest begins: what is left for the end, when few rows are decoded together, is short.
         self._waiting = deque(sorted(responses, key=lambda response: -response.request.sampling.max_new_tokens))
-        self._most_rows, self._most_tokens = most_rows, most_tokens
+        self._most_rows, self._most_tokens, self._num_slots = most_rows, most_tokens, num_slots
         self.has_more = False
         """Whether there was room for more of them than one pass should read."""
 
@@ -159,7 +164,7 @@ class _Queue:
             first = self._waiting[0]
             longest = max(longest, first.limit)
             num_rows = len(staying) + len(taken) + 1
-            if num_rows > 1 and num_rows * longest > self._most_tokens:
+            if num_rows > 1 and self._num_slots(num_rows) * longest > self._most_tokens:
                 break
             if not (taken and first.request.prompt_ids == taken[-1].request.prompt_ids):
                 num_tokens += len(first.request.prompt_ids)
@@ -230,17 +235,22 @@ class _Batch:
                 if response.finished:
                     yield response
 
+    def num_slots(self, num_rows: int) -> int:
+        """Of the cache, for so many rows."""
+        return num_rows if self._replays is None else rounded_rows(num_rows)
+
     def close(self) -> None:
         """Give up what is held on the device beside tensors."""
         if self._replays is not None:
             self._replays.close()
+            # It knows this batch, which holds the cache: they would wait for the garbage collector.
+            self._replays = None
 
     def _logits(self) -> Tensor:
         """Logits [B, V] in fp32 of each response's next token, from one pass over what the model has not seen yet."""
         num_decoding = len(self._token_B)
         prompts = [response.request.prompt_ids for response in self.responses[num_decoding:]]
-        num_slots = len(self._lengths) if self._replays is None else rounded_rows(len(self._lengths))
-        self._cache.reserve(num_slots, max(self._lengths), most_places=self._longest)
+        self._cache.reserve(self.num_slots(len(self._lengths)), max(self._lengths), most_places=self._longest)
         if self._replays is not None and not prompts:
             hidden_Bd, next_B = self._replays.hidden(self._token_B, self._place_B, self._lengths), self._place_B + 1
         else:

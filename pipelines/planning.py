@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distill.config import RunConfig
 from distill.errors import UserError
-from distill.family import Shape, resolve, shape_of
+from distill.family import Shape, resolve, shape_in, shape_of
 from distill.hardware import Pool, load_devices, parse_pool
 from pipelines.layouts import Pair
 from pipelines.plan import POOL_OPTIONS, Plan, choose_devices, make_plan
@@ -93,6 +93,8 @@ def known_shape(model: str) -> Shape | None:
     if shape is not None or not config.is_file():
         return shape
     try:
-        return Shape.from_config(json.loads(config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError) as error:
+        return shape_in(json.loads(config.read_text(encoding="utf-8")), config)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
         raise UserError(f"{config} describes no model that a plan can be made for: {error!r}") from None

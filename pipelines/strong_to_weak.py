@@ -24,7 +24,7 @@ from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_chec
 from distill.config import RunConfig
 from distill.costs import CostAccount, Role
 from distill.encode import Encoder
-from distill.errors import DistillError, UserError
+from distill.errors import GoneError, UserError
 from distill.family import ModelSource, resolve
 from distill.journal import Journal, StoredTensors, read_json, write_json
 from distill.progress import be_silent, say
@@ -258,7 +258,7 @@ class _Run:
         """The student's sampler if its weights are those of ``wanted``; on a resumed run they may be further on."""
         if (position.stage, position.step) == (wanted.stage, wanted.step):
             return self.crew.student_sampler
-        return _Gone()
+        return _TrainedOn()
 
     def _run_stage(self, number: int, stage: Stage, settings: StageSettings, position: _Position) -> _Position:
         """Run the stage from ``position`` to its end."""
@@ -387,11 +387,11 @@ class _Run:
         return summary
 
 
-class _Gone:
+class _TrainedOn:
     """Stands where a checkpoint's scores must be on disk already, because its weights have been trained on."""
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
-        raise DistillError(
+        raise GoneError(
             "scores of an earlier checkpoint are missing from the run's eval folder, and its weights have been trained "
             "on; restore the folder, or give another --out"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.errors import UserError
 from distill.jobs import BLOCKS, JobFile, split_job
 from pipelines.job import check_new_data, resolve_runs
 from pipelines.resolution import (
@@ -30,6 +31,11 @@ def check_recipe(recipe: str, assignments: Sequence[str] = ()) -> str:
     tree = assigned(recipe_tree(recipe), assignments)
     job = split_job(tree, where=f"the recipe {recipe}")
     blocks = [block for block in BLOCKS if block != "sweep" and tree.get(block) is not None]
+    if blocks and is_comparison(recipe):
+        raise UserError(
+            f"the recipe {recipe} is a comparison of several runs, which `distill run` makes, and has "
+            f"{' and '.join(blocks)} of a job beside it; leave that out, or name a recipe of one run"
+        )
     beside = f", with what it says of {' and '.join(blocks)}" if blocks else ""
     return f"{_check_runs(recipe, job, assignments)}{beside}"
 

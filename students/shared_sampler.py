@@ -7,9 +7,10 @@ all of the run's devices to sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
-from distill.errors import DistillError, StoppedError
+from distill.errors import DistillError
 from distill.sampler import OnFinished, Sampler
 from distill.types import Request, Rollout
 from students.ranks import Ranks
@@ -40,8 +41,6 @@ def with_all_samplers(ranks: Ranks, sampler: Sampler, work: Callable[[Sampler], 
 class _SharedSampler:
     def __init__(self, ranks: Ranks, sampler: Sampler) -> None:
         self.ranks, self.sampler = ranks, sampler
-        self._listening = True
-        """Whether the others wait to be asked; where all were asked to stop they are gone."""
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
         """On the main process: what all sampled, in the order of the requests."""
@@ -50,28 +49,20 @@ class _SharedSampler:
 
     def ask(self, requests: list[Request] | None) -> None:
         """Tells the others what to sample next; None lets them go."""
-        if self._listening:
-            self.ranks.from_main(requests)
+        self.ranks.from_main(requests)
 
     def serve(self) -> None:
         """On the other processes: samples its share of whatever the main one asks, until it asks no more."""
         while (requests := self.ranks.from_main(None)) is not None:
-            try:
+            # All have met an error, if perhaps not the same one: the main process alone says what becomes of it. An
+            # examination may ask again for less; a request to stop lets the others go.
+            with suppress(DistillError):
                 self._answer(requests, None)
-            except StoppedError:
-                raise
-            except DistillError:
-                # All have met it. An examination may ask again for less, and says why it gives up.
-                continue
 
     def _answer(self, requests: Sequence[Request], on_finished: OnFinished | None) -> list[Rollout]:
         number, count = self.ranks.number, self.ranks.count
-        try:
-            with self.ranks.together():
-                mine = self.sampler.generate(requests[number::count], on_finished)
-        except StoppedError:
-            self._listening = False
-            raise
+        with self.ranks.together():
+            mine = self.sampler.generate(requests[number::count], on_finished)
         parts = self.ranks.gather(mine)
         rollouts = [parts[place % count][place // count] for place in range(len(requests))]
         if on_finished is not None:

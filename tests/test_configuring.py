@@ -118,6 +118,10 @@ def test_a_comparison_is_shown_and_validated_too(typed: Any, tmp_path: Path) -> 
         assert code == 0 and shown == resolve_comparison("table21"), more
     code, out, _ = typed("config", "validate", str(own))
     assert (code, out) == (0, f"{own} is valid: a comparison of 24 runs\n")
+    job = tmp_path / "job.yaml"
+    job.write_text("extends: table21\nschedule: {cron: 0 2 * * *}\n")
+    code, _, err = typed("config", "validate", str(job))
+    assert code == 2 and "is a comparison of several runs" in err and "schedule of a job" in err
     for wrong, sentence in (("common.teacher.model=5B", "nearest: 235B"), ("sed=1", "did you mean seeds?")):
         code, _, err = typed("config", "validate", str(own), "--set", wrong)
         assert code == 2 and sentence in err

@@ -789,9 +789,18 @@ def test_a_folder_s_shape_is_read(home: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text((ROOT / "distill/embedded/nano/config.json").read_text())
     assert plan_for("tiny", str(folder)).pair.student == shape_of("nano")
-    (folder / "config.json").write_text('{"model_type": "qwen3"}')
-    with pytest.raises(UserError, match="describes no model"):
-        plan_for("tiny", str(folder))
+    whole = json.loads((folder / "config.json").read_text())
+    for text in (
+        '{"model_type": "qwen3"}',
+        "[]",
+        "{",
+        *(json.dumps({**whole, name: value}) for name in ("num_hidden_layers", "head_dim") for value in ("2", -1, 2.5)),
+        json.dumps({**whole, "num_key_value_heads": None}),
+        json.dumps({**whole, "num_attention_heads": 0, "head_dim": None}),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json"):
+            plan_for("tiny", str(folder))
 
 
 WORDS = st.one_of(

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_sampler import endless, model, request, sampler
+from test_sampler import Endless, endless, model, request, sampler
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from distill.kv_cache import Group, SlotCache
 from distill.replay import Replays, replays, rounded_rows
+from distill.sampler import TransformersSampler
 
 __all__ = ["model"]  # a fixture
 
@@ -94,12 +95,43 @@ def test_shapes_come_again(model: Qwen3ForCausalLM, captures: Captures) -> None:
     assert captures.num_captured + captures.num_replayed >= 199 - 6
 
 
+def test_idle_rows_count_against_the_cache(
+    model: Qwen3ForCausalLM, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """17 tokens a row at its limit: twelve rows would fill 204 tokens, and are made sixteen."""
+    rooms: list[int] = []
+    reserve = SlotCache.reserve
+
+    def watched(cache: SlotCache, num_slots: int, num_places: int, *, most_places: int) -> None:
+        reserve(cache, num_slots, num_places, most_places=most_places)
+        rooms.append(num_slots * cache.num_places)
+
+    monkeypatch.setattr(SlotCache, "reserve", watched)
+    requests = [request(seed, max_new_tokens=12) for seed in range(24)]
+    ours = TransformersSampler(model, Endless(), speaker="student", cache_tokens=210)  # type: ignore[arg-type]
+    assert len(ours.generate(requests)) == 24
+    assert max(rooms) <= 210
+
+
+def test_the_oldest_passes_are_given_up_where_they_are_many(
+    model: Qwen3ForCausalLM, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.replay.MOST_CAPTURED", 1)
+    monkeypatch.setattr("distill.kv_cache.ROOM", 2000)
+    asked = [request(seed, max_new_tokens=300) for seed in range(4)]
+    said = endless(model).generate(asked)
+    assert captures.num_captured >= 4
+    monkeypatch.setattr("distill.sampler.replays", lambda *arguments: None)
+    assert [one.response_ids for one in said] == [one.response_ids for one in endless(model).generate(asked)]
+
+
 def test_captured_passes_are_given_up_at_once(model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a sampler that is interrupted; nothing waits for the garbage collector."""
     held: list[weakref.ref[Any]] = []
 
     class Watched(Captures):
         def replays(self, *arguments: Any) -> Replays:
+            held.append(weakref.ref(arguments[1]))  # the cache, whose memory the training step wants
             found = super().replays(*arguments)
             capture = found._capture
 
@@ -121,7 +153,7 @@ def test_captured_passes_are_given_up_at_once(model: Qwen3ForCausalLM, monkeypat
         endless(model).generate(asked)
         with pytest.raises(KeyboardInterrupt):
             endless(model).generate(asked, on_finished=interrupted)
-        assert len(held) >= 2 and not any(one() for one in held)
+        assert len(held) >= 4 and not any(one() for one in held)
     finally:
         gc.enable()
 

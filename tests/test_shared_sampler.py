@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill.errors import DistillError, PeerError, StoppedError
+from distill.errors import DistillError, GoneError, PeerError, StoppedError
 from distill.sampler import OnFinished, Sampler
 from distill.types import Prompt, Request, Rollout, Sampling
 from eval.runner import speak
 from students.ranks import Ranks
 from students.shared_sampler import with_all_samplers
 
-SPOILT, STOP = 5, 99
+SPOILT, STOP, GONE = 5, 99, 77
 
 
 def request(seed: int) -> Request:
@@ -35,6 +35,9 @@ class Fussy:
             raise DistillError("this one is spoilt")
         if any(one.seed == STOP for one in requests):
             raise StoppedError("asked to stop", exit_code=75)
+        if any(one.seed == GONE for one in requests):
+            # The main process sees the end of a server that it started; the others wait in vain.
+            raise GoneError("ended") if self.rank == 0 else StoppedError("does not answer", exit_code=75)
         return [
             Rollout(one, (one.seed + 1, self.rank), (False,) * 2, (0.0,) * 2, "stop", "student") for one in requests
         ]
@@ -81,6 +84,10 @@ def test_what_one_request_does_costs_the_others_nothing(tmp_path: Path, place: i
 
 def test_where_nothing_is_had_the_main_process_says_so(tmp_path: Path) -> None:
     assert run(tmp_path, [SPOILT] * 12) == [DistillError.__name__, PeerError.__name__]
+
+
+def test_a_server_that_is_gone_for_one_and_silent_for_the_other_ends_both(tmp_path: Path) -> None:
+    assert run(tmp_path, [GONE, GONE, GONE]) == [GoneError.__name__, PeerError.__name__]
 
 
 def test_all_stop_where_one_is_asked_to(tmp_path: Path) -> None:

@@ -148,11 +148,11 @@ def refuse_unsupported(request: Request) -> None:
 
 def checked(segment: Segment, reason: str | None, question: Question, *, who: str, vocabulary: int) -> Segment:
     """``segment``, which ended for ``reason``. Raises DistillError where it does not answer ``question``."""
-    ids, num_said, last = segment.ids, len(segment.logprobs), segment.ids[-1]
+    ids, num_said = segment.ids, len(segment.logprobs)
     most, stops = question.sampling["max_tokens"], question.sampling["stop_token_ids"]
     if reason not in ("stop", "length"):
         raise DistillError(f"{who} ended a response for the reason {reason!r}, neither 'stop' nor 'length'")
-    if len(ids) > most or len(ids) != num_said:
+    if not 0 < len(ids) <= most or len(ids) != num_said:
         raise DistillError(
             f"{who} returned {len(ids)} tokens and {num_said} log-probabilities, and was asked for up to {most} of both"
         )
@@ -160,7 +160,7 @@ def checked(segment: Segment, reason: str | None, question: Question, *, who: st
         raise DistillError(
             f"{who} returned token ids beyond the model's {vocabulary} rows (up to {max(ids)}); it holds another model"
         )
-    if last not in stops and (reason == "stop" or len(ids) < most):
+    if (last := ids[-1]) not in stops and (reason == "stop" or len(ids) < most):
         raise DistillError(
             f"{who} ended a response ({reason}) after {len(ids)} of {most} tokens with token {last}, "
             f"and the stop tokens it was given are {stops}; does its --max-model-len hold the longest "
