@@ -65,9 +65,11 @@ class Hearing(Generic[R]):
 
     def __init__(self, client: Client, ask: Callable[[ScoringRequest], Awaitable[Sequence[R]]]) -> None:
         self.client, self.ask = client, ask
-        self._lock = threading.Lock()
+        # Entered again by the thread that has it where a request is done before it is noted down.
+        self._lock = threading.RLock()
         self._held_back: list[Rollout] = []
         """Heard, and waiting for others to be asked about with them."""
+        self._held_tokens = 0
         self._open: list[_Asked[R]] = []
         """Of the batch that is being spoken."""
         self._closed: list[_Asked[R]] = []
@@ -86,11 +88,10 @@ class Hearing(Generic[R]):
                 if asked.future.done():
                     asked.future.result()
             self._held_back.append(rollout)
-            request = ScoringRequest(tuple(self._held_back))
-            is_idle = all(asked.future.done() for asked in (*self._open, *self._closed, *self._awaited))
-            if is_idle or request.num_tokens >= HEARD_TOKENS or len(self._held_back) >= REQUEST_SEQUENCES:
-                self._held_back = []
-                self._open.append(self._submit(request))
+            self._held_tokens += _num_inputs(rollout)
+            is_enough = self._held_tokens >= HEARD_TOKENS or len(self._held_back) >= REQUEST_SEQUENCES
+            if is_enough or self._is_idle():
+                self._open.append(self._submit(self._take_held_back()))
 
     def heard_all(self) -> None:
         """Close the batch: ask about what is held back, since nothing else is coming that could go with it.
@@ -98,16 +99,17 @@ class Hearing(Generic[R]):
         What goes wrong with the batch from now on, whoever asks for its answers is told.
         """
         with self._lock:
-            self._open += map(self._submit, scoring_requests(self._held_back))
+            self._open += map(self._submit, scoring_requests(self._take_held_back().rollouts))
             self._closed += self._open
-            self._held_back, self._open = [], []
+            self._open = []
 
     def break_off(self) -> None:
         """Drop what was heard of the batch that is being spoken; its requests under way are ended."""
         with self._lock:
             for asked in self._open:
                 asked.future.cancel()
-            self._held_back, self._open = [], []
+            self._take_held_back()
+            self._open = []
 
     def forget(self) -> None:
         """Drop what was heard and not asked for, of every batch; requests under way are ended."""
@@ -132,6 +134,7 @@ class Hearing(Generic[R]):
             self._closed = [one for one in self._closed if one not in asked]
             self._open = [one for one in self._open if one not in asked]
             self._held_back = [rollout for rollout in self._held_back if id(rollout) not in wanted]
+            self._held_tokens = sum(map(_num_inputs, self._held_back))
             self._awaited = asked
         known = {id(rollout) for one in asked for rollout in one.request.rollouts}
         missing = [rollout for place, rollout in wanted.items() if place not in known]
@@ -151,8 +154,32 @@ class Hearing(Generic[R]):
         worked, self._worked = self._worked, []
         return worked
 
+    def _is_idle(self) -> bool:
+        return all(asked.future.done() for asked in (*self._open, *self._closed, *self._awaited))
+
+    def _take_held_back(self) -> ScoringRequest:
+        held, self._held_back, self._held_tokens = self._held_back, [], 0
+        return ScoringRequest(tuple(held))
+
     def _submit(self, request: ScoringRequest) -> _Asked[R]:
-        return _Asked(request, self.client.submit(Job(request, request.num_tokens), self.ask))
+        return self._noted(request, self.client.submit(self._job(request), self.ask))
+
+    def _job(self, request: ScoringRequest) -> Job[ScoringRequest]:
+        return Job(request, request.num_tokens)
+
+    def _noted(self, request: ScoringRequest, future: Future[Sequence[R]]) -> _Asked[R]:
+        future.add_done_callback(self._go_on)
+        return _Asked(request, future)
+
+    def _go_on(self, answered: Future[Sequence[R]]) -> None:
+        """Ask about what is held back as soon as the servers have nothing else to do, not when the next one ends."""
+        if answered.cancelled() or answered.exception() is not None:
+            return  # whoever asks next, or for the answers, is told
+        with self._lock:
+            if self._held_back and self._is_idle():
+                request = self._take_held_back()
+                # There is a server: it has just answered. To make sure of one could take this thread, the client's.
+                self._open.append(self._noted(request, self.client.follow_up(self._job(request), self.ask)))
 
 
 def scoring_requests(rollouts: Sequence[Rollout]) -> list[ScoringRequest]:

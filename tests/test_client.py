@@ -392,8 +392,8 @@ def test_what_goes_wrong_with_a_batch_is_told_to_whoever_asks_for_it_and_not_to_
     with serving(handle) as url, Client([url], width=1000) as client:
         teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
         submitted = list[Any]()
-        submit = client.submit
-        client.submit = lambda job, ask: submitted.append(submit(job, ask)) or submitted[-1]  # type: ignore
+        follow_up = client.follow_up  # what every request comes to
+        client.follow_up = lambda job, ask: submitted.append(follow_up(job, ask)) or submitted[-1]  # type: ignore
         for one in first:
             teacher.hear(one)
         teacher.heard_all()
@@ -480,6 +480,55 @@ def test_servers_that_work_on_the_batch_before_are_not_idle() -> None:
         teacher.heard_all()
         teacher.score(second)
         assert sizes[2:] == [5]
+
+
+def test_what_waits_for_company_goes_when_the_servers_are_done_and_not_when_the_next_one_ends() -> None:
+    sizes, leave = list[int](), threading.Event()
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        sizes.append(len(body["input"]))
+        leave.wait(20)
+        return pooled(body)
+
+    with serving(handle) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        begun = list[None]()
+        client.before = lambda: begun.append(None)
+        said = [rollout(number) for number in range(6)]
+        try:
+            for one in said:
+                teacher.hear(one)
+            until(lambda: sizes == [1])
+            time.sleep(0.1)
+            assert sizes == [1]
+        finally:
+            leave.set()
+        until(lambda: sizes == [1, 5])
+        # Where a server has just answered, none is to be started: that could take the thread that talks to them.
+        assert len(begun) == 1
+        assert len(teacher.score(said)) == 6 and sizes == [1, 5]
+
+
+def test_what_waits_for_company_stays_where_a_request_before_it_failed() -> None:
+    sizes, leave = list[int](), threading.Event()
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        sizes.append(len(body["input"]))
+        leave.wait(20)
+        return pooled(body, with_nan)
+
+    with serving(handle) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        try:
+            for number in range(6):
+                teacher.hear(rollout(number))
+        finally:
+            leave.set()
+        until(lambda: client.replicas[0].load == 0)
+        time.sleep(0.1)
+        assert sizes == [1]
+        with pytest.raises(DistillError, match="not finite"):
+            teacher.hear(rollout(7))
 
 
 def test_an_abandoned_step_ends_what_is_under_way() -> None:

@@ -123,6 +123,10 @@ class Client:
         ``ask`` runs in the client's loop and calls ``post``. A future that is cancelled ends its request.
         """
         self.before()
+        return self.follow_up(job, ask)
+
+    def follow_up(self, job: Job[J], ask: Callable[[J], Awaitable[R]]) -> Future[R]:
+        """As ``submit``, where a server has just answered: from the client's own thread too, it waits for nothing."""
 
         async def one() -> R:
             async with self._room(job.cost):
