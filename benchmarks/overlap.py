@@ -2,10 +2,11 @@
 
 ``embedded``: the embedded pair after a short off-policy stage, with a vLLM teacher on a core of its own (``--cores``:
 this process's, the teacher's), staleness 0; null with ``--no-vllm``. Each step's wall time is compared with the larger
-of sample + train and score, where sampling and scoring were measured alone on the same step's responses (the learning
-rate is next to nothing, so that they are the same). ``one_response`` is what judging a single one takes: no step can
-wait for less after its last response. ``simulated``: sampler, teacher and trainer on three devices that take their time
-elsewhere (they sleep), staleness 1, with each phase in turn as the longest: wall time of a step over the longest phase.
+of sample + train and score, where each was measured alone on the same responses, right behind the step (the learning
+rate is next to nothing, so that they are the same). ``wall_over_bound`` is that of all steps together, ``median_step``
+the median step's. ``one_response`` is what judging a single one takes. ``simulated``: sampler, teacher and trainer on
+three devices that take their time elsewhere (they sleep), staleness 1, with each phase in turn as the longest: wall
+time of a step over the longest phase.
 In both the loop is the one that ``distill run`` runs.
 """
 
@@ -41,7 +42,7 @@ from distill.prompts import EmbeddedSource
 from distill.sampler import OnFinished, StudentSampler, TransformersSampler
 from distill.spans import Span
 from distill.stage_config import ModeSampling, OnPolicyStage, Optimiser, SamplingSettings
-from distill.types import HiddenStates, Request, Rollout
+from distill.types import Example, HiddenStates, Request, Rollout
 from distill.vllm.service import Service
 from pipelines.batches import Batches, batches_of
 from pipelines.crew import Crew, Stage, student_responses
@@ -56,6 +57,7 @@ from pipelines.stages import OnPolicy
 from pipelines.strong_to_weak import run
 from pipelines.tracker import UNTRACKED
 from students.student import Student
+from teachers.teacher import ExactTeacher
 
 NUM_PROMPTS = 16
 SLICE_SECONDS = 0.005
@@ -323,31 +325,39 @@ def steps_of(
     ) as faculty:
         crew = crew_of(faculty, student, sampler, found.shape)
         stage = OnPolicy("on_policy", settings(steps + warmup, prompts=prompts), crew, first_prompt=0)
-        metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=0))[warmup:]
-        judge = faculty.default.hired.judge
-        walls, bounds, parts = list[float](), list[float](), list[dict[str, float]]()
-        for row in metrics:
-            rollouts: list[Rollout] = []
-            requests_at = row["step"]
-            sample = seconds_of(lambda at=requests_at, into=rollouts: into.extend(alone(stage, at)))  # type: ignore[misc]
-            score = seconds_of(lambda said=rollouts: judge.score(said))  # type: ignore[misc]
-            parts.append({"sample": sample, "score": score, "train": row["seconds.train"]})
-            walls.append(row["seconds"])
-            bounds.append(max(sample + row["seconds.train"], score))
-        ones = [seconds_of(lambda one=one: judge.score([one])) for one in rollouts]  # type: ignore[misc]
+        judge = cast(ExactTeacher, faculty.default.hired.judge)
+        alone, ones = list[dict[str, float]](), list[float]()
+
+        def examine(done: int) -> bool:
+            # Right behind the step, so that a machine that is slow for a while is so for both.
+            if done > warmup:
+                rollouts: list[Rollout] = []
+                sample = seconds_of(lambda: rollouts.extend(said_alone(stage, done - 1)))
+                signals: list[HiddenStates] = []
+                score = seconds_of(lambda: signals.extend(judge.score(rollouts)))
+                examples = [Example(rollout, signal) for rollout, signal in zip(rollouts, signals, strict=True)]
+                learnt = student.step(examples, stage.loss, step=done, num_steps=stage.num_steps, where="alone")
+                alone.append({"sample": sample, "score": score, "train": learnt["seconds.train"]})
+                ones.append(seconds_of(lambda: judge.score(rollouts[:1])))
+            return False
+
+        metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=0), examine=examine)[warmup:]
+    walls = [row["seconds"] for row in metrics]
+    bounds = [max(parts["sample"] + parts["train"], parts["score"]) for parts in alone]
     return {
         "steps": len(metrics),
         "tokens_a_step": statistics.mean(row["tokens.student_sample"] for row in metrics),
         "wall": statistics.median(walls),
-        "alone": {name: statistics.median(part[name] for part in parts) for name in parts[0]},
+        "alone": {name: statistics.median(parts[name] for parts in alone) for name in alone[0]},
         "wall_over_bound": sum(walls) / sum(bounds),
+        "median_step": statistics.median(wall / bound for wall, bound in zip(walls, bounds, strict=True)),
         "worst_step": max(wall / bound for wall, bound in zip(walls, bounds, strict=True)),
         "waited_for_score": statistics.median(row["seconds.score"] for row in metrics),
         "one_response": statistics.median(ones),
     }
 
 
-def alone(stage: OnPolicy, step: int) -> list[Rollout]:
+def said_alone(stage: OnPolicy, step: int) -> list[Rollout]:
     """The step's responses, and nobody is told of them."""
     first = step * stage.settings.prompts_per_step
     return student_responses(stage.crew, stage.name, stage.settings, first=first, heard=False)
