@@ -126,6 +126,7 @@ class SimulatedTeacher:
 
     seconds: float
     name: str = "teacher"
+    hears: bool = True
     head_VD: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
     _done: dict[int, Span] = field(default_factory=dict)
     _free_at: float = 0.0
@@ -172,6 +173,9 @@ class SimulatedTrainer:
 
     def whole(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def read(self, rollouts: Sequence[Rollout]) -> None:
+        """Nothing is done in advance."""
 
     def step(self, examples: Sequence[Any], loss: object, **_: object) -> dict[str, Any]:
         work(time.perf_counter() + self.seconds)

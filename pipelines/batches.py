@@ -27,7 +27,7 @@ from distill import interrupt
 from distill.costs import CostAccount
 from distill.errors import DistillError
 from distill.sampler import IndependentSampler
-from distill.spans import Span
+from distill.spans import Span, length
 from distill.types import Rollout
 from pipelines.crew import Crew, Judged, Stage
 
@@ -103,11 +103,12 @@ class AtOnce:
             with _naming(stage, step, "scoring"):
                 judged, spans = _judged(stage, crew, rollouts)
         scored = time.perf_counter()
+        read = [] if judged.read is None else [judged.read]
         return Batch(
             rollouts,
             judged,
-            waited={"sync": synced - began, "sample": sampled - synced, "score": scored - sampled},
-            spans={"sync": [(began, synced)], "sample": [(synced, sampled)], "score": spans},
+            waited={"sync": synced - began, "sample": sampled - synced, "score": scored - sampled - length(read)},
+            spans={"sync": [(began, synced)], "sample": [(synced, sampled)], "score": spans, "train": read},
         )
 
 
@@ -182,15 +183,16 @@ class Ahead:
         if self._under_way is not None and self._under_way[1].done():
             self.rest()  # what went wrong there is not kept until this batch has been trained on
         scored = time.perf_counter()
+        read = [] if judged.read is None else [judged.read]
         return Batch(
             spoken.rollouts,
             judged,
             waited={
                 "sample": already + sampled - begun,
                 "sync": begun - began + synced - sampled,
-                "score": scored - synced,
+                "score": scored - synced - length(read),
             },
-            spans={"sample": [spoken.span], "sync": [own], "score": spans},
+            spans={"sample": [spoken.span], "sync": [own], "score": spans, "train": read},
             rested=already,
         )
 
@@ -219,7 +221,8 @@ def _judged(stage: Stage, crew: Crew, rollouts: Sequence[Rollout]) -> tuple[Judg
     crew.teachers.worked()  # on something else
     began = time.perf_counter()
     judged = stage.signal(rollouts)
-    return judged, [*crew.teachers.worked(), (began, time.perf_counter())]
+    own = began if judged.read is None else judged.read[1]
+    return judged, [*crew.teachers.worked(), (own, time.perf_counter())]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from distill.family import Shape
 from distill.prompts import PromptSource
 from distill.sampler import StudentSampler
 from distill.seeding import derive, uniform
+from distill.spans import Span
 from distill.stage_config import GrpoStage, Mixture, OffPolicyStage, OnPolicyStage, OpdRewardStage, StageSettings
 from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
 from pipelines.faculty import Faculty, TeacherPart
@@ -62,11 +63,13 @@ class Judged:
     """What the judge made of a step's responses.
 
     ``updates`` are the examples of each optimiser step, as many in every step of a stage; one without examples teaches
-    nothing and is left out. ``facts`` are metrics of the judging; the processes' counts are added.
+    nothing and is left out. ``facts`` are metrics of the judging; the processes' counts are added. ``read`` is when the
+    student read the responses for its step meanwhile, where it did.
     """
 
     updates: list[list[Example]]
     facts: dict[str, float | Mean] = field(default_factory=dict)
+    read: Span | None = None
 
 
 class Stage(Protocol):

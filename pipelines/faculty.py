@@ -103,6 +103,11 @@ class Faculty:
         assert head_VD is not None, "only hidden states name their teacher"
         return head_VD
 
+    @property
+    def hears(self) -> bool:
+        """Whether one teacher judges everything, and in the background what it hears of; see ``Teacher.hears``."""
+        return len(self.tutors) == 1 and self.default.hired.judge.hears
+
     def hear(self, rollout: Rollout) -> None:
         """Have the response's teacher take note of it; see ``Teacher.hear``."""
         self.of(rollout.request.prompt).hired.judge.hear(rollout)

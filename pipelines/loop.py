@@ -114,7 +114,7 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int, *, batches: Bat
         **_spent(before, crew.meter.account.of_stage(stage.name)),
         "seconds": (wall := batch.rested + time.perf_counter() - started),
         **{f"seconds.{phase}": seconds for phase, seconds in batch.waited.items()},
-        **clock.metrics({**batch.spans, "train": [(taken, learnt)]}, wall=wall),
+        **clock.metrics({**batch.spans, "train": [*batch.spans.get("train", ()), (taken, learnt)]}, wall=wall),
     }
 
 

@@ -164,8 +164,14 @@ class OnPolicy:
         return student_responses(self.crew, self.name, self.settings, first=first, heard=True)
 
     def signal(self, rollouts: Sequence[Rollout]) -> Judged:
-        signals = self.crew.teachers.judge(rollouts, self.crew.meter, self.name)
-        return Judged([[Example(rollout, signal) for rollout, signal in zip(rollouts, signals, strict=True)]])
+        crew, read = self.crew, None
+        if crew.teachers.hears:
+            # The last responses are still being judged, and the student's forward pass needs nothing of that.
+            with crew.meter.measure("student_train", self.name):
+                read = crew.student.read(rollouts)
+        signals = crew.teachers.judge(rollouts, crew.meter, self.name)
+        examples = [Example(rollout, signal) for rollout, signal in zip(rollouts, signals, strict=True)]
+        return Judged([examples], read=read)
 
     def loss(self, rows: Rows) -> Felt:
         return feel(rows, self.settings.divergence, self.crew)

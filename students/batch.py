@@ -6,7 +6,7 @@ Legend: T tokens of all sequences together, N response tokens among them, d a te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +92,11 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
         sampled_logprob_N=per_token(torch.float32, [value for rollout in rollouts for value in rollout.logprobs]),
         signal=_join(examples, device),
     )
+
+
+def judged(batch: Batch, examples: Sequence[Example], device: torch.device) -> Batch:
+    """``batch``, which was collated before anybody had judged, with what was said of its ``examples`` since."""
+    return replace(batch, signal=_join(examples, device))
 
 
 def _join(examples: Sequence[Example], device: torch.device) -> BatchSignal:

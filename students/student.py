@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,11 +24,12 @@ from distill.costs import training_passes
 from distill.device import finish
 from distill.errors import NonFiniteError
 from distill.model_config import LoraSettings, StudentSettings
+from distill.spans import Span
 from distill.sparse import linear_topk
 from distill.stage_config import Optimiser
 from distill.types import Example, Rollout
 from students.adapter import write_adapter
-from students.batch import Batch, collate, micro_batches
+from students.batch import Batch, collate, judged, micro_batches
 from students.optimiser import MasterAdamW
 from students.parallel import Engine, Pass, gathered, keep_root, release, replicated, sharded, slice_like, whole_on_main
 from students.ranks import ALONE, Ranks
@@ -57,6 +58,17 @@ class Rows:
 
 
 Loss = Callable[[Rows], Felt]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The first micro-batch's forward pass, made before its responses were judged, with the weights of that time."""
+
+    rollouts: list[Rollout]
+    rows: Rows
+    router: RouterLoad | None
+    num_changes: int
+    seconds: float
 
 
 class Student:
@@ -97,11 +109,13 @@ class Student:
             sharded(whole, self.model, self.dtype, ranks.device, offload=settings.cpu_offload)
         self._pass: nn.Module = replicated(whole) if engine == "replicated" else whole
         self.optimiser: MasterAdamW | None = None
+        self._reading: _Reading | None = None
         self.num_changes = 0
         """How often its weights have changed; who holds a copy of them knows by it whether the copy is old."""
 
     def begin(self, settings: Optimiser) -> None:
         """Forget the last stage's moments; train on with these settings."""
+        self._reading = None
         if self.engine == "sharded":
             # Its parameters are the masters; every engine starts a stage from what the student's own dtype holds.
             self._round()
@@ -172,6 +186,32 @@ class Student:
                 found[id(example)] = {name: split[place] for name, split in parts.items()}
         return [found[id(example)] for example in examples]
 
+    def read(self, rollouts: Sequence[Rollout]) -> Span | None:
+        """Make the forward pass of the next ``step``'s first micro-batch while its responses are still being judged.
+
+        The next step has to be on these ``rollouts``, in this order, and all judged by one teacher. What it comes to is
+        the same: this is the pass that it would make first, and it goes on from there. Returns when that was. One of
+        several processes reads nothing: its pass is everyone's, and who fails to get its judgement would leave the
+        others in the middle of theirs.
+        """
+        if self.engine != "alone" or not rollouts:
+            return None
+        began = time.perf_counter()
+        group = micro_batches([Example(rollout) for rollout in rollouts], self.settings.micro_batch_tokens)[0]
+        rows, router = self.rows(collate(group, self.ranks.device))
+        ended = time.perf_counter()
+        said = [example.rollout for example in group]
+        self._reading = _Reading(said, rows, router, self.num_changes, ended - began)
+        return began, ended
+
+    def _take_reading(self, group: Sequence[Example] | None) -> _Reading | None:
+        """What was read ahead, if it was this micro-batch; another one's is dropped."""
+        reading, self._reading = self._reading, None
+        if reading is None or group is None or reading.num_changes != self.num_changes:
+            return None
+        read, wanted = list(map(id, reading.rollouts)), [id(example.rollout) for example in group]
+        return reading if read == wanted else None
+
     def step(self, examples: Sequence[Example], loss: Loss, *, step: int, num_steps: int, where: str) -> dict[str, Any]:
         """One optimiser step on ``examples``, this process's share; the metrics are those of all.
 
@@ -181,6 +221,7 @@ class Student:
         """
         optimiser, ranks = self.optimiser, self.ranks
         assert optimiser is not None, "begin() comes before step()"
+        read_for = 0.0 if self._reading is None else self._reading.seconds
         started = time.perf_counter()
         groups = micro_batches(examples, self.settings.micro_batch_tokens) if examples else []
         num_weighted = ranks.sum({"": sum(sum(example.rollout.loss_mask) for example in examples)})[""]
@@ -214,13 +255,15 @@ class Student:
             "grad_norm": norm,
             "learning_rate": rate,
             "num_tokens": int(num_weighted),
-            "seconds.train": time.perf_counter() - started,
+            "seconds.train": read_for + time.perf_counter() - started,
         }
 
     def _backward(self, group: Sequence[Example] | None, loss: Loss, num_weighted: float, table: _Means) -> None:
         """Adds the gradients of one micro-batch, or zeros; nothing of it is held when this returns."""
-        batch = None if group is None else collate(group, self.ranks.device)
-        objective = self._pass(batch, loss, num_weighted, table)
+        reading, batch, device = self._take_reading(group), None, self.ranks.device
+        if group is not None:
+            batch = collate(group, device) if reading is None else judged(reading.rows.batch, group, device)
+        objective = self._pass(batch, loss, num_weighted, table, reading)
         # The engines average over the processes; the loss is already divided by everyone's tokens.
         (objective * self.ranks.count).backward()
 
@@ -231,11 +274,16 @@ class Student:
         touched: Tensor = state.last_hidden_state.sum() + self.head_VD[0].sum()
         return 0.0 * touched
 
-    def _felt(self, batch: Batch | None, loss: Loss, num_weighted: float, table: _Means) -> Tensor:
-        """The batch's part of the step's loss; its metrics go into ``table``."""
+    def _felt(
+        self, batch: Batch | None, loss: Loss, num_weighted: float, table: _Means, reading: _Reading | None
+    ) -> Tensor:
+        """The batch's part of the step's loss, from its ``reading`` where it has one; its metrics go into ``table``."""
         if batch is None:
             return self._nothing()
-        rows, router = self.rows(batch)
+        if reading is None:
+            rows, router = self.rows(batch)
+        else:
+            rows, router = replace(reading.rows, batch=batch), reading.router
         felt = loss(rows)
         objective = felt.total / num_weighted
         table.add_scalar("loss", float(objective.detach()), 1.0)

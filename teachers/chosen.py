@@ -34,6 +34,7 @@ class ChosenTeacher:
     """Scores the ids that ``choose`` names; signals are ``TopK``."""
 
     head_VD: None = None
+    hears = False
 
     def __init__(self, client: Client, *, name: str, choose: Choose, device: torch.device) -> None:
         self.client, self.name, self.choose, self.device = client, name, choose, device

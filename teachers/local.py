@@ -23,6 +23,8 @@ class LocalTeacher:
     ``batch_tokens`` bounds the tokens of one forward pass, as ``pass_tokens``; sequences are packed without padding.
     """
 
+    hears = False
+
     def __init__(self, model: PreTrainedModel, *, name: str, batch_tokens: int) -> None:
         self.model = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(PACKED)

@@ -36,6 +36,7 @@ class LogprobTeacher:
     """
 
     head_VD: None = None
+    hears = True
 
     def __init__(self, client: Client, *, name: str, vocabulary: int, k: int, device: torch.device) -> None:
         self.client, self.name, self.vocabulary, self.k, self.device = client, name, vocabulary, k, device

@@ -32,6 +32,10 @@ class ReducedTeacher:
     def __init__(self, teacher: ExactTeacher, reduce: Reduce) -> None:
         self.teacher, self.reduce, self.name = teacher, reduce, teacher.name
 
+    @property
+    def hears(self) -> bool:
+        return self.teacher.hears
+
     def hear(self, rollout: Rollout) -> None:
         self.teacher.hear(rollout)
 

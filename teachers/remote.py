@@ -43,6 +43,8 @@ class RemoteTeacher:
     ``dtype`` and ``device`` are those of the head and of the states that ``score`` returns.
     """
 
+    hears = True
+
     def __init__(
         self, client: Client, checkpoint: Checkpoint, *, wire: Wire, dtype: torch.dtype, device: torch.device
     ) -> None:

@@ -22,6 +22,11 @@ class Teacher(Protocol):
         """The LM head's weight, [vocabulary, d], that makes logits of hidden states; None for other signals."""
         ...
 
+    @property
+    def hears(self) -> bool:
+        """Whether a response that was heard of is judged in the background, so that ``score`` merely waits for it."""
+        ...
+
     def hear(self, rollout: Rollout) -> None:
         """Take note of a response that has ended; it may be judged in the background from now on.
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +46,7 @@ from distill.stage_config import GrpoStage, ModeSampling, Optimiser, SamplingSet
 from distill.types import MODES, Request, Rollout
 from pipelines.batches import Ahead, AtOnce, batches_of
 from pipelines.crew import Crew
-from pipelines.faculty import find_teachers, hired_faculty
+from pipelines.faculty import Faculty, find_teachers, hired_faculty
 from pipelines.grpo import Grpo
 from pipelines.phases import Clock, devices_of, reproducible
 from pipelines.resolution import resolve_run
@@ -551,6 +552,119 @@ def test_ahead_of_nothing_is_at_once() -> None:
     assert isinstance(batches_of(stage, crew, staleness=0), AtOnce)
     stage.teacher_part = "speaks"
     assert isinstance(batches_of(stage, crew, staleness=1), AtOnce)
+
+
+# Reading ahead of the judgement
+
+
+class Slow:
+    """A teacher whose answers come ``seconds`` after the last response, whatever this process does meanwhile."""
+
+    hears = True
+
+    def __init__(self, teacher: Any, seconds: float, *, hears: bool = True) -> None:
+        self.teacher, self.seconds, self.hears = teacher, seconds, hears
+        self.failure: Exception | None = None
+        self._until = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
+
+    def heard_all(self) -> None:
+        self._until = time.perf_counter() + self.seconds
+
+    def score(self, rollouts: Sequence[Rollout]) -> Any:
+        work(self._until)
+        if self.failure is not None:
+            raise self.failure
+        return self.teacher.score(rollouts)
+
+
+@contextmanager
+def taught_crew(seconds: float, *, hears: bool) -> Iterator[tuple[Crew, Slow]]:
+    """Real weights, and a teacher that gives the exact signal."""
+    config = resolve_run(assignments=["stages.off_policy=null"])
+    candidates, device = find_teachers(config), torch.device("cpu")
+    with hired_faculty(config, candidates, encoder(), device=device, logs=Path("."), choose=cast(Any, None)) as faculty:
+        hired = faculty.default.hired
+        slow = Slow(hired.judge, seconds, hears=hears)
+        tutor = replace(faculty.default, hired=replace(hired, judge=cast(Any, slow)))
+        yield replace(real_crew(), teachers=Faculty([tutor])), slow
+
+
+def exact(crew: Crew, steps: int) -> OnPolicy:
+    return OnPolicy("on_policy", settings(steps, prompts=8, most=12), crew, first_prompt=0)
+
+
+@pytest.mark.parametrize("batches", [AtOnce, Ahead])
+def test_the_student_reads_while_the_teacher_judges_and_no_number_changes(
+    batches: type[AtOnce] | type[Ahead],
+) -> None:
+    rows: dict[bool, list[dict[str, Any]]] = {}
+    weights: dict[bool, list[torch.Tensor]] = {}
+    for hears in (False, True):
+        with taught_crew(0.3, hears=hears) as (crew, _):
+            read, stage = crew.student.rows, exact(crew, 3)
+
+            def slowly(batch: Any, read: Any = read) -> Any:
+                time.sleep(0.2)
+                return read(batch)
+
+            crew.student.rows = slowly  # type: ignore[method-assign]
+            rows[hears] = metrics_of(stage, crew, batches(stage, crew))
+            weights[hears] = [value.detach().clone() for value in crew.student.model.parameters()]
+            costs = crew.meter.account.of_stage("on_policy")
+            assert costs["student_train"].seconds >= 3 * 0.2
+    assert [*map(reproducible, rows[False])] == [*map(reproducible, rows[True])]
+    assert all(map(torch.equal, weights[False], weights[True]))
+    # One batch ahead, later batches are judged behind the training before them.
+    for waited, hidden in [*zip(rows[False], rows[True], strict=True)][: 3 if batches is AtOnce else 1]:
+        assert hidden["seconds.score"] < waited["seconds.score"] - 0.1
+    for waited, hidden in zip(rows[False], rows[True], strict=True):
+        assert waited["seconds.train"] >= 0.2 and hidden["seconds.train"] >= 0.2
+        # The reading is the student's work, and it is done while the teacher works.
+        assert len(hidden["timeline"]["train"]) == 2 and len(waited["timeline"]["train"]) == 1
+        assert hidden["timeline"]["train"][0][1] <= hidden["timeline"]["score"][-1][1]
+        assert hidden["busy.train"] >= 0.2
+        assert hidden["seconds"] == pytest.approx(
+            sum(hidden[f"seconds.{phase}"] for phase in ("sample", "sync", "score", "train")), abs=0.05
+        )
+
+
+@pytest.mark.parametrize("batches", [AtOnce, Ahead])
+def test_a_judgement_that_fails_behind_the_reading_is_named_and_leaves_no_trace(
+    batches: type[AtOnce] | type[Ahead],
+) -> None:
+    """The stage can be gone through afterwards, and comes to what it would have without."""
+    with taught_crew(0.05, hears=True) as (crew, _):
+        reference = metrics_of(exact(crew, 2), crew, batches(exact(crew, 2), crew))
+    with taught_crew(0.05, hears=True) as (crew, slow):
+        stage, before = exact(crew, 2), [value.detach().clone() for value in crew.student.model.parameters()]
+        slow.failure = DistillError("the server holds another model")
+        with pytest.raises(DistillError, match=r"^on_policy, scoring step 0: the server holds another model$"):
+            metrics_of(stage, crew, batches(stage, crew))
+        assert crew.student.num_changes == 0 or all(map(torch.equal, before, crew.student.model.parameters()))
+        slow.failure = None
+        again = metrics_of(stage, crew, batches(stage, crew))
+    assert [row["loss"] for row in again] == [row["loss"] for row in reference]
+
+
+def test_a_request_to_stop_is_heard_behind_the_reading() -> None:
+    with taught_crew(0.02, hears=True) as (crew, slow):
+        stage, kept, read = exact(crew, 4), list[int](), crew.student.read
+
+        def watched(rollouts: Sequence[Rollout]) -> Any:
+            if crew.student.num_changes == at_first + 1:
+                slow._until = time.perf_counter() + 20
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            return read(rollouts)
+
+        at_first = crew.student.num_changes
+        crew.student.read = watched  # type: ignore[method-assign]
+        began = time.perf_counter()
+        with interrupt.deferred_signals(), pytest.raises(StoppedError, match=r"^stopped by SIGTERM$") as stopped:
+            metrics_of(stage, crew, AtOnce(stage, crew), checkpoint=lambda done, ended: kept.append(done))
+        assert stopped.value.exit_code == 75 and kept == [1] and time.perf_counter() - began < 10
 
 
 # Settings, arithmetic

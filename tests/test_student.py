@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from distill.errors import NonFiniteError
 from distill.model_config import LoraSettings, StudentSettings
 from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
-from students.batch import collate, micro_batches
+from students.batch import Batch, collate, micro_batches
+from students.router import RouterLoad
 from students.student import Felt, Rows, Student
 from teachers.local import LocalTeacher
 
@@ -336,3 +338,109 @@ def test_export_of_the_real_06b_shape_loads_with_plain_transformers(tmp_path: Pa
     for (name, ours), (other, theirs) in zip(learner.model.named_parameters(), loaded.named_parameters(), strict=True):
         assert name == other and torch.equal(ours, theirs), name
     assert not torch.equal(before, loaded.model.layers[0].mlp.up_proj.weight)
+
+
+# Reading ahead of the judgement
+
+
+def hidden_examples(teacher: LocalTeacher, rollouts: list[Rollout]) -> list[Example]:
+    return [Example(said, states) for said, states in zip(rollouts, teacher.score(rollouts), strict=True)]
+
+
+def watched_passes(learner: Student) -> list[int]:
+    """The tokens of each forward pass that the learner is going to make."""
+    rows, passes = learner.rows, list[int]()
+
+    def watched(batch: Batch) -> tuple[Rows, RouterLoad | None]:
+        passes.append(len(batch.input_T))
+        return rows(batch)
+
+    learner.rows = watched  # type: ignore[method-assign]
+    return passes
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        (dense, PLAIN),
+        (moe, PLAIN),
+        (dense, PLAIN.model_copy(update={"micro_batch_tokens": 24})),
+        (dense, PLAIN.model_copy(update={"gradient_checkpointing": True})),
+        (dense, PLAIN.model_copy(update={"lora": LoraSettings(rank=4, alpha=8, dropout=0.3)})),
+    ],
+    ids=["plain", "moe", "micro-batches", "checkpointing", "dropout"],
+)
+def test_what_was_read_ahead_changes_no_bit(shape: Callable[[], PreTrainedModel], settings: StudentSettings) -> None:
+    found = []
+    for ahead in (False, True):
+        learner = student(shape(), settings)
+        passes = watched_passes(learner)
+        metrics = []
+        for at in range(3):
+            torch.manual_seed(at)
+            if ahead:
+                assert learner.read([example.rollout for example in EXAMPLES]) is not None
+            metrics.append({name: value for name, value in step(learner, at=at).items() if "seconds" not in name})
+        found.append((metrics, {name: value.clone() for name, value in learner.weights().items()}, passes))
+    assert found[0][0] == found[1][0] and found[0][2] == found[1][2]  # as many passes, in the same order
+    for name, value in found[0][1].items():
+        assert torch.equal(value, found[1][1][name]), name
+
+
+def test_signals_that_come_after_the_reading_are_felt() -> None:
+    teacher = LocalTeacher(dense(seed=1), name="teacher", batch_tokens=1000)
+    examples = hidden_examples(teacher, [example.rollout for example in EXAMPLES])
+
+    def loss(rows: Rows) -> Felt:
+        assert isinstance(rows.batch.signal, HiddenStates)
+        felt = linear_divergence(
+            rows.hidden_ND,
+            rows.head_VD,
+            rows.batch.signal.states_Rd,
+            teacher.head_VD,
+            weights=rows.batch.weight_N,
+            kind="reverse_kl",
+        )
+        return Felt(felt.total, {"reverse_kl": felt.reverse_kl})
+
+    kls = []
+    for ahead in (False, True):
+        learner = student(dense())
+        if ahead:
+            learner.read([example.rollout for example in examples])
+        kls.append(learner.step(examples, loss, step=0, num_steps=1, where="a test")["reverse_kl"])
+    assert kls[0] == kls[1] > 0
+
+
+def test_what_was_read_for_something_else_is_not_taken() -> None:
+    """Other responses, other weights, another stage."""
+    others = [Example(rollout(seed, 4, 5)) for seed in range(3)]
+    reference, learner = student(dense()), student(dense())
+    learner.read([example.rollout for example in EXAMPLES])
+    for at in range(2):
+        assert step(reference, others, at)["loss"] == step(learner, others, at)["loss"]
+    learner.read([example.rollout for example in EXAMPLES])
+    for one in (reference, learner):
+        one.load_weights({name: 0.5 * value for name, value in one.weights().items()})
+    assert step(reference)["loss"] == step(learner)["loss"]
+    learner.read([example.rollout for example in EXAMPLES])
+    for one in (reference, learner):
+        one.begin(Optimiser(learning_rate=1e-2, warmup_steps=0))
+    assert step(reference)["loss"] == step(learner)["loss"]
+
+
+def test_one_of_several_processes_reads_nothing_ahead() -> None:
+    learner = student(dense())
+    learner.engine = "replicated"
+    assert learner.read([example.rollout for example in EXAMPLES]) is None
+
+
+def test_a_step_counts_the_seconds_of_its_reading() -> None:
+    learner = student(dense())
+    rows = learner.rows
+    learner.rows = lambda batch: time.sleep(0.2) or rows(batch)  # type: ignore
+    span = learner.read([example.rollout for example in EXAMPLES])
+    assert span is not None and 0.2 <= span[1] - span[0] < 0.4
+    learner.rows = rows  # type: ignore[method-assign]
+    assert 0.2 <= step(learner)["seconds.train"] < 0.4
+    assert step(learner)["seconds.train"] < 0.2
