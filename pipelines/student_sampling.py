@@ -106,6 +106,7 @@ def _check_one_machine(ranks: Ranks) -> None:
 
 def check_sampler(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> None:
     """Raises UserError where the student cannot be sampled in the way that ``config`` wants, before anything starts."""
+    config.sampler.check_processes(ranks.count)
     if config.sampler.backend == "vllm":
         if config.sampler.place == "in_process":
             check_installed()
@@ -113,7 +114,6 @@ def check_sampler(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> No
 
 
 def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
-    config.sampler.check_processes(ranks.count)
     check_uncut(config.sampler.server_args)
     on_gpu, own_devices = ranks.device.type == "cuda", bool(config.sampler.devices)
     if config.sampler.sleep:
