@@ -1,17 +1,18 @@
 """How one step's forward and backward pass is spread over the run's processes.
 
     alone        one process
-    replicated   every process holds the whole student; DDP, prepared by accelerate, averages the gradients
+    replicated   every process holds the whole student; DDP averages the gradients
     sharded      every process holds a slice of every tensor; FSDP2 gathers a layer when it is needed
+
+accelerate prepares both, and so it does on a CPU, where the path of the GPUs is tested.
 
 The student's pass and its loss are one module (``Pass``), so the engine sees every use of a weight, the LM head's in
 the loss too. For FSDP2 that settles the rule of tied embeddings: layers are groups of their own, and embedding, final
 norm and head stay together in the group of the whole. It is gathered once an optimiser step, by the first micro-batch's
 forward pass, and stays so until the last one's backward pass (``keep_root``): not once a tile, nor once a micro-batch.
 
-FSDP2 is applied by PyTorch's own ``fully_shard``: accelerate's preparation of it wants GPUs, and the path that runs on
-them should be the one that is tested without. Sharded parameters are the fp32 masters themselves; they are gathered in
-the student's dtype, and gradients are summed in fp32. Gradients of bf16 replicas are summed in fp32 as well.
+Sharded parameters are the fp32 masters themselves; they are gathered in the student's dtype, and gradients are summed
+in fp32. Gradients of bf16 replicas are summed in fp32 as well.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -47,8 +48,7 @@ class Pass(nn.Module):
 def replicated(whole: Pass) -> nn.Module:
     """DDP around it."""
     on_gpu = next(whole.parameters()).is_cuda
-    prepared = Accelerator(cpu=not on_gpu).prepare_model(whole)
-    ddp = cast(nn.parallel.DistributedDataParallel, prepared)
+    ddp = cast(nn.parallel.DistributedDataParallel, Accelerator(cpu=not on_gpu).prepare_model(whole))
     if next(whole.parameters()).dtype != torch.float32:
         ddp.register_comm_hook(None, _average_in_fp32)
     return ddp
@@ -62,15 +62,22 @@ def _average_in_fp32(state: None, bucket: Any) -> Any:
 
 def sharded(whole: Pass, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, *, offload: bool) -> None:
     """Cuts the parameters in place; a model on the CPU moves to the device layer by layer."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-    }
-    for layer in cast(Any, model.get_decoder()).layers:
-        fully_shard(layer.float(), **options)
-    fully_shard(whole.float(), **options)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    # Accelerator.prepare shards together with the optimiser, which begins anew with each stage here, and on GPUs only.
+    # The function behind it does not ask for either, and takes its settings from this place.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        cpu_offload=offload,
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        transformer_cls_names_to_wrap=[type(cast(Any, model.get_decoder()).layers[0]).__name__],
+        cpu_ram_efficient_loading=False,
+    )
+    fsdp2_prepare_model(accelerator, whole)
+    cast(FSDPModule, whole).set_reshard_after_forward(False, recurse=False)
+    # Slices are widened, not the whole: no process holds more than what it has loaded.
+    whole.float()
     # FSDP2 learns who the root is from the first module that runs, and sampling runs the layers by themselves.
     whole(None)
     # The root stays gathered behind a forward pass, and whoever asks for parameters now is to be given the slices.
