@@ -27,11 +27,11 @@ from torch.autograd.function import once_differentiable
 
 from distill.errors import UserError
 from distill.logits import Logits, Model, multiply, product_dtype
+from distill.scratch import CPU_TILE_BYTES, matrices
 
-CPU_TILE_BYTES = 512 * 2**20
 GPU_TILE_BYTES = 2 * 2**30
-"""Memory for the logits that live at once. Each tile reads and writes the head's gradient once, [V, D] in float32, so
-that small tiles cost bandwidth."""
+"""As ``CPU_TILE_BYTES``. Each tile reads and writes the head's gradient once, [V, D] in float32, so that small tiles
+cost bandwidth."""
 
 BLOCK_BYTES = 3 * 2**19
 """On a CPU, the mathematics of a tile is done in blocks of this size a thread, so that its handful of temporaries stay
@@ -109,10 +109,6 @@ def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None
     """Fills the loss tile by tile; returns the gradients to the student's hidden states and head, None if unwanted."""
     num_rows, chunk_rows = len(hidden_ND), min(job.chunk_rows, len(hidden_ND))
     models = [(hidden_ND, head_VD), *job.others]
-    buffers = [hidden.new_empty(chunk_rows, len(head), dtype=product_dtype(hidden)) for hidden, head in models]
-    gradient = buffers[0]  # the student's logits are overwritten, where they have the type that products take
-    if gradient.dtype != hidden_ND.dtype:
-        gradient = torch.empty_like(gradient, dtype=hidden_ND.dtype)
     grad_hidden_ND = torch.empty_like(hidden_ND) if job.wants_hidden else None
     grad_head_VD = None
     if job.wants_head:
@@ -121,15 +117,20 @@ def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None
         if num_rows == 0:
             grad_head_VD.zero_()
 
-    for tile in _slices(num_rows, chunk_rows):
-        inputs = [(hidden[tile], head) for hidden, head in models]
-        products = [buffer[: tile.stop - tile.start] for buffer in buffers]
-        gradient_CV = gradient[: tile.stop - tile.start]
-        _form_tile_(inputs, products, tile, gradient_CV, job)
-        if grad_hidden_ND is not None:
-            torch.mm(gradient_CV, head_VD, out=grad_hidden_ND[tile])
-        if grad_head_VD is not None:
-            _add_product_(grad_head_VD, gradient_CV.t(), hidden_ND[tile], fresh=tile.start == 0)
+    columns = [(len(head), product_dtype(hidden)) for hidden, head in models]
+    if columns[0][1] != hidden_ND.dtype:
+        # Products do not take the type that logits come in: the gradient cannot overwrite the student's.
+        columns.append((len(head_VD), hidden_ND.dtype))
+    with matrices(chunk_rows, columns, hidden_ND.device) as buffers:
+        for tile in _slices(num_rows, chunk_rows):
+            inputs = [(hidden[tile], head) for hidden, head in models]
+            products = [buffer[: tile.stop - tile.start] for buffer in buffers]
+            gradient_CV = products.pop() if len(products) > len(models) else products[0]
+            _form_tile_(inputs, products, tile, gradient_CV, job)
+            if grad_hidden_ND is not None:
+                torch.mm(gradient_CV, head_VD, out=grad_hidden_ND[tile])
+            if grad_head_VD is not None:
+                _add_product_(grad_head_VD, gradient_CV.t(), hidden_ND[tile], fresh=tile.start == 0)
     return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
 
 

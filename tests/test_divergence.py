@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill import scratch
 from distill.divergence import KINDS, Divergence, linear_cross_entropy, linear_divergence, linear_logprobs
 from distill.errors import UserError
 
@@ -261,16 +262,29 @@ def test_work_is_done_only_for_what_requires_a_gradient() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements of any tensor that an operation returns, views included."""
+    """Records the largest number of elements of any tensor that an operation returns, views included.
 
-    numel = 0
+    The bytes that the tiles lie in count for themselves, and begin with nothing that an earlier call has left.
+    """
+
+    numel = num_bytes = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        scratch._kept.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.uint8:
+                self.num_bytes = max(self.num_bytes, tensor.numel())
+            elif isinstance(tensor, Tensor):
                 self.numel = max(self.numel, tensor.numel())
         return out
+
+    def fits(self, most: int, *, tiles: Sequence[int], dtype: torch.dtype) -> bool:
+        """No tensor of more than ``most`` elements, and tiles of these alone, in ``dtype``, each on a line's start."""
+        return self.numel <= most and 0 < self.num_bytes <= sum(size * dtype.itemsize + 63 for size in tiles)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -287,10 +301,11 @@ def test_no_tensor_has_all_rows_times_the_vocabulary(kind: str, dtype: torch.dty
             hidden, head, teacher_hidden, teacher_head, kind=kind, merged_ids=((1, 2),), chunk_rows=chunk_rows
         )
         ours.total.backward()
-    assert seen.numel <= max(vocab * chunk_rows, vocab * E)
+    tile = vocab * chunk_rows
+    assert seen.fits(max(tile, vocab * E), tiles=(tile, tile), dtype=dtype)
     with LargestTensor() as seen:
         linear_cross_entropy(hidden, head, torch.arange(rows), chunk_rows=chunk_rows).total.backward()
-    assert seen.numel <= max(vocab * chunk_rows, vocab * D)
+    assert seen.fits(max(tile, vocab * D), tiles=(tile,), dtype=dtype)
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 2])
