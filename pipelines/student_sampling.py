@@ -24,13 +24,13 @@ from distill.vllm.engine_sampler import EngineSampler
 from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
+from students.engine_sync import EngineSync
 from students.ranks import Ranks
 from students.sleep import Sleep, SleepingServer, check_sleep, level_for
 from students.student import Student
 from students.vllm_sampler import TOLERANCE, VllmSampler
 from students.weight_sync import (
     AdapterSync,
-    EngineSync,
     FileSync,
     MemorySync,
     Way,
@@ -134,7 +134,7 @@ def _sync(way: Way, student: Student, client: Client) -> WeightSync:
     if way == "file":
         return FileSync(client, student.merged_weights)
     assert way != "memory", "a server shares no memory with this process"
-    return EngineSync(way, client.replicas[0].url, student.merged_weights)
+    return EngineSync(way, client, student.merged_weights)
 
 
 def _launch(config: RunConfig, checkpoint: Checkpoint, way: Way, *, on_gpu: bool) -> Launch:

@@ -1,8 +1,8 @@
 """Ways for the student's weights into a running vLLM: a file that its worker reads, vLLM's own transfer, or memory.
 
     file      a server on a CPU: a safetensors file in a private folder in memory, read by ``distill.vllm.worker``
-    nccl      a server with GPUs of its own: broadcast (vLLM's NCCL engine)
-    ipc       a server on the trainer's GPU: handles of the trainer's memory (vLLM's IPC engine)
+    nccl      a server with GPUs of its own: broadcast (vLLM's NCCL engine, by ``students.engine_sync``)
+    ipc       a server on the trainer's GPU: handles of the trainer's memory (vLLM's IPC engine, likewise)
     adapter   any server of a LoRA student: the adapters alone, beside the base weights that it started with
     memory    vLLM in this process: the tensors themselves
 
@@ -12,10 +12,9 @@ them.
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -95,46 +94,6 @@ class MemorySync:
 
     def send(self) -> None:
         self.engine.take_weights(self.weights())
-
-
-class EngineSync:
-    """Through one of vLLM's weight-transfer engines, which are made for GPUs, to a server that is one process."""
-
-    def __init__(self, way: Literal["nccl", "ipc"], url: str, weights: Weights) -> None:
-        self.way, self.url, self.weights = way, url, weights
-        self._engine: Any = None
-
-    def send(self) -> None:
-        if self._engine is None:
-            self._engine = self._begin()
-        self._engine.send_weights()
-
-    def _begin(self) -> Any:
-        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        weights = self.weights
-
-        class Source(WeightSource):  # type: ignore[misc]
-            """The weights as they are whenever it is gone through."""
-
-            def metadata(self) -> list[Any]:
-                return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
-
-            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-                return iter(weights())
-
-        info: Any = IPCTrainerInitInfo(rank=0)
-        if self.way == "nccl":
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            info = NCCLTrainerInitInfo("127.0.0.1", port, 2, rank=0)
-        client = HTTPVLLMWeightSyncClient(self.url)
-        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())
 
 
 def choose_way(

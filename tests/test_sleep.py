@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from standin_gpu import install_device
 from test_service import launch
 
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
@@ -29,11 +30,12 @@ from distill.types import Request, Rollout
 from distill.vllm.client import Client
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
+from students.engine_sync import EngineSync
 from students.rescoring import rescore
 from students.sleep import Sleep, SleepingServer, level_for
 from students.student import Student
 from students.vllm_sampler import VllmSampler
-from students.weight_sync import AdapterSync, EngineSync, WeightSync
+from students.weight_sync import AdapterSync, WeightSync
 
 NANO = open_checkpoint(resolve("nano", role="student"))
 PARTS = {"weights", "kv_cache"}
@@ -51,9 +53,11 @@ class Engine:
         self.has_weights = True
         self.wakes = True
         self.adapter: str | None = None
+        self.paused = False
 
     def work(self, what: str) -> None:
         assert self.awake == PARTS, f"{what} while the server sleeps"
+        assert not self.paused
         assert self.has_weights, f"{what} without weights"
         self.calls.append(what)
 
@@ -67,8 +71,21 @@ class Engine:
         self.awake |= set(tags)
         return self.wakes and self.awake == PARTS
 
+    async def is_paused(self) -> bool:
+        return self.paused or self.awake != PARTS
+
+    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+        self.calls.append(f"pause {mode}")
+        self.paused = True
+
+    async def resume_generation(self) -> None:
+        assert self.awake == PARTS
+        self.calls.append("resume")
+        self.paused = False
+
     async def start_weight_update(self) -> None:
         assert "weights" in self.awake
+        assert await self.is_paused()
         self.calls.append("start")
 
     async def finish_weight_update(self, version: str | None) -> None:
@@ -151,10 +168,8 @@ def sampler(engine: Engine, client: Client, learner: Student, sync: WeightSync, 
 def test_whole_weights_are_sent_between_the_two_halves_of_waking(
     served: tuple[Engine, Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-
     class Transfer:
-        """vLLM's handshake; the handles want a GPU."""
+        """vLLM's order of calls; the handles want a GPU."""
 
         def __init__(self, client: Any) -> None:
             self.client = client
@@ -163,14 +178,15 @@ def test_whole_weights_are_sent_between_the_two_halves_of_waking(
             self.client.start_weight_update()
             self.client.finish_weight_update()
 
-    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", lambda info, *, client, source: Transfer(client))
+    install_device(monkeypatch.setattr)
+    monkeypatch.setattr(EngineSync, "_begin", lambda sync: Transfer(sync._routes))
     engine, client = served
     learner = student()
-    sync = EngineSync("ipc", client.replicas[0].url, learner.merged_weights)
+    sync = EngineSync("ipc", client, learner.merged_weights)
     speaker = sampler(engine, client, learner, sync, Sleep(SleepingServer(client), level_for("ipc")))
     send, check, batch = ["start", "finish"], ["reset", "check"], ["batch", "sleep 2"]
     speaker.generate([])  # a server that has just started is awake
-    assert engine.calls == [*send, *check, *batch]
+    assert engine.calls == ["pause keep", *send, "resume", *check, *batch]
     engine.calls.clear()
     speaker.generate([])  # the student has not changed, and the server has forgotten its weights all the same
     assert engine.calls == ["wake weights", *send, "wake kv_cache", *check, *batch]

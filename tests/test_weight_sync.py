@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -13,20 +16,22 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from standin_gpu import install_device
 
 from distill.checkpoint import load_model, open_checkpoint
 from distill.config import RunConfig
-from distill.errors import DistillError, UserError
+from distill.errors import DistillError, GoneError, StoppedError, UserError
 from distill.family import resolve
+from distill.interrupt import deferred_signals
 from distill.model_config import LoraSettings, SamplerSettings, StudentSettings
 from pipelines.student_sampling import check_sampler
 from students.adapter import MODULES, RANKS
+from students.engine_sync import EngineSync
 from students.ranks import ALONE, Ranks
 from students.sleep import check_sleep
 from students.student import Student
 from students.vllm_sampler import Gap, VllmSampler, WeightsError
-from students.weight_sync import AdapterSync, EngineSync, FileSync, WeightSync, choose_way, flags_of, variables_of
+from students.weight_sync import AdapterSync, FileSync, WeightSync, choose_way, flags_of, variables_of
 
 NANO = open_checkpoint(resolve("nano", role="student"))
 LORA = LoraSettings(rank=4, alpha=8.0)
@@ -218,43 +223,45 @@ def test_what_a_server_is_started_with(tmp_path: Path) -> None:
     assert dict(variables_of("ipc", None)) == {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
 
-@pytest.mark.server  # no server starts, but vLLM has to be there
-@pytest.mark.parametrize("way", ["nccl", "ipc"])
-def test_vllms_engines_get_the_weights_as_they_are_when_sent(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With vLLM's own classes; the engine, which wants a GPU, is one of ours."""
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+class Stuck:
+    """vLLM's engine when its peer does not answer: it goes on when its communicator is ended."""
 
-    sent: list[dict[str, Tensor]] = []
-    begun: list[Any] = []
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.then, self.ended = then, threading.Event()
 
-    class Engine:
-        def __init__(self, source: Any) -> None:
-            self.source = source
+    def send_weights(self) -> None:
+        self.then()
+        assert self.ended.wait(60)
 
-        def send_weights(self) -> None:
-            assert [meta.name for meta in self.source.metadata()] == [name for name, _ in self.source]
-            sent.append({name: tensor.clone() for name, tensor in self.source})
+    def shutdown(self) -> None:
+        self.ended.set()
 
-    def trainer_init(info: Any, *, client: Any, source: Any) -> Engine:
-        begun.append((info, client.base_url))
-        return Engine(source)
 
-    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
-    model = nn.Linear(2, 3, bias=False)
+def engine_sync(engine: Any, monkeypatch: pytest.MonkeyPatch) -> EngineSync:
+    """With a server that says yes to everything."""
+    install_device(monkeypatch.setattr)
+    monkeypatch.setattr("students.engine_sync._LAST_WORDS_SECONDS", 0.2)
+    monkeypatch.setattr("students.engine_sync._Routes._ask", lambda *_: SimpleNamespace(json=lambda: {"is_paused": 0}))
+    monkeypatch.setattr(EngineSync, "_begin", lambda sync: engine)
+    client: Any = SimpleNamespace(replicas=[SimpleNamespace(url="http://127.0.0.1:1")], check=lambda: None)
+    return EngineSync("nccl", client, lambda: [])
 
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, value.detach()) for name, value in model.named_parameters())
 
-    sync = EngineSync(way, "http://127.0.0.1:8000", weights)
-    sync.send()
-    with torch.no_grad():
-        model.weight += 1
-    sync.send()
-    assert len(begun) == 1  # one rendezvous for all transfers
-    info, url = begun[0]
-    assert (info.backend, info.rank, url) == (way, 0, "http://127.0.0.1:8000")
-    assert way == "ipc" or info.world_size == 2
-    assert torch.equal(sent[1]["weight"], sent[0]["weight"] + 1)
+def test_ctrl_c_is_heard_while_nccl_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Stuck(lambda: os.kill(os.getpid(), signal.SIGINT))
+    with deferred_signals(), pytest.raises(StoppedError):
+        engine_sync(engine, monkeypatch).send()
+    assert engine.ended.is_set()
+
+
+def test_what_vllms_engine_raises_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    engine = Stuck(fail)
+    with pytest.raises(GoneError, match="transfer of the student's weights by nccl failed: NCCL error: unhandled"):
+        engine_sync(engine, monkeypatch).send()
+    assert engine.ended.is_set()
 
 
 def test_merged_weights_are_those_that_an_export_holds(tmp_path: Path) -> None:
