@@ -211,7 +211,8 @@ def test_a_server_that_sleeps_stays_so_until_its_cache_is_awake(served: Served) 
     assert not status("paused")
 
 
-def test_what_is_out_of_order_or_for_another_engine_is_refused(served: Served) -> None:
+def test_what_is_out_of_order_or_for_another_engine_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("students.engine_sync._LAST_WORDS_SECONDS", 0.5)
     assert served.post("/update_weights", {"update_info": {}}).status_code == 500
     assert served.post("/finish_weight_update").status_code == 500
     assert served.post("/init_weight_transfer_engine", {"init_info": {"port": 1}}).status_code == 500

@@ -254,6 +254,21 @@ def test_ctrl_c_is_heard_while_nccl_waits_for_ever(monkeypatch: pytest.MonkeyPat
     assert engine.ended.is_set()
 
 
+def test_an_engine_works_where_the_trainer_does_and_on_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its streams do not wait for the trainer's, and a thread begins on the first device."""
+    seen: list[Any] = []
+    engine = SimpleNamespace(send_weights=lambda: seen.append("send"))
+    sync = engine_sync(engine, monkeypatch)
+    monkeypatch.setattr("torch.accelerator.synchronize", lambda: seen.append("finish"))
+    monkeypatch.setattr("torch.accelerator.current_device_index", lambda: 3)
+    monkeypatch.setattr("torch.accelerator.set_device_index", lambda index: seen.append((index, threading.get_ident())))
+    sync.send()
+    assert [seen[0], seen[2]] == ["finish", "send"]
+    index, thread = seen[1]
+    assert index == 3
+    assert thread != threading.get_ident()
+
+
 def test_what_vllms_engine_raises_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("NCCL error: unhandled system error")
