@@ -78,12 +78,12 @@ class Pair:
     p_BV: Tensor
     q_BV: Tensor
     ratio_BV: Tensor
-    reverse_kl_B: Tensor
     forward_kl_B: Tensor
 
 
 def _reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
-    return pair.reverse_kl_B, pair.ratio_BV.mul_(pair.p_BV)
+    slope_BV = pair.ratio_BV.mul_(pair.p_BV)
+    return slope_BV.sum(-1), slope_BV
 
 
 def _forward_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
@@ -142,8 +142,10 @@ def measure_(
     (p_BV, q_BV), (log_p_BV, log_q_BV) = pair_BV, log_pair_BV
     entropies = -row_dot(p_BV, log_p_BV), -row_dot(q_BV, log_q_BV)
     ratio_BV = torch.sub(log_p_BV, log_q_BV, out=log_q_BV)
-    reverse_kl_B, forward_kl_B = row_dot(p_BV, ratio_BV), -row_dot(q_BV, ratio_BV)
-    values_B, slope_BV = KINDS[kind](Pair(p_BV, q_BV, ratio_BV, reverse_kl_B, forward_kl_B), beta)
+    forward_kl_B = -row_dot(q_BV, ratio_BV)
+    reverse_kl_B = None if kind == "reverse_kl" else row_dot(p_BV, ratio_BV)
+    values_B, slope_BV = KINDS[kind](Pair(p_BV, q_BV, ratio_BV, forward_kl_B), beta)
+    reverse_kl_B = values_B if reverse_kl_B is None else reverse_kl_B
     return torch.stack([values_B, reverse_kl_B, forward_kl_B, *entropies]), slope_BV
 
 
@@ -199,7 +201,8 @@ class TeacherLoss:
             _merge_(teacher_BV, q_BV, group_G)
 
         self.facts_FN[:, rows], slope_BV = measure_((p_BV, q_BV), (logits_BV, teacher_BV), self.kind, self.beta)
-        torch.sub(slope_BV, p_BV.mul_(slope_BV.sum(-1, keepdim=True)), out=logits_BV)
+        total_B = self.values_N[rows] if self.kind == "reverse_kl" else slope_BV.sum(-1)
+        torch.addcmul(slope_BV, p_BV, total_B[:, None], value=-1, out=logits_BV)
         logits_BV.mul_(weights_B1 / self.temperature)
         for group_G, share_BG in zip(self.groups, shares, strict=True):
             logits_BV[:, group_G] = share_BG * logits_BV[:, group_G[:1]]
@@ -246,7 +249,7 @@ def log_softmax_(logits_BV: Tensor, temperature: float) -> Tensor:
     p_BV = torch.mul(logits_BV, LOG2_E).exp2_()
     total_B1 = p_BV.sum(-1, keepdim=True)
     logits_BV.sub_(total_B1.log())
-    return p_BV.div_(total_B1)
+    return p_BV.mul_(total_B1.reciprocal())
 
 
 def pick(x_BV: Tensor, ids_B: Tensor) -> Tensor:

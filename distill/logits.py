@@ -73,7 +73,7 @@ class Logits:
         columns_K = _probable_columns(student_CV, block_rows)
         lost_CK = None
         if is_16_bit(student_CV):
-            lost_CK = torch.addmm(student_CV[:, columns_K], hidden_CD, head_VD[columns_K].t(), beta=-1)
+            lost_CK = torch.addmm(student_CV[:, columns_K], hidden_CD, head_VD.index_select(0, columns_K).t(), beta=-1)
         few = columns_K[:: max(1, len(columns_K) // OFFSET_COLUMNS)]
         for i, ((hidden, head), product_CV) in enumerate(zip(models[1:], products[1:], strict=True), start=1):
             if not is_16_bit(product_CV):

@@ -131,9 +131,9 @@ class _TopKLoss:
 
         p_BA, q_BA = log_p_BA.exp(), log_q_BA.exp()
         ratio_BA = log_p_BA - log_q_BA
-        self.reverse_kl_N[rows] = reverse_kl_B = row_dot(p_BA, ratio_BA)
+        self.reverse_kl_N[rows] = row_dot(p_BA, ratio_BA)
         self.forward_kl_N[rows] = forward_kl_B = -row_dot(q_BA, ratio_BA)
-        self.values_N[rows], slope_BA = self.kind(Pair(p_BA, q_BA, ratio_BA, reverse_kl_B, forward_kl_B), self.beta)
+        self.values_N[rows], slope_BA = self.kind(Pair(p_BA, q_BA, ratio_BA, forward_kl_B), self.beta)
         if self.mass_term:
             slope_BA = slope_BA + self.mass_term * p_BA
 

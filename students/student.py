@@ -263,9 +263,7 @@ class Student:
         reading, batch, device = self._take_reading(group), None, self.ranks.device
         if group is not None:
             batch = collate(group, device) if reading is None else judged(reading.rows.batch, group, device)
-        objective = self._pass(batch, loss, num_weighted, table, reading)
-        # The engines average over the processes; the loss is already divided by everyone's tokens.
-        (objective * self.ranks.count).backward()
+        self._pass(batch, loss, num_weighted, table, reading).backward()
 
     def _nothing(self) -> Tensor:
         """Zero, by way of every parameter."""
@@ -277,19 +275,24 @@ class Student:
     def _felt(
         self, batch: Batch | None, loss: Loss, num_weighted: float, table: _Means, reading: _Reading | None
     ) -> Tensor:
-        """The batch's part of the step's loss, from its ``reading`` where it has one; its metrics go into ``table``."""
+        """The batch's part of the step's loss, from its ``reading`` where it has one; its metrics go into ``table``.
+
+        It is taken as often as there are processes, over whose gradients the engines average.
+        """
         if batch is None:
             return self._nothing()
         if reading is None:
             rows, router = self.rows(batch)
         else:
             rows, router = replace(reading.rows, batch=batch), reading.router
-        felt = loss(rows)
-        objective = felt.total / num_weighted
-        table.add_scalar("loss", float(objective.detach()), 1.0)
+        # The denominator goes into the weights: a total that is divided later has the head's gradient copied for it.
+        scale = self.ranks.count / num_weighted
+        felt = loss(replace(rows, batch=replace(batch, weight_N=batch.weight_N * scale)))
+        objective = felt.total
+        table.add_scalar("loss", float(objective.detach()) / self.ranks.count, 1.0)
         if router is not None:
             share = batch.num_weighted / num_weighted
-            objective = objective + share * self.model.config.router_aux_loss_coef * router.loss
+            objective = objective + self.ranks.count * share * self.model.config.router_aux_loss_coef * router.loss
             table.add_scalar("router.aux_loss", float(router.loss.detach()), share)
             table.add_scalar("router.max_load", router.max_load, share)
         table.add_tokens(batch, {**felt.per_token_N, **self._stops(rows, felt)})

@@ -444,3 +444,16 @@ def test_a_step_counts_the_seconds_of_its_reading() -> None:
     learner.rows = rows  # type: ignore[method-assign]
     assert 0.2 <= step(learner)["seconds.train"] < 0.4
     assert step(learner)["seconds.train"] < 0.2
+
+
+def test_the_loss_is_handed_on_as_it_is() -> None:
+    """A total that is divided or multiplied on its way would have the head's gradient copied, [V, d] a micro-batch."""
+    learner, handed = student(dense(), replace_settings(micro_batch_tokens=20)), []
+
+    def loss(rows: Rows) -> Felt:
+        felt = cross_entropy(rows)
+        felt.total.register_hook(lambda gradient: handed.append(float(gradient)))
+        return felt
+
+    learner.step(EXAMPLES, loss, step=0, num_steps=10, where="a test")
+    assert len(handed) > 1 and set(handed) == {1.0}
