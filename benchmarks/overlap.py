@@ -17,235 +17,38 @@ import json
 import os
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from distill import interrupt
-from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
-from distill.config import GuardSettings, RunConfig
-from distill.encode import Encoder
-from distill.family import Shape, resolve
-from distill.journal import Journal
+from benchmarks.loop import crew_of, encoder, metrics_of
+from benchmarks.simulated import NUM_PROMPTS, simulated_crew
+from distill.checkpoint import load_model, open_checkpoint
+from distill.config import RunConfig
+from distill.family import resolve
 from distill.model_config import StudentSettings
-from distill.prompt_config import EmbeddedPrompts
-from distill.prompts import EmbeddedSource
-from distill.sampler import OnFinished, StudentSampler, TransformersSampler
-from distill.spans import Span
+from distill.sampler import StudentSampler, TransformersSampler
 from distill.stage_config import ModeSampling, OnPolicyStage, Optimiser, SamplingSettings
-from distill.types import Example, HiddenStates, Request, Rollout
+from distill.types import Example, HiddenStates, Rollout
 from distill.vllm.service import Service
-from pipelines.batches import Batches, batches_of
-from pipelines.crew import Crew, Stage, student_responses
-from pipelines.faculty import Faculty, find_teachers, hired_faculty
-from pipelines.guards import Guards
+from pipelines.batches import batches_of
+from pipelines.crew import student_responses
+from pipelines.faculty import find_teachers, hired_faculty
 from pipelines.hiring import server_launches
-from pipelines.loop import run_stage
-from pipelines.meter import Meter
-from pipelines.phases import PHASES, Clock
 from pipelines.resolution import resolve_run
 from pipelines.stages import OnPolicy
 from pipelines.strong_to_weak import run
-from pipelines.tracker import UNTRACKED
 from students.student import Student
 from teachers.teacher import ExactTeacher
-
-NUM_PROMPTS = 16
-SLICE_SECONDS = 0.005
-
-
-@cache
-def encoder() -> Encoder:
-    return Encoder(load_tokenizer(open_checkpoint(resolve("tiny", role="teacher"))))
-
-
-def work(until: float) -> None:
-    """What a device elsewhere does to this process: time goes by, and a request to stop is heard."""
-    while (left := until - time.perf_counter()) > 0:
-        interrupt.check()
-        time.sleep(min(left, SLICE_SECONDS))
-
-
-class Keeping:
-    """What a sampler with weights of its own has: a block in which it takes no others."""
-
-    _keeps = False
-
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        self._keeps = True
-        try:
-            yield
-        finally:
-            self._keeps = False
-
-
-@dataclass
-class SimulatedSampler(Keeping):
-    """Has weights of its own, and speaks for ``seconds`` a batch: a response ends every now and then."""
-
-    seconds: float
-    trainer: SimulatedTrainer
-    weight_version: int = 0
-    asked: list[Sequence[Request]] = field(default_factory=list)
-    _version: int = 0
-
-    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
-        if not self._keeps:
-            self.take_weights()
-        self.asked.append(requests)
-        began, rollouts = time.perf_counter(), list[Rollout]()
-        for number, request in enumerate(requests, start=1):
-            work(began + self.seconds * number / len(requests))
-            ids = (1 + number, encoder().stop_ids[0])
-            rollouts.append(Rollout(request, ids, (False,) * 2, (-0.5,) * 2, "stop", "student", self._version))
-            if on_finished is not None:
-                on_finished(rollouts[-1])
-        return rollouts
-
-    def take_weights(self) -> None:
-        assert not self._keeps, "weights were sent while they are to be kept"
-        self._version = self.trainer.num_changes
-
-    def facts(self) -> Mapping[str, float]:
-        return {}
-
-
-@dataclass
-class SimulatedTeacher:
-    """Takes one response after the other, ``seconds`` for a batch, from when it hears of it."""
-
-    seconds: float
-    name: str = "teacher"
-    hears: bool = True
-    head_VD: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
-    _done: dict[int, Span] = field(default_factory=dict)
-    _free_at: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _worked: list[Span] = field(default_factory=list)
-
-    def hear(self, rollout: Rollout) -> None:
-        with self._lock:
-            begin = max(time.perf_counter(), self._free_at)
-            self._free_at = begin + self.seconds / NUM_PROMPTS
-            self._done[id(rollout)] = begin, self._free_at
-
-    def heard_all(self) -> None:
-        """Nothing is held back."""
-
-    def break_off(self) -> None:
-        """Nothing is broken off here."""
-
-    def forget(self) -> None:
-        with self._lock:
-            self._done = {}
-
-    def worked(self) -> list[Span]:
-        worked, self._worked = self._worked, []
-        return worked
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
-        for rollout in rollouts:
-            if id(rollout) not in self._done:
-                self.hear(rollout)
-        spans = [self._done.pop(id(rollout)) for rollout in rollouts]
-        work(max(end for _, end in spans))
-        self._worked += spans
-        return [HiddenStates(torch.zeros(len(rollout.response_ids), 1), self.name) for rollout in rollouts]
-
-
-@dataclass
-class SimulatedTrainer:
-    """Stands for the student: a step takes ``seconds``."""
-
-    seconds: float
-    num_changes: int = 0
-    passes: int = 3
-
-    def whole(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def read(self, rollouts: Sequence[Rollout]) -> None:
-        """Nothing is done in advance."""
-
-    def step(self, examples: Sequence[Any], loss: object, **_: object) -> dict[str, Any]:
-        work(time.perf_counter() + self.seconds)
-        self.num_changes += 1
-        return {"loss": 0.0, "num_tokens": len(examples), "seconds.train": self.seconds}
-
-
-def simulated_crew(*, sample: float, score: float, train: float) -> Crew:
-    """Three devices elsewhere; the seconds are those of a batch."""
-    shape = open_checkpoint(resolve("nano", role="student")).shape
-    trainer = SimulatedTrainer(train)
-    tutor = SimpleNamespace(
-        name="teacher",
-        shape=shape,
-        role=lambda role: role,
-        hired=SimpleNamespace(judge=SimulatedTeacher(score)),
-        candidate=SimpleNamespace(domains=()),
-    )
-    sampler = SimulatedSampler(sample, trainer)
-    return crew_of(Faculty([cast(Any, tutor)]), cast(Any, trainer), sampler, shape)
-
-
-def crew_of(teachers: Faculty, student: Student, sampler: StudentSampler, shape: Shape) -> Crew:
-    """Who works on the embedded prompts; nobody asks for a store, or for the student as it began."""
-    return Crew(
-        encoder=encoder(),
-        teachers=teachers,
-        student=student,
-        student_sampler=sampler,
-        student_shape=shape,
-        start_of=cast(Any, None),
-        prompts=EmbeddedSource(EmbeddedPrompts(), seed=0),
-        store=cast(Any, None),
-        meter=Meter(),
-        seed=0,
-        run_id="",
-    )
 
 
 def settings(steps: int, *, prompts: int = NUM_PROMPTS, most: int = 96) -> OnPolicyStage:
     sampling = ModeSampling(think=SamplingSettings(max_new_tokens=most), no_think=SamplingSettings(max_new_tokens=16))
     return OnPolicyStage(steps=steps, prompts_per_step=prompts, samples_per_prompt=1, sampling=sampling)
-
-
-def metrics_of(stage: Stage, crew: Crew, batches: Batches, **options: Any) -> list[dict[str, Any]]:
-    """What the loop records of the stage's steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        journal = Journal(Path(folder), RunConfig())
-        try:
-            run_stage(
-                stage,
-                crew.student,
-                crew,
-                journal,
-                **{
-                    "first_step": 0,
-                    "global_step": 0,
-                    "checkpoint": lambda done, ended: None,
-                    "checkpoint_every": 10**9,
-                    "guards": Guards(GuardSettings(), stage=stage.name, checkpoints=Path(folder), history=[]),
-                    "tracking": UNTRACKED,
-                    "examine": lambda done: False,
-                    "clock": Clock(dict.fromkeys(PHASES, 1)),
-                    **options,
-                },
-                batches=batches,
-            )
-            return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        finally:
-            journal.close()
 
 
 def seconds_a_step(metrics: Sequence[Mapping[str, Any]], *, skip: int) -> float:

@@ -22,18 +22,9 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.overlap import (
-    Keeping,
-    SimulatedSampler,
-    SimulatedTeacher,
-    crew_of,
-    encoder,
-    metrics_of,
-    seconds_a_step,
-    settings,
-    simulated_crew,
-    work,
-)
+from benchmarks.loop import crew_of, encoder, metrics_of
+from benchmarks.overlap import seconds_a_step, settings
+from benchmarks.simulated import Keeping, SimulatedSampler, SimulatedTeacher, simulated_crew, work
 from distill import interrupt
 from distill.checkpoint import load_model, open_checkpoint
 from distill.costs import CostAccount
