@@ -25,7 +25,6 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,11 +33,10 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks.loop import metrics_of, only_judge
 from benchmarks.machine import ceilings, median_seconds, random_model
-from distill.config import GuardSettings, RunConfig
 from distill.costs import rollout_flops
 from distill.family import SIZES, Shape
-from distill.journal import Journal
 from distill.memory import cache_bytes
 from distill.model_config import StudentSettings
 from distill.sampler import TransformersSampler
@@ -46,13 +44,8 @@ from distill.stage_config import OnPolicyStage, Optimiser
 from distill.types import Prompt, Request, Rollout, Sampling
 from pipelines.batches import AtOnce
 from pipelines.crew import Crew
-from pipelines.faculty import Faculty
-from pipelines.guards import Guards
-from pipelines.loop import run_stage
 from pipelines.meter import Meter
-from pipelines.phases import PHASES, Clock
 from pipelines.stages import OnPolicy
-from pipelines.tracker import UNTRACKED
 from students.batch import collate
 from students.ranks import ALONE
 from students.student import Student
@@ -127,75 +120,11 @@ class Fixed(OnPolicy):
 
 
 def ours(setting: Setting, device: str, steps: int, warmup: int) -> dict[str, Any]:
-    teacher, learner = (
-        random_model(shape, seed=seed, dtype=getattr(torch, setting.dtype), device=device, eos_token_id=STOP)
-        for seed, shape in enumerate((setting.teacher, setting.student))
-    )
-    settings = StudentSettings(dtype=cast(Any, setting.dtype), gradient_checkpointing=False, micro_batch_tokens=None)
-    student = Student(learner, settings, stop_ids=(STOP,))
-    encoder = cast(Any, Ids())
-    judge = LocalTeacher(teacher, name="teacher", batch_tokens=65536)
-    sampler = TransformersSampler(learner, encoder, speaker="student")
-    tutor = SimpleNamespace(
-        name="teacher",
-        shape=setting.teacher,
-        role=lambda role: role,
-        hired=SimpleNamespace(judge=judge),
-        candidate=SimpleNamespace(domains=()),
-    )
-    crew = cast(
-        Crew,
-        SimpleNamespace(
-            encoder=encoder,
-            teachers=Faculty(cast(Any, [tutor])),
-            student=student,
-            student_shape=setting.student,
-            student_sampler=sampler,
-            meter=Meter(),
-            seed=0,
-            ranks=ALONE,
-        ),
-    )
-    stage = Fixed("on_policy", OnPolicyStage(steps=steps + warmup), crew, first_prompt=0)
-    stage.setting = setting
-    student.begin(Optimiser(learning_rate=1e-4, warmup_steps=0))
-    with tempfile.TemporaryDirectory() as folder:
-        journal = Journal(Path(folder), RunConfig())
-        run_stage(
-            stage,
-            student,
-            crew,
-            journal,
-            first_step=0,
-            global_step=0,
-            checkpoint=lambda done, ended: None,
-            checkpoint_every=10**9,
-            guards=Guards(GuardSettings(), stage="on_policy", checkpoints=Path(folder), history=[]),
-            tracking=UNTRACKED,
-            examine=lambda done: False,
-            batches=AtOnce(stage, crew),
-            clock=Clock(dict.fromkeys(PHASES, 1)),
-        )
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-        journal.close()
-    measured = [json.loads(line) for line in lines][warmup:]
+    stage, judge = put_together(setting, device, steps + warmup)
+    measured = metrics_of(stage, stage.crew, AtOnce(stage, stage.crew))[warmup:]
     rates = [line["length"] * line["num_responses"] / line["seconds"] for line in measured]
-
     rollouts = stage.sample(steps + warmup - 1)
-    examples = stage.signal(rollouts).updates[0]
-    batch = collate(examples, learner.device)
-
-    def forward_backward() -> None:
-        rows, _ = student.rows(batch)
-        (stage.loss(rows).total / batch.num_weighted).backward()
-        learner.zero_grad()
-
-    works: dict[str, Callable[[], object]] = {
-        "sample": lambda: stage.sample(steps + warmup - 1),
-        "score": lambda: judge.score(rollouts),
-        "train": forward_backward,
-    }
-    parts = {name: median_seconds(work, steps, device) for name, work in works.items()}
+    parts = parts_of(stage, judge, rollouts, device, step=steps + warmup - 1, repeats=steps)
     # The parts are of one step's tokens: the same step's wall time, again in the loop.
     walls = [line["seconds"] / (line["length"] * line["num_responses"]) for line in measured]
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
@@ -209,6 +138,55 @@ def ours(setting: Setting, device: str, steps: int, warmup: int) -> dict[str, An
         "wall_over_parts": statistics.median(walls) * tokens / sum(parts.values()),
         **({"reached": reached(setting, rollouts, parts)} if device == "cuda" else {}),
     }
+
+
+def put_together(setting: Setting, device: str, num_steps: int) -> tuple[Fixed, LocalTeacher]:
+    """The stage, its student ready for the first step, and who judges in it."""
+    teacher, learner = (
+        random_model(shape, seed=seed, dtype=getattr(torch, setting.dtype), device=device, eos_token_id=STOP)
+        for seed, shape in enumerate((setting.teacher, setting.student))
+    )
+    settings = StudentSettings(dtype=cast(Any, setting.dtype), gradient_checkpointing=False, micro_batch_tokens=None)
+    student = Student(learner, settings, stop_ids=(STOP,))
+    encoder = cast(Any, Ids())
+    judge = LocalTeacher(teacher, name="teacher", batch_tokens=65536)
+    crew = cast(
+        Crew,
+        SimpleNamespace(
+            encoder=encoder,
+            teachers=only_judge(judge, setting.teacher),
+            student=student,
+            student_shape=setting.student,
+            student_sampler=TransformersSampler(learner, encoder, speaker="student"),
+            meter=Meter(),
+            seed=0,
+            ranks=ALONE,
+        ),
+    )
+    stage = Fixed("on_policy", OnPolicyStage(steps=num_steps), crew, first_prompt=0)
+    stage.setting = setting
+    student.begin(Optimiser(learning_rate=1e-4, warmup_steps=0))
+    return stage, judge
+
+
+def parts_of(
+    stage: Fixed, judge: LocalTeacher, rollouts: Sequence[Rollout], device: str, *, step: int, repeats: int
+) -> dict[str, float]:
+    """Seconds of each part alone, on ``rollouts``, the step's responses."""
+    student = stage.crew.student
+    batch = collate(stage.signal(rollouts).updates[0], student.model.device)
+
+    def forward_backward() -> None:
+        rows, _ = student.rows(batch)
+        (stage.loss(rows).total / batch.num_weighted).backward()
+        student.model.zero_grad()
+
+    works: dict[str, Callable[[], object]] = {
+        "sample": lambda: stage.sample(step),
+        "score": lambda: judge.score(rollouts),
+        "train": forward_backward,
+    }
+    return {name: median_seconds(work, repeats, device) for name, work in works.items()}
 
 
 def reached(setting: Setting, rollouts: Sequence[Rollout], parts: dict[str, float]) -> dict[str, float]:
