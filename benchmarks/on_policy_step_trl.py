@@ -57,74 +57,90 @@ def timed(owner: Any, name: str, seconds: list[float]) -> None:
 def main() -> None:
     task = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(trainer_of(task, folder), warmup=task["warmup"])))
 
-    def model(shape: dict[str, int], seed: int) -> Qwen3ForCausalLM:
-        torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=shape["vocabulary"],
-            hidden_size=shape["width"],
-            intermediate_size=shape["mlp_width"],
-            num_hidden_layers=shape["num_layers"],
-            num_attention_heads=shape["num_heads"],
-            num_key_value_heads=shape["num_kv_heads"],
-            head_dim=shape["head_dim"],
-            tie_word_embeddings=shape["tied"],
-            eos_token_id=task["stop"],
-            pad_token_id=0,
-        )
-        with torch.device(task["device"]):
-            return Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, task["dtype"]))
 
+def trainer_of(task: dict[str, Any], folder: str) -> DistillationTrainer:
+    """TRL's trainer for the task; it writes to ``folder``."""
+    return DistillationTrainer(
+        model=model_of(task, task["student"], 1),
+        teacher_model=model_of(task, task["teacher"], 0),
+        args=DistillationConfig(
+            output_dir=folder,
+            per_device_train_batch_size=task["batch"],
+            gradient_accumulation_steps=1,
+            max_steps=task["steps"] + task["warmup"],
+            max_completion_length=task["max_new"],
+            learning_rate=1e-4,
+            beta=1.0,
+            bf16=task["dtype"] == "bfloat16",
+            use_cpu=task["device"] == "cpu",
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=10**6,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [sentence(ids) for ids in task["prompts"]]}),
+        processing_class=tokenizer_of(task),
+    )
+
+
+def model_of(task: dict[str, Any], shape: dict[str, int], seed: int) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=shape["vocabulary"],
+        hidden_size=shape["width"],
+        intermediate_size=shape["mlp_width"],
+        num_hidden_layers=shape["num_layers"],
+        num_attention_heads=shape["num_heads"],
+        num_key_value_heads=shape["num_kv_heads"],
+        head_dim=shape["head_dim"],
+        tie_word_embeddings=shape["tied"],
+        eos_token_id=task["stop"],
+        pad_token_id=0,
+    )
+    with torch.device(task["device"]):
+        return Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, task["dtype"]))
+
+
+def tokenizer_of(task: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """A word a token: w0, w1, ..."""
     words = {f"w{place}": place for place in range(task["student"]["vocabulary"])}
     backend = Tokenizer(WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{task['stop']}", pad_token="w0")
-    texts = [" ".join(f"w{place}" for place in ids) for ids in task["prompts"]]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{task['stop']}", pad_token="w0")
+
+
+def sentence(ids: list[int]) -> str:
+    """What ``tokenizer_of`` reads as ``ids``."""
+    return " ".join(f"w{place}" for place in ids)
+
+
+def measure(trainer: DistillationTrainer, *, warmup: int) -> dict[str, Any]:
+    """Train, and look at the clock meanwhile."""
     seconds: dict[str, list[float]] = {"sample": [], "score": []}
     lengths: list[int] = []
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = DistillationTrainer(
-            model=model(task["student"], 1),
-            teacher_model=model(task["teacher"], 0),
-            args=DistillationConfig(
-                output_dir=folder,
-                per_device_train_batch_size=task["batch"],
-                gradient_accumulation_steps=1,
-                max_steps=task["steps"] + task["warmup"],
-                max_completion_length=task["max_new"],
-                learning_rate=1e-4,
-                beta=1.0,
-                bf16=task["dtype"] == "bfloat16",
-                use_cpu=task["device"] == "cpu",
-                gradient_checkpointing=False,
-                shuffle_dataset=False,
-                save_strategy="no",
-                report_to="none",
-                logging_steps=10**6,
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_dict({"prompt": texts}),
-            processing_class=tokenizer,
-        )
-        generate = trainer._generate_single_turn
+    generate = trainer._generate_single_turn
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            said = generate(*args, **kwargs)
-            lengths.append(sum(map(len, said)))
-            return said
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        said = generate(*args, **kwargs)
+        lengths.append(sum(map(len, said)))
+        return said
 
-        trainer._generate_single_turn = counted
-        timed(trainer, "_generate_single_turn", seconds["sample"])
-        timed(trainer.teacher_model.base_model, "forward", seconds["score"])
-        clock = Clock()
-        trainer.add_callback(clock)
-        trainer.train()
-    walls = [after - before for before, after in pairwise(clock.ends)][task["warmup"] - 1 :]
-    lengths = lengths[task["warmup"] :]
-    rates = [length / wall for length, wall in zip(lengths, walls, strict=True)]
+    trainer._generate_single_turn = counted
+    timed(trainer, "_generate_single_turn", seconds["sample"])
+    timed(trainer.teacher_model.base_model, "forward", seconds["score"])
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    walls = [after - before for before, after in pairwise(clock.ends)][warmup - 1 :]
+    rates = [length / wall for length, wall in zip(lengths[warmup:], walls, strict=True)]
     wall, sample, score = (statistics.median(x) for x in (walls, seconds["sample"], seconds["score"]))
     phases = {"sample": sample, "score": score, "train": wall - sample - score}
-    print(json.dumps({"tokens_per_second": statistics.median(rates), "seconds_by_phase": phases}))
+    return {"tokens_per_second": statistics.median(rates), "seconds_by_phase": phases}
 
 
 if __name__ == "__main__":
