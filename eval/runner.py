@@ -11,10 +11,10 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill import interrupt
 from distill.errors import DistillError, GoneError, StoppedError, UserError
@@ -30,6 +30,8 @@ from eval.tasks import Task
 if TYPE_CHECKING:
     from distill.encode import Encoder
     from distill.sampler import OnFinished, Sampler
+
+T = TypeVar("T")
 
 HOPELESS = 3
 """Requests of a chunk that fail one by one, with none that succeeds, before the fault is taken to be the speaker's."""
@@ -66,44 +68,25 @@ def evaluate(
     """
     if pass_at and max(pass_at) > samples:
         raise UserError(f"pass@{max(pass_at)} needs at least {max(pass_at)} samples a question; {samples} are drawn")
-    settings = _settings_hash(
-        task,
-        checkpoint=checkpoint,
-        weights=weights,
-        mode=mode,
-        switch=switch,
-        sampling=sampling,
-        samples=samples,
-        seed=seed,
-        context=context,
-    )
-    name = _file_name(checkpoint, task.name, mode, sampling, switch)
-    if out is not None and (done := _read_back(out / f"{name}.json", settings)) is not None:
+    wanted = _Examination(task, mode, switch, sampling, samples, seed, checkpoint, weights, context)
+    name, settings = wanted.name, wanted.settings_hash
+    if out is not None and (done := read_back(out / f"{name}.json", settings, Evaluation.from_json)) is not None:
         found = done.with_pass_at(pass_at)
         if found != done:
             write_json(out / f"{name}.json", found.to_json())
         return found
-    asked = _asked(
-        task, mode, encoder=encoder, sampling=sampling, samples=samples, seed=seed, switch=switch, context=context
-    )
     parts = None if out is None else out / f".{name}-{settings[:12]}-{chunk}"
     said = f"{checkpoint}, {task.name}, {mode}"
     rows = _sampled(
-        asked, grader=task.grader, sampler=sampler, encoder=encoder, parts=parts, chunk=chunk, description=said
+        wanted.asked(encoder),
+        grader=task.grader,
+        sampler=sampler,
+        encoder=encoder,
+        parts=parts,
+        chunk=chunk,
+        description=said,
     )
-    evaluation = summarise(
-        rows,
-        checkpoint=checkpoint,
-        task=task.name,
-        mode=mode,
-        switch=switch,
-        settings_hash=settings,
-        sampling=sampling,
-        seed=seed,
-        samples=samples,
-        pass_at=pass_at,
-        shape=shape,
-    )
+    evaluation = wanted.summary(rows, pass_at=pass_at, shape=shape)
     if evaluation.num_broken:
         say(f"{said}: {evaluation.num_broken} samples could not be had or graded and count as wrong")
     if out is not None and parts is not None:
@@ -113,57 +96,72 @@ def evaluate(
     return evaluation
 
 
-def _settings_hash(
-    task: Task,
-    *,
-    checkpoint: str,
-    weights: str,
-    mode: Mode,
-    switch: Switch,
-    sampling: Sampling,
-    samples: int,
-    seed: int,
-    context: int | None,
-) -> str:
-    """Hash of everything that decides the responses and their grades."""
-    return content_hash(
-        {
-            "checkpoint": checkpoint,
-            "weights": weights,
-            "task": task.name,
-            "grader": task.grader,
-            "questions": [[prompt.id, prompt.answer] for prompt in task.prompts],
-            "instruction": task.instructions.get(mode, ""),
-            "mode": mode,
-            "switch": switch,
-            "sampling": asdict(sampling),
-            "samples": samples,
-            "seed": seed,
-            "context": context,
-        }
-    )
+@dataclass(frozen=True, slots=True)
+class _Examination:
+    """Everything that decides the responses and their grades."""
 
+    task: Task
+    mode: Mode
+    switch: Switch
+    sampling: Sampling
+    samples: int
+    seed: int
+    checkpoint: str
+    weights: str
+    context: int | None
 
-def _asked(
-    task: Task,
-    mode: Mode,
-    *,
-    encoder: Encoder,
-    sampling: Sampling,
-    samples: int,
-    seed: int,
-    switch: Switch,
-    context: int | None,
-) -> list[Asked]:
-    """Every sample with its request; prompts are encoded once for all their samples."""
-    asked = []
-    for question in task.prompts:
-        interrupt.check()
-        first = encoder.request(task.asked(question, mode), mode=mode, switch=switch, sampling=sampling, seed=0)
-        for number in range(samples):
-            request = replace(first, seed=derive(seed, question.id, number))
-            asked.append(Asked(question, number, fitted(request, context)))
-    return asked
+    @property
+    def settings_hash(self) -> str:
+        return content_hash(
+            {
+                "checkpoint": self.checkpoint,
+                "weights": self.weights,
+                "task": self.task.name,
+                "grader": self.task.grader,
+                "questions": [[prompt.id, prompt.answer] for prompt in self.task.prompts],
+                "instruction": self.task.instructions.get(self.mode, ""),
+                "mode": self.mode,
+                "switch": self.switch,
+                "sampling": asdict(self.sampling),
+                "samples": self.samples,
+                "seed": self.seed,
+                "context": self.context,
+            }
+        )
+
+    @property
+    def name(self) -> str:
+        """That of its files, without their endings."""
+        budget = "" if self.sampling.thinking_budget is None else f"-budget{self.sampling.thinking_budget}"
+        soft = "-soft" if self.switch == "soft" else ""
+        return file_name(f"{self.checkpoint}-{self.task.name}-{self.mode}{soft}{budget}")
+
+    def asked(self, encoder: Encoder) -> list[Asked]:
+        """Every sample with its request; prompts are encoded once for all their samples."""
+        asked = []
+        for question in self.task.prompts:
+            interrupt.check()
+            prompt = self.task.asked(question, self.mode)
+            first = encoder.request(prompt, mode=self.mode, switch=self.switch, sampling=self.sampling, seed=0)
+            for number in range(self.samples):
+                request = replace(first, seed=derive(self.seed, question.id, number))
+                asked.append(Asked(question, number, fitted(request, self.context)))
+        return asked
+
+    def summary(self, rows: Sequence[Row], *, pass_at: Sequence[int], shape: Shape | None) -> Evaluation:
+        return summarise(
+            rows,
+            checkpoint=self.checkpoint,
+            task=self.task.name,
+            mode=self.mode,
+            switch=self.switch,
+            settings_hash=self.settings_hash,
+            sampling=self.sampling,
+            seed=self.seed,
+            samples=self.samples,
+            pass_at=pass_at,
+            shape=shape,
+        )
 
 
 def _sampled(
@@ -238,24 +236,19 @@ def speak(
     return said
 
 
-def _file_name(checkpoint: str, task: str, mode: Mode, sampling: Sampling, switch: Switch) -> str:
-    budget = "" if sampling.thinking_budget is None else f"-budget{sampling.thinking_budget}"
-    soft = "-soft" if switch == "soft" else ""
-    return file_name(f"{checkpoint}-{task}-{mode}{soft}{budget}")
-
-
 def file_name(text: str) -> str:
     """``text`` as a file's name, without what a file system or a shell takes amiss."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".")
 
 
-def _read_back(path: Path, settings: str) -> Evaluation | None:
+def read_back(path: Path, settings: str, parse: Callable[[Any], T]) -> T | None:
+    """What an earlier examination with these settings left at ``path``, if it did."""
     if not path.exists():
         return None
-    # A file of another version or by another hand is no evaluation with these settings either.
+    # A file of another version or by another hand has not these settings either.
     with contextlib.suppress(ValueError, KeyError, TypeError):
         document = read_json(path)
         if document["settings_hash"] == settings:
-            return Evaluation.from_json(document)
+            return parse(document)
     say(f"{path.name} is there with other settings: it is made anew")
     return None

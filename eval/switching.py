@@ -7,7 +7,6 @@ asked with the model's own earlier answers as history. Whether a quoted flag is 
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,13 +18,13 @@ from distill.chat import split_thinking
 from distill.costs import sequence_flops
 from distill.errors import DistillError
 from distill.family import Shape
-from distill.journal import read_json, write_json
-from distill.progress import say, track
+from distill.journal import write_json
+from distill.progress import track
 from distill.seeding import derive
 from distill.types import MODES, Message, Mode, Prompt, Request, Rollout, Sampling, content_hash
 from eval.dialogues import KINDS, Turn, dialogues
 from eval.evaluation import Leakage, leakage
-from eval.runner import file_name, speak
+from eval.runner import file_name, read_back, speak
 from eval.samples import Row, decoded, fitted, read_rows, thinking_length, write_rows
 from eval.statistics import Estimate, estimate
 
@@ -127,7 +126,7 @@ def examine_switching(
         }
     )
     name = file_name(f"{checkpoint}-{TASK}")
-    if out is not None and (done := _read_back(out / f"{name}.json", settings)) is not None:
+    if out is not None and (done := read_back(out / f"{name}.json", settings, ModeSwitching.from_json)) is not None:
         return done
     parts = None if out is None else out / f".{name}-{settings[:12]}"
     rows = _held(
@@ -258,18 +257,6 @@ def _shares(rows: Sequence[Row]) -> dict[str, list[float]]:
     for row in rows:
         shares.setdefault(row["prompt_id"], []).append(float(row["right"]))
     return shares
-
-
-def _read_back(path: Path, settings: str) -> ModeSwitching | None:
-    if not path.exists():
-        return None
-    # A file of another version or by another hand is no test with these settings either.
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        document = read_json(path)
-        if document["settings_hash"] == settings:
-            return ModeSwitching.from_json(document)
-    say(f"{path.name} is there with other settings: it is made anew")
-    return None
 
 
 def _schema() -> pyarrow.Schema:
