@@ -22,7 +22,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill import cli
 from distill.clusters import LaunchSettings
 from distill.config import RunConfig
 from distill.errors import UserError
@@ -520,16 +519,10 @@ def test_a_launch_block_is_settings_or_a_sentence(tree: Any, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+def typed(typed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Runs a command in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0), *capfd.readouterr()
-
-    return run
+    return typed
 
 
 def test_the_command_writes_submits_and_keeps_what_is_there(

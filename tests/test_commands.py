@@ -9,13 +9,11 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distill import cli
 from distill.cli.options import one_of_many
 from distill.embedded import checkpoint_dir
 from distill.errors import StoppedError
@@ -23,19 +21,6 @@ from distill.interrupt import deferred_signals
 from distill.recipe import dump_yaml
 from eval.tasks import load_task
 from pipelines.resolution import resolve_run
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command; exit code, standard output, standard error, as the system saw them."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0), *capfd.readouterr()
-
-    return run
 
 
 def test_an_examination_is_one_json_document(typed: Any, tmp_path: Path) -> None:

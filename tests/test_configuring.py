@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from distill import cli
 from distill.comparison import ComparisonConfig
 from distill.config import RunConfig
 from distill.documented import documented_yaml
@@ -18,19 +16,6 @@ from distill.errors import UserError
 from distill.evaluation_config import TaskSettings
 from distill.recipe import parse_yaml, recipe_schema, validate, validate_as
 from pipelines.resolution import check_names, copy_recipe, recipe_names, recipe_text, resolve_comparison, resolve_run
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command; exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0), *capfd.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize("name", recipe_names())

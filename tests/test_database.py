@@ -5,31 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distill import cli
 from pipelines.database import Database
 
 DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Runs a command on the queue in ``old``; exit code, standard output, standard error, as the system saw them."""
+def typed(typed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs a command on the queue in ``old``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTILL_QUEUE", str(tmp_path / "old"))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0), *capfd.readouterr()
-
-    return run
+    return typed
 
 
 def queue_of(version: int, folder: Path) -> Path:

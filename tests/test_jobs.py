@@ -7,7 +7,6 @@ import copy
 import json
 import random
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import yaml
 from shapes import assert_document
 
-from distill import cli
 from distill.errors import UserError
 from distill.jobs import ScheduleSettings, read_job
 from distill.recipe import dump_yaml, parse_assignment, parse_yaml
@@ -54,18 +52,11 @@ schedule: {gpu_slots: 2}
 
 
 @pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Runs a command in a folder of its own; exit code, standard output, standard error, as the system saw them."""
+def typed(typed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs a command in a folder of its own, on a queue of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTILL_QUEUE", str(tmp_path / "queue"))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0), *capfd.readouterr()
-
-    return run
+    return typed
 
 
 def written(path: Path, text: str) -> Path:
