@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from transfers import check_weights_that_never_left, train
 
 from distill import interrupt
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
@@ -89,18 +90,6 @@ def request(number: int, sampling: Sampling, *, mode: Mode = "think", seed: int 
 
 def requests(num: int) -> list[Request]:
     return [request(number, WILD, mode=MODES[number % 2]) for number in range(num)]
-
-
-def train(student: Student, seed: int) -> None:
-    """What an optimiser step does to whoever holds a copy of the weights, and more of it: in place."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in student.model.parameters():
-            if parameter.requires_grad:
-                # Adapters begin as ones that change nothing.
-                scale = 0.02 * parameter.std() if parameter.any() else 0.1
-                parameter += scale * torch.randn(parameter.shape, generator=draw)
-    student.num_changes += 1
 
 
 def check_scores(learner: Student, rollouts: Sequence[Rollout]) -> None:
@@ -227,19 +216,8 @@ def test_a_transfer_that_went_wrong_is_caught(engine: Engine, spoilt: str) -> No
 
 
 def test_weights_that_never_left_are_caught(engine: Engine) -> None:
-    """So the engine has a copy: it does not learn behind our back."""
     learner = student()
-    speaker = sampler(engine, learner)
-    speaker.generate(requests(1))
-
-    class Nothing:
-        def send(self) -> None:
-            """A transfer that says it is done."""
-
-    speaker.sync = Nothing()
-    train(learner, 7)
-    with pytest.raises(WeightsError, match="does not hold the student's weights"):
-        speaker.generate(requests(1))
+    check_weights_that_never_left(learner, sampler(engine, learner), requests(1))
 
 
 def test_the_process_is_as_it_was_and_an_engine_leaves_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transfers import check_weights_that_never_left, train
 
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
 from distill.encode import Encoder
@@ -92,16 +93,6 @@ def requests(num: int) -> list[Request]:
         )
         for number in range(num)
     ]
-
-
-def train(student: Student, seed: int) -> None:
-    """What an optimiser step does to whoever holds a copy of the weights, and more of it."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in student.model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=draw)
-    student.num_changes += 1
 
 
 def train_adapters(student: Student, seed: int) -> None:
@@ -258,17 +249,7 @@ def test_a_transfer_that_went_wrong_is_caught(client: Client, spoilt: str) -> No
 
 def test_weights_that_never_left_are_caught(client: Client) -> None:
     learner = student()
-    speaker = sampler(client, learner)
-    speaker.generate(requests(1))
-
-    class Nothing:
-        def send(self) -> None:
-            """A transfer that says it is done."""
-
-    speaker.sync = Nothing()
-    train(learner, 7)
-    with pytest.raises(WeightsError, match="does not hold the student's weights"):
-        speaker.generate(requests(1))
+    check_weights_that_never_left(learner, sampler(client, learner), requests(1))
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}])
