@@ -1,4 +1,4 @@
-"""One response while it grows, token by token."""
+"""One response while it grows, and what it comes to."""
 
 from __future__ import annotations
 
@@ -14,16 +14,34 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Response:
-    """One response while it grows."""
+class Growing:
+    """One response while it grows, in whichever pieces."""
 
-    index: int
     request: Request
     encoder: Encoder
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    def rollout(self, speaker: str, weight_version: int) -> Rollout:
+        assert self.finish_reason is not None
+        return Rollout(
+            request=self.request,
+            response_ids=tuple(self.ids),
+            forced=tuple(self.forced),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            speaker=speaker,
+            weight_version=weight_version,
+        )
+
+
+@dataclass
+class Response(Growing):
+    """One that grows token by token; ``index`` is its request's place."""
+
+    index: int = field(kw_only=True)
     thinking: bool = False
     pending: list[int] = field(default_factory=list)
     """Tokens of the early-stop string that are still to be forced."""
@@ -74,15 +92,3 @@ class Response:
         if self.thinking and budget is not None and len(self.ids) >= budget and not self.pending:
             self.pending = list(self.encoder.early_stop_ids)
             self.thinking = False
-
-    def rollout(self, speaker: str, weight_version: int) -> Rollout:
-        assert self.finish_reason is not None
-        return Rollout(
-            request=self.request,
-            response_ids=tuple(self.ids),
-            forced=tuple(self.forced),
-            logprobs=tuple(self.logprobs),
-            finish_reason=self.finish_reason,
-            speaker=speaker,
-            weight_version=weight_version,
-        )

@@ -125,7 +125,7 @@ class TransformersSampler:
 
     def _decode(self, requests: Sequence[Request]) -> Generator[Response, None, None]:
         """Every request's response, as soon as it has ended."""
-        responses = [Response(place, request, self.encoder) for place, request in enumerate(requests)]
+        responses = [Response(request, self.encoder, index=place) for place, request in enumerate(requests)]
         batch = _Batch(self.model, self.speaker)
         queue = _Queue(responses, self.batch, self.cache_tokens, batch.num_slots)
         try:

@@ -14,7 +14,7 @@ from distill.encode import Encoder
 from distill.sampler import OnFinished
 from distill.types import Request, Rollout
 from distill.vllm.engine import Engine
-from distill.vllm.segments import Growing, Question, Segment, refuse_unsupported, to_read
+from distill.vllm.segments import Question, Segment, SegmentedResponse, refuse_unsupported, to_read
 
 
 class EngineSampler:
@@ -39,7 +39,7 @@ class EngineSampler:
         """
         for request in requests:
             refuse_unsupported(request)
-        growing = [Growing(request, self.encoder) for request in requests]
+        growing = [SegmentedResponse(request, self.encoder) for request in requests]
         rollouts: dict[int, Rollout] = {}
 
         def follow(place: int, segment: Segment) -> Question | None:

@@ -16,7 +16,7 @@ from distill.errors import DistillError
 from distill.sampler import OnFinished
 from distill.types import Request, Rollout
 from distill.vllm.client import Client, Job, ask
-from distill.vllm.segments import Growing, Question, Segment, checked, refuse_unsupported, to_read
+from distill.vllm.segments import Question, Segment, SegmentedResponse, checked, refuse_unsupported, to_read
 
 
 class RemoteSampler:
@@ -53,7 +53,7 @@ class RemoteSampler:
 
     async def _speak(self, numbered: tuple[int, Request]) -> Rollout:
         _, request = numbered
-        response = Growing(request, self.encoder)
+        response = SegmentedResponse(request, self.encoder)
         while response.finish_reason is None:
             response.append(await self._ask(response.next_question()))
         return response.rollout(self.speaker, self.weight_version)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from distill.encode import Encoder
 from distill.errors import DistillError, UserError
+from distill.response import Growing
 from distill.seeding import derive
-from distill.types import FinishReason, Request, Rollout
+from distill.types import Request
 
 _MODELS_OWN: dict[str, Any] = {
     "min_p": 0.0,
@@ -58,15 +58,9 @@ def to_read(sequence: Sequence[int]) -> Question:
 
 
 @dataclass
-class Growing:
-    """One response while it grows."""
+class SegmentedResponse(Growing):
+    """One that grows a segment at a time."""
 
-    request: Request
-    encoder: Encoder
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    forced: list[bool] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
     num_segments: int = 0
 
     def next_question(self) -> Question:
@@ -116,18 +110,6 @@ class Growing:
             forced = self.encoder.early_stop_ids[: limit - len(self.ids)]
             self.ids += forced
             self.forced += [True] * len(forced)
-
-    def rollout(self, speaker: str, weight_version: int) -> Rollout:
-        assert self.finish_reason is not None
-        return Rollout(
-            request=self.request,
-            response_ids=tuple(self.ids),
-            forced=tuple(self.forced),
-            logprobs=tuple(self.logprobs),
-            finish_reason=self.finish_reason,
-            speaker=speaker,
-            weight_version=weight_version,
-        )
 
     def _thinks_past_budget(self) -> bool:
         budget = self.request.sampling.thinking_budget
