@@ -19,41 +19,27 @@ import torch
 from torch import Tensor
 
 from distill.errors import DistillError, UserError
-from distill.spans import Span
 from distill.sparse import tail_of
 from distill.types import Rollout, TopK
 from distill.vllm.client import Client, Job, RefusedError
 from teachers.logprobs import check_logprobs
 from teachers.reduced import Choose
+from teachers.teacher import DeafTeacher
 
 _Question = tuple[int, Rollout, Tensor]
 """A rollout's place in the caller's order, the rollout, and the ids [R, k] that are asked about."""
 
 
-class ChosenTeacher:
-    """Scores the ids that ``choose`` names; signals are ``TopK``."""
+class ChosenTeacher(DeafTeacher):
+    """Scores the ids that ``choose`` names; signals are ``TopK``.
+
+    It hears nothing: what is asked about a response is known when all have been spoken.
+    """
 
     head_VD: None = None
-    hears = False
 
     def __init__(self, client: Client, *, name: str, choose: Choose, device: torch.device) -> None:
         self.client, self.name, self.choose, self.device = client, name, choose, device
-
-    def hear(self, rollout: Rollout) -> None:
-        """Nothing: what is asked about a response is known when all have been spoken."""
-
-    def heard_all(self) -> None:
-        """Nothing was heard."""
-
-    def break_off(self) -> None:
-        """Nothing was heard."""
-
-    def forget(self) -> None:
-        """Nothing was heard."""
-
-    def worked(self) -> list[Span]:
-        """None but while ``score`` is called."""
-        return []
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TopK]:
         """In the order of ``rollouts``; a row for each response token, in float32.

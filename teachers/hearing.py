@@ -182,6 +182,36 @@ class Hearing(Generic[R]):
                 self._open.append(self._noted(request, self.client.follow_up(self._job(request), self.ask)))
 
 
+class HearingTeacher(Generic[R]):
+    """A teacher behind servers: what it hears of is under way in the background."""
+
+    hears = True
+
+    def __init__(self, client: Client, ask: Callable[[ScoringRequest], Awaitable[Sequence[R]]]) -> None:
+        self.client = client
+        self._hearing = Hearing(client, ask)
+
+    def hear(self, rollout: Rollout) -> None:
+        """Start judging ``rollout`` in the background; see ``Hearing.hear``."""
+        self._hearing.hear(rollout)
+
+    def heard_all(self) -> None:
+        """Close the batch; see ``Hearing.heard_all``."""
+        self._hearing.heard_all()
+
+    def break_off(self) -> None:
+        """Drop what was heard of the batch that is being spoken."""
+        self._hearing.break_off()
+
+    def forget(self) -> None:
+        """Drop what was heard and not asked for, of every batch."""
+        self._hearing.forget()
+
+    def worked(self) -> list[Span]:
+        """When requests were under way."""
+        return self._hearing.worked()
+
+
 def scoring_requests(rollouts: Sequence[Rollout]) -> list[ScoringRequest]:
     """The rollouts by length, longest first, in requests of bounded size."""
     groups: list[list[Rollout]] = []

@@ -13,17 +13,16 @@ from distill import interrupt
 from distill.attention import PACKED, Packing
 from distill.device import finish
 from distill.memory import pass_tokens
-from distill.spans import Span
 from distill.types import HiddenStates, Rollout
+from teachers.teacher import DeafTeacher
 
 
-class LocalTeacher:
+class LocalTeacher(DeafTeacher):
     """Scores rollouts with a model held in this process.
 
     ``batch_tokens`` bounds the tokens of one forward pass, as ``pass_tokens``; sequences are packed without padding.
+    It hears nothing: student and teacher share a processor, and larger batches are faster.
     """
-
-    hears = False
 
     def __init__(self, model: PreTrainedModel, *, name: str, batch_tokens: int) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -35,22 +34,6 @@ class LocalTeacher:
     def head_VD(self) -> Tensor:
         """The LM head's weight, [vocabulary, d]."""
         return cast(nn.Linear, self.model.get_output_embeddings()).weight
-
-    def hear(self, rollout: Rollout) -> None:
-        """Nothing: student and teacher share a processor, and larger batches are faster."""
-
-    def heard_all(self) -> None:
-        """Nothing was kept."""
-
-    def break_off(self) -> None:
-        """Nothing was kept."""
-
-    def forget(self) -> None:
-        """Nothing was kept."""
-
-    def worked(self) -> list[Span]:
-        """None but while ``score`` is called."""
-        return []
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:

@@ -18,17 +18,16 @@ import torch
 from torch import Tensor
 
 from distill.errors import DistillError, UserError
-from distill.spans import Span
 from distill.sparse import tail_of
 from distill.types import Rollout, SampledLogprobs, Signal, TopK
 from distill.vllm.client import Client, RefusedError
-from teachers.hearing import Hearing, ScoringRequest
+from teachers.hearing import HearingTeacher, ScoringRequest
 
 MASS_TOLERANCE = 0.01
 """How far above one the probabilities of distinct tokens may sum, by rounding of a 16-bit teacher."""
 
 
-class LogprobTeacher:
+class LogprobTeacher(HearingTeacher[Signal]):
     """Scores rollouts with a server that generates.
 
     ``k`` most probable tokens are asked for: signals are ``TopK``. With 0 it is the sampled token alone, and signals
@@ -36,31 +35,10 @@ class LogprobTeacher:
     """
 
     head_VD: None = None
-    hears = True
 
     def __init__(self, client: Client, *, name: str, vocabulary: int, k: int, device: torch.device) -> None:
-        self.client, self.name, self.vocabulary, self.k, self.device = client, name, vocabulary, k, device
-        self._hearing = Hearing(client, self._ask)
-
-    def hear(self, rollout: Rollout) -> None:
-        """Start judging ``rollout`` in the background; see ``Hearing.hear``."""
-        self._hearing.hear(rollout)
-
-    def heard_all(self) -> None:
-        """Close the batch; see ``Hearing.heard_all``."""
-        self._hearing.heard_all()
-
-    def break_off(self) -> None:
-        """Drop what was heard of the batch that is being spoken."""
-        self._hearing.break_off()
-
-    def forget(self) -> None:
-        """Drop what was heard and not asked for, of every batch."""
-        self._hearing.forget()
-
-    def worked(self) -> list[Span]:
-        """When requests were under way."""
-        return self._hearing.worked()
+        super().__init__(client, self._ask)
+        self.name, self.vocabulary, self.k, self.device = name, vocabulary, k, device
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         """In the order of ``rollouts``; a row for each response token, in float32.

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from distill.checkpoint import Checkpoint, final_norm, lm_head
 from distill.errors import DistillError
-from distill.spans import Span
 from distill.types import HiddenStates, Rollout
 from distill.vllm.client import Client
-from teachers.hearing import Hearing, ScoringRequest
+from teachers.hearing import HearingTeacher, ScoringRequest
 
 Wire = Literal["bf16", "fp32", "fp8"]
 """The number type in which hidden states travel. bf16 halves the bytes, and changes nothing where the model is bf16.
@@ -37,18 +36,17 @@ _VLLM_NAME = {"bf16": "bfloat16", "fp32": "float32", "fp8": "fp8_e4m3"}
 _DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 
 
-class RemoteTeacher:
+class RemoteTeacher(HearingTeacher[Tensor]):
     """Scores rollouts with a model that a pooling server holds.
 
     ``dtype`` and ``device`` are those of the head and of the states that ``score`` returns.
     """
 
-    hears = True
-
     def __init__(
         self, client: Client, checkpoint: Checkpoint, *, wire: Wire, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.client, self.wire, self.name = client, wire, checkpoint.name
+        super().__init__(client, self._ask)
+        self.wire, self.name = wire, checkpoint.name
         self.dtype, self.device = dtype, device
         self.head_VD = lm_head(checkpoint, dtype).to(device)
         """The LM head's weight, [vocabulary, d]."""
@@ -57,27 +55,6 @@ class RemoteTeacher:
         """What squares of a state's entries are weighed by so that they come to one; see ``_check_length``."""
         # A weight of zero hides its share of the sum, which can then be anything up to one.
         self._hides = not bool(norm_D.all())
-        self._hearing = Hearing(client, self._ask)
-
-    def hear(self, rollout: Rollout) -> None:
-        """Start judging ``rollout`` in the background; see ``Hearing.hear``."""
-        self._hearing.hear(rollout)
-
-    def heard_all(self) -> None:
-        """Close the batch; see ``Hearing.heard_all``."""
-        self._hearing.heard_all()
-
-    def break_off(self) -> None:
-        """Drop what was heard of the batch that is being spoken."""
-        self._hearing.break_off()
-
-    def forget(self) -> None:
-        """Drop what was heard and not asked for, of every batch."""
-        self._hearing.forget()
-
-    def worked(self) -> list[Span]:
-        """When requests were under way."""
-        return self._hearing.worked()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[HiddenStates]:
         """The last hidden states that predict each response token, rows P-1 .. P+R-2, in the order of ``rollouts``.

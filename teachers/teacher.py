@@ -69,3 +69,25 @@ class ExactTeacher(Teacher, Protocol):
         In the order of ``rollouts``; each [R, d] in the head's dtype.
         """
         ...
+
+
+class DeafTeacher:
+    """One that begins to judge when it is asked, and not before."""
+
+    hears = False
+
+    def hear(self, rollout: Rollout) -> None:
+        """Nothing is judged in the background."""
+
+    def heard_all(self) -> None:
+        """Nothing was kept."""
+
+    def break_off(self) -> None:
+        """Nothing was kept."""
+
+    def forget(self) -> None:
+        """Nothing was kept."""
+
+    def worked(self) -> list[Span]:
+        """None but while ``score`` is called."""
+        return []
