@@ -6,7 +6,7 @@ One step is forward and backward with both gradients. Each contender runs in a p
 
 - ``ours``: ``distill.divergence.linear_divergence``
 - ``naive``: whole [N, V] logits and plain autograd, softmax in float32
-- ``cross_entropy``: ``distill.divergence.linear_cross_entropy`` of the student, which has no teacher to project
+- ``cross_entropy``: ``distill.cross_entropy.linear_cross_entropy`` of the student, which has no teacher to project
 - ``trl``: TRL's chunked divergence (``pip install trl``); has no skewed kinds
 - ``liger``: Liger's chunked JSD (``pip install liger-kernel``); has no skewed kinds and takes its softmax in the
   inputs' dtype. Its hard loss is off.
@@ -39,8 +39,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import ceilings
+from distill.cross_entropy import linear_cross_entropy
 from distill.device import finish
-from distill.divergence import KINDS, TeacherLoss, linear_cross_entropy, linear_divergence
+from distill.divergence import KINDS, TeacherLoss, linear_divergence
 from distill.tiles import tiled_total
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from distill.checkpoint import Checkpoint, load_model, open_checkpoint
-from distill.divergence import linear_logprobs
+from distill.cross_entropy import linear_logprobs
 from distill.family import ModelSource
 from distill.types import HiddenStates, Prompt, Request, Rollout, SampledLogprobs, Sampling, Signal, TopK
 from distill.vllm.client import Client

@@ -1,8 +1,8 @@
 """The divergence between student and teacher over the whole vocabulary, exact, from hidden states and heads.
 
-Reading order: the mathematics of a row (``KINDS``), the two losses that apply it to a block of logits
-(``TeacherLoss``, ``_TargetLoss``), and the public functions. The loop over tiles is ``distill.tiles``; the same
-mathematics as kernels for a GPU is ``distill.fused``.
+Reading order: the mathematics of a row (``KINDS``), the loss that applies it to a block of logits (``TeacherLoss``),
+and ``linear_divergence``. The loop over tiles is ``distill.tiles``; the same mathematics as kernels for a GPU is
+``distill.fused``.
 
 Shapes: N rows (response tokens), V vocabulary rows, D student width, E teacher width; a block has B rows; G ids count
 as one action; F facts (``FACTS``). p is the student's distribution, q the teacher's.
@@ -54,15 +54,6 @@ class Divergence:
     student_entropy: Tensor
     teacher_entropy: Tensor
     sampled_logprob: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class CrossEntropy:
-    """What ``linear_cross_entropy`` returns: a differentiable total, and detached ``values`` and ``entropy`` [N]."""
-
-    total: Tensor
-    values: Tensor
-    entropy: Tensor
 
 
 # --- The mathematics of a row -----------------------------------------------------------------------------------------
@@ -167,7 +158,7 @@ def _merge_(log_p_BV: Tensor, p_BV: Tensor, group_G: Tensor) -> Tensor:
     return members_BG.sub_(merged_B1).exp_()
 
 
-# --- The losses on a block of rows ------------------------------------------------------------------------------------
+# --- The loss on a block of rows --------------------------------------------------------------------------------------
 
 
 class TeacherLoss:
@@ -221,23 +212,6 @@ def teacher_loss(weights_N: Tensor) -> type[TeacherLoss]:
     return FusedTeacherLoss
 
 
-class _TargetLoss:
-    """Cross-entropy to one target id a row; a ``distill.tiles.TileLoss``."""
-
-    def __init__(self, target_ids_N: Tensor, *, like_N: Tensor) -> None:
-        self.target_ids_N = target_ids_N
-        self.values_N, self.entropy_N = (torch.empty_like(like_N) for _ in range(2))
-
-    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
-        (logits_BV,) = logits
-        p_BV = log_softmax_(logits_BV, 1.0)
-        target_ids_B = self.target_ids_N[rows]
-        self.values_N[rows] = -pick(logits_BV, target_ids_B)
-        self.entropy_N[rows] = -row_dot(p_BV, logits_BV)
-        torch.mul(p_BV, weights_B1, out=logits_BV)
-        logits_BV.scatter_add_(-1, target_ids_B[:, None], -weights_B1)
-
-
 def log_softmax_(logits_BV: Tensor, temperature: float) -> Tensor:
     """Overwrites the logits by the log-probabilities at this temperature; returns the probabilities.
 
@@ -268,7 +242,7 @@ def check_choices(kind: str, beta: float, temperature: float) -> None:
         raise UserError(f"temperature is {temperature} and must be a positive number; 1 is the model's own.")
 
 
-# --- The public functions ---------------------------------------------------------------------------------------------
+# --- The public function ----------------------------------------------------------------------------------------------
 
 Params = ParamSpec("Params")
 Returns = TypeVar("Returns")
@@ -334,31 +308,3 @@ def linear_divergence(
         **dict(zip(FACTS, loss.facts_FN, strict=True)),
         sampled_logprob=loss.sampled_logprob_N,
     )
-
-
-@eager
-def linear_cross_entropy(
-    hidden: Tensor,
-    head: Tensor,
-    target_ids: Tensor,
-    *,
-    weights: Tensor | None = None,
-    chunk_rows: int | None = None,
-) -> CrossEntropy:
-    """Weighted sum over tokens of -log softmax(hidden @ head.T)[target], in nats.
-
-    ``hidden`` [N, d], ``head`` [V, d] and ``target_ids`` [N]; a token that must not count has weight 0 and any id of
-    the vocabulary. ``weights``, ``chunk_rows``, dtypes and errors are those of ``linear_divergence``.
-    """
-    check_linear("the model", hidden, head)
-    check_ids("target_ids", target_ids, len(hidden), len(head))
-    weights_N = weights_of(weights, hidden)
-    loss = _TargetLoss(target_ids, like_N=weights_N)
-    total = tiled_total([(hidden, head)], loss, weights_N, chunk_rows)
-    return CrossEntropy(total=total, values=loss.values_N, entropy=loss.entropy_N)
-
-
-@torch.no_grad()
-def linear_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, *, chunk_rows: int | None = None) -> Tensor:
-    """log softmax(hidden @ head.T)[ids] for ``hidden`` [N, d], ``head`` [V, d] and ``ids`` [N]; [N], no gradient."""
-    return -linear_cross_entropy(hidden, head, ids, chunk_rows=chunk_rows).values

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from distill.costs import Cost, Role, rollout_flops
-from distill.divergence import linear_cross_entropy
+from distill.cross_entropy import linear_cross_entropy
 from distill.errors import UserError
 from distill.family import Shape
 from distill.progress import say

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distill.divergence import linear_logprobs
+from distill.cross_entropy import linear_logprobs
 from distill.spans import Span
 from distill.sparse import linear_logprobs_at, linear_topk
 from distill.types import Rollout, SampledLogprobs, Signal, TopK

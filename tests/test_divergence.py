@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill import scratch
-from distill.divergence import KINDS, Divergence, linear_cross_entropy, linear_divergence, linear_logprobs
+from distill.cross_entropy import linear_cross_entropy, linear_logprobs
+from distill.divergence import KINDS, Divergence, linear_divergence
 from distill.errors import UserError
 
 N, V, D, E = 7, 23, 5, 6

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import random_model
 from distill.attention import PACKED, Packing
 from distill.config import RunConfig
-from distill.divergence import linear_cross_entropy, linear_divergence
+from distill.cross_entropy import linear_cross_entropy
+from distill.divergence import linear_divergence
 from distill.family import SIZES, STUDENTS, TEACHERS, Shape, shape_of
 from distill.memory import Load, hold_student, layer_bytes, student_memory
 from distill.model_config import StudentSettings, TeacherSettings

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distill import scratch
-from distill.divergence import linear_cross_entropy, linear_divergence
+from distill.cross_entropy import linear_cross_entropy
+from distill.divergence import linear_divergence
 from distill.scratch import matrices
 from distill.sparse import linear_topk
 

@@ -9,7 +9,8 @@ import torch
 from test_divergence import LargestTensor, assert_close, gradients, make, relative_error, weights_like
 from torch import Tensor
 
-from distill.divergence import KINDS, linear_divergence, linear_logprobs
+from distill.cross_entropy import linear_logprobs
+from distill.divergence import KINDS, linear_divergence
 from distill.errors import UserError
 from distill.sparse import (
     TAIL_FLOOR,

@@ -20,7 +20,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from distill.divergence import linear_cross_entropy, linear_divergence
+from distill.cross_entropy import linear_cross_entropy
+from distill.divergence import linear_divergence
 from distill.errors import NonFiniteError
 from distill.model_config import LoraSettings, StudentSettings
 from distill.stage_config import Optimiser
