@@ -45,6 +45,19 @@ def check_ids(name: str, ids: Tensor, num_rows: int, num_vocab: int) -> None:
         raise UserError(f"{name} holds ids {int(ids.min())} to {int(ids.max())}; the head has {num_vocab} rows.")
 
 
+def check_rows_of_ids(ids: Tensor, num_rows: int, num_vocab: int) -> None:
+    """Distinct ids of the vocabulary, equally many a row."""
+    if ids.ndim != 2 or len(ids) != num_rows or ids.shape[1] == 0 or ids.dtype != torch.int64:
+        raise UserError(f"ids are {ids.dtype} of shape {list(ids.shape)}; they must be int64 of shape [{num_rows}, K].")
+    if ids.numel() == 0:
+        return
+    if not 0 <= int(ids.min()) <= int(ids.max()) < num_vocab:
+        raise UserError(f"ids are {int(ids.min())} to {int(ids.max())}; the head has {num_vocab} rows.")
+    ordered_NK = ids.sort(-1).values
+    if bool((ordered_NK[:, 1:] == ordered_NK[:, :-1]).any()):
+        raise UserError("an id stands twice in a row of ids; the ids of a row must be distinct.")
+
+
 def check_groups(groups: Sequence[Sequence[int]], num_vocab: int) -> list[list[int]]:
     """Groups of ids that count as one action."""
     ids = [token for group in groups for token in group]

@@ -1,4 +1,4 @@
-"""Losses for teachers that say less than their whole distribution, and the reductions that make such signals.
+"""Losses for teachers that say less than their whole distribution.
 
 Two signals: the teacher's k most probable tokens with the mass of all others (``linear_topk_divergence``), and its
 log-probability of the sampled token alone (``linear_sampled_divergence``). The student's whole distribution is known
@@ -45,11 +45,8 @@ from torch import Tensor
 
 from distill.divergence import KINDS, LOG_ZERO, Pair, check_choices, eager, log_softmax_, pick, row_dot
 from distill.errors import UserError
-from distill.loss_arguments import check_groups, check_ids, check_linear, weights_of
+from distill.loss_arguments import check_groups, check_ids, check_linear, check_rows_of_ids, weights_of
 from distill.tiles import tiled_total
-
-TAIL_FLOOR = 2.0**-24
-"""Least mass of a tail that was found as one minus a sum of float32 probabilities: below, it is rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +185,7 @@ def linear_topk_divergence(
     check_linear("student", student_hidden, student_head)
     check_choices(kind, beta, 1.0)
     num_rows, num_vocab = len(student_hidden), len(student_head)
-    _check_rows_of_ids(ids, num_rows, num_vocab)
+    check_rows_of_ids(ids, num_rows, num_vocab)
     if logprobs.shape != ids.shape or tail_logprob.shape != (num_rows,):
         raise UserError(
             f"ids are {list(ids.shape)}, their log-probabilities {list(logprobs.shape)} and the tail's "
@@ -278,93 +275,3 @@ def linear_sampled_divergence(
         student_entropy=loss.student_entropy_N,
         sampled_logprob=loss.sampled_logprob_N,
     )
-
-
-# --- From hidden states to a smaller signal ---------------------------------------------------------------------------
-
-
-class _TopKFacts:
-    """The log-probabilities of given ids of each row; a ``distill.tiles.TileLoss`` that has no gradient.
-
-    With ``always_S`` the ids are found: these, and the most probable ones.
-    """
-
-    def __init__(self, ids_NK: Tensor, *, always_S: Tensor | None, like_N: Tensor) -> None:
-        self.ids_NK, self.always_S = ids_NK, always_S
-        self.logprobs_NK = like_N.new_empty(ids_NK.shape)
-        self.tail_logprob_N = torch.empty_like(like_N)
-        self.values_N = torch.zeros_like(like_N)
-
-    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
-        (logits_BV,) = logits
-        log_softmax_(logits_BV, 1.0)
-        if self.always_S is not None:
-            standing_BV = logits_BV.index_fill(-1, self.always_S, math.inf) if len(self.always_S) else logits_BV
-            self.ids_NK[rows] = standing_BV.topk(self.ids_NK.shape[1]).indices
-        ids_BK = self.ids_NK[rows]
-        self.logprobs_NK[rows] = logits_BV.gather(-1, ids_BK)
-        logits_BV.scatter_(-1, ids_BK, LOG_ZERO)
-        self.tail_logprob_N[rows] = logits_BV.logsumexp(-1)
-
-
-@torch.no_grad()
-def linear_topk(
-    hidden: Tensor, head: Tensor, k: int, *, always: Sequence[int] = (), chunk_rows: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The k most probable ids of each row, most probable first, their log-probabilities, and that of all others.
-
-    ``hidden`` [N, d] and ``head`` [V, d]; returns [N, k] (int64), [N, k] and [N], the latter exact, not one minus a
-    sum. The ids of ``always`` are among the k wherever they stand, and come first. Raises ``UserError`` for a k that
-    leaves no tail, or no room for ``always``.
-    """
-    check_linear("the model", hidden, head)
-    if not max(1, len(always)) <= k < len(head):
-        raise UserError(f"k is {k}; it must be at least {max(1, len(always))} and below the {len(head)} ids there are.")
-    ids_NK = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
-    return _facts(
-        hidden,
-        head,
-        ids_NK,
-        always_S=torch.tensor(always, dtype=torch.int64, device=hidden.device),
-        chunk_rows=chunk_rows,
-    )
-
-
-@torch.no_grad()
-def linear_logprobs_at(
-    hidden: Tensor, head: Tensor, ids: Tensor, *, chunk_rows: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``ids`` [N, K], their log-probabilities [N, K] and that of all other tokens of each row [N].
-
-    ``hidden`` [N, d] and ``head`` [V, d]; the ids of a row are distinct.
-    """
-    check_linear("the model", hidden, head)
-    _check_rows_of_ids(ids, len(hidden), len(head))
-    return _facts(hidden, head, ids, always_S=None, chunk_rows=chunk_rows)
-
-
-def _facts(
-    hidden: Tensor, head: Tensor, ids_NK: Tensor, *, always_S: Tensor | None, chunk_rows: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    weights_N = weights_of(None, hidden)
-    facts = _TopKFacts(ids_NK, always_S=always_S, like_N=weights_N)
-    tiled_total([(hidden, head)], facts, weights_N, chunk_rows)
-    return facts.ids_NK, facts.logprobs_NK, facts.tail_logprob_N
-
-
-def tail_of(logprobs: Tensor) -> Tensor:
-    """log(1 - sum of the probabilities) [R] of ``logprobs`` [R, K], at least that of ``TAIL_FLOOR``; in float32."""
-    mass_R = logprobs.double().exp().sum(-1)
-    return (1 - mass_R).clamp_(min=TAIL_FLOOR).log().float()
-
-
-def _check_rows_of_ids(ids: Tensor, num_rows: int, num_vocab: int) -> None:
-    if ids.ndim != 2 or len(ids) != num_rows or ids.shape[1] == 0 or ids.dtype != torch.int64:
-        raise UserError(f"ids are {ids.dtype} of shape {list(ids.shape)}; they must be int64 of shape [{num_rows}, K].")
-    if ids.numel() == 0:
-        return
-    if not 0 <= int(ids.min()) <= int(ids.max()) < num_vocab:
-        raise UserError(f"ids are {int(ids.min())} to {int(ids.max())}; the head has {num_vocab} rows.")
-    ordered_NK = ids.sort(-1).values
-    if bool((ordered_NK[:, 1:] == ordered_NK[:, :-1]).any()):
-        raise UserError("an id stands twice in a row of ids; the ids of a row must be distinct.")

@@ -25,8 +25,8 @@ from distill.device import finish
 from distill.errors import NonFiniteError
 from distill.model_config import LoraSettings, StudentSettings
 from distill.spans import Span
-from distill.sparse import linear_topk
 from distill.stage_config import Optimiser
+from distill.topk import linear_topk
 from distill.types import Example, Rollout
 from students.adapter import write_adapter
 from students.batch import Batch, collate, judged, micro_batches

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import DistillError, UserError
-from distill.sparse import tail_of
+from distill.topk import tail_of
 from distill.types import Rollout, TopK
 from distill.vllm.client import Client, Job, RefusedError
 from teachers.logprobs import check_logprobs

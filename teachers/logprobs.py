@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import DistillError, UserError
-from distill.sparse import tail_of
+from distill.topk import tail_of
 from distill.types import Rollout, SampledLogprobs, Signal, TopK
 from distill.vllm.client import Client, RefusedError
 from teachers.hearing import HearingTeacher, ScoringRequest

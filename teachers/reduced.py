@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.cross_entropy import linear_logprobs
 from distill.spans import Span
-from distill.sparse import linear_logprobs_at, linear_topk
+from distill.topk import linear_logprobs_at, linear_topk
 from distill.types import Rollout, SampledLogprobs, Signal, TopK
 from teachers.teacher import ExactTeacher
 

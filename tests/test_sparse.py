@@ -12,14 +12,8 @@ from torch import Tensor
 from distill.cross_entropy import linear_logprobs
 from distill.divergence import KINDS, linear_divergence
 from distill.errors import UserError
-from distill.sparse import (
-    TAIL_FLOOR,
-    linear_logprobs_at,
-    linear_sampled_divergence,
-    linear_topk,
-    linear_topk_divergence,
-    tail_of,
-)
+from distill.sparse import linear_sampled_divergence, linear_topk_divergence
+from distill.topk import TAIL_FLOOR, linear_logprobs_at, linear_topk, tail_of
 
 N, V, D = 7, 23, 5
 GROUPS = ((3, 17), (4, 20, 9))
