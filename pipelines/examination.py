@@ -25,8 +25,9 @@ from distill.sampler import Sampler, TransformersSampler
 from distill.seeding import derive
 from distill.stage_config import ModeSampling
 from distill.types import MODES, Mode, Sampling
-from distill.vllm.client import Client, served_model
+from distill.vllm.client import Client
 from distill.vllm.remote_sampler import RemoteSampler
+from distill.vllm.served import served_model
 from eval.budget import budget_curves
 from eval.evaluation import Evaluation
 from eval.report import write_report

@@ -26,7 +26,8 @@ from distill.interrupt import deferred_signals
 from distill.model_config import TeacherSettings
 from distill.sampler import Sampler, TransformersSampler
 from distill.types import Request, Rollout, Signal
-from distill.vllm.client import Client, checked_url
+from distill.vllm.address import checked_url
+from distill.vllm.client import Client
 from distill.vllm.launch import ROLES, Launch, Role, replicas
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service, free_port

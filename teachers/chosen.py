@@ -21,7 +21,8 @@ from torch import Tensor
 from distill.errors import DistillError, UserError
 from distill.topk import tail_of
 from distill.types import Rollout, TopK
-from distill.vllm.client import Client, Job, RefusedError
+from distill.vllm.client import Client, Job
+from distill.vllm.refusal import RefusedError
 from teachers.logprobs import check_logprobs
 from teachers.reduced import Choose
 from teachers.teacher import DeafTeacher

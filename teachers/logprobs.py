@@ -20,7 +20,8 @@ from torch import Tensor
 from distill.errors import DistillError, UserError
 from distill.topk import tail_of
 from distill.types import Rollout, SampledLogprobs, Signal, TopK
-from distill.vllm.client import Client, RefusedError
+from distill.vllm.client import Client
+from distill.vllm.refusal import RefusedError
 from teachers.hearing import HearingTeacher, ScoringRequest
 
 MASS_TOLERANCE = 0.01

@@ -10,9 +10,9 @@ import httpx
 from distill import interrupt
 from distill.errors import StoppedError, UserError
 from distill.progress import say
-from distill.vllm.client import PATIENCE_SECONDS, checked_url
+from distill.vllm.address import checked_url, is_loopback
+from distill.vllm.client import PATIENCE_SECONDS
 from distill.vllm.launch import Role
-from distill.vllm.replica import is_loopback
 
 _ROUTES: Mapping[Role, str] = {"score": "/pooling", "generate": "/v1/completions"}
 _PAUSE_SECONDS = 2.0

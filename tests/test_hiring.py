@@ -20,8 +20,8 @@ from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import resolve
 from distill.journal import Journal
-from distill.vllm.client import is_healthy
 from distill.vllm.launch import Launch
+from distill.vllm.served import is_healthy
 from distill.vllm.service import Service, free_port
 from pipelines.hiring import Shifts, found_servers, hired_teacher, server_launches
 from pipelines.resolution import resolve_run

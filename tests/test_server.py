@@ -21,9 +21,10 @@ from distill.errors import DistillError, UserError
 from distill.family import resolve
 from distill.sampler import TransformersSampler
 from distill.types import MODES, HiddenStates, Prompt, Request, Rollout, Sampling
-from distill.vllm.client import Client, is_healthy
+from distill.vllm.client import Client
 from distill.vllm.launch import Launch, Role
 from distill.vllm.remote_sampler import RemoteSampler
+from distill.vllm.served import is_healthy
 from distill.vllm.service import Service
 from teachers.local import LocalTeacher
 from teachers.remote import RemoteTeacher, Wire

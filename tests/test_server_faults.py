@@ -19,8 +19,8 @@ from test_service import alive, wait_until_gone
 
 from distill.checkpoint import open_checkpoint
 from distill.family import resolve
-from distill.vllm.client import is_healthy
 from distill.vllm.launch import Launch, Role
+from distill.vllm.served import is_healthy
 from distill.vllm.service import Service
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -18,9 +18,9 @@ import pytest
 from distill.checkpoint import open_checkpoint
 from distill.errors import DistillError, UserError
 from distill.family import resolve
-from distill.vllm.client import is_healthy
 from distill.vllm.cuts import needs_expert_parallel
 from distill.vllm.launch import Launch, Nodes, replicas
+from distill.vllm.served import is_healthy
 from distill.vllm.service import Service
 
 FAKE = """#!{python}

@@ -27,7 +27,10 @@ from distill import interrupt
 from distill.errors import DistillError, StoppedError, UserError
 from distill.progress import say
 from distill.vllm import pulse
-from distill.vllm.replica import Replica, is_loopback
+from distill.vllm.address import checked_url
+from distill.vllm.refusal import complaint, refusal
+from distill.vllm.replica import Replica
+from distill.vllm.served import ServedModel
 
 PATIENCE_SECONDS = 600.0
 """How long a server that does not answer is waited for."""
@@ -209,9 +212,9 @@ class Client:
                 if answer.status_code == 200:
                     trouble, is_gone = "it broke off its answer", True
                 else:
-                    trouble, is_gone = _complaint(answer), answer.status_code in _BUSY
+                    trouble, is_gone = complaint(answer), answer.status_code in _BUSY
                 if not is_gone and answer.status_code < 500:
-                    raise _refusal(replica.url + path, answer.status_code, trouble)
+                    raise refusal(replica.url + path, answer.status_code, trouble)
             replica.avoid_until = time.monotonic() + _AVOID_SECONDS
             num_errors += not is_gone
             if num_errors >= MAX_SERVER_ERRORS:
@@ -279,15 +282,8 @@ class Client:
             answer = await replica.get("/v1/models")
             if answer.status_code in _BUSY:
                 raise httpx.ConnectError(f"status {answer.status_code}")
-            if answer.status_code != 200:
-                raise _refusal(replica.url + "/v1/models", answer.status_code, _complaint(answer))
-            try:
-                card = answer.json()["data"][0]
-                replica.model, replica.longest = str(card["id"]), card.get("max_model_len")
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-                raise UserError(
-                    f"{replica.url}/v1/models does not name a model; is this the URL of a vLLM server?"
-                ) from None
+            served = ServedModel.of(answer, replica.url)
+            replica.model, replica.longest = served.name, served.context
         return replica.model
 
 
@@ -305,78 +301,3 @@ def ask(client: Client, path: str, body: Mapping[str, Any]) -> Any:
 def _is_being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What a server says of its model: the name it has there, and the most tokens of prompt and response together."""
-
-    name: str
-    context: int | None
-
-
-def served_model(url: str, *, api_key: str | None = None) -> ServedModel:
-    """The model behind ``url``. Raises UserError where there is no server, or it does not say."""
-    url = checked_url(url)
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    try:
-        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=10.0, trust_env=not is_loopback(url))
-    except httpx.TransportError as error:
-        raise UserError(f"no server answers at {url} ({error}); start it, or check the address") from None
-    if answer.status_code != 200:
-        raise _refusal(f"{url}/v1/models", answer.status_code, _complaint(answer))
-    try:
-        model = answer.json()["data"][0]
-        context = model.get("max_model_len")
-        return ServedModel(str(model["id"]), None if context is None else int(context))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise UserError(f"{url}/v1/models does not name a model; is this the URL of a vLLM server?") from None
-
-
-def is_healthy(url: str) -> bool:
-    """Whether a server answers at ``url`` and says that it is well."""
-    try:
-        return httpx.get(f"{url}/health", timeout=2.0, trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def checked_url(url: str) -> str:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise UserError(f"{url!r} is no URL ({error}); write http://HOST:PORT") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UserError(f"{url!r} is no URL of a server; write http://HOST:PORT")
-    return url.rstrip("/").removesuffix("/v1")
-
-
-def _complaint(answer: httpx.Response) -> str:
-    """What a server says about a request it did not answer."""
-    try:
-        document = answer.json()
-        message = document.get("error", document)
-        text = str(message.get("message", message) if isinstance(message, dict) else message)
-    except (ValueError, AttributeError):
-        text = answer.text
-    return f"status {answer.status_code}: {' '.join(text.split())[:300]}"
-
-
-class RefusedError(DistillError):
-    """A server refused a request for what it asks; ``complaint`` is what it said."""
-
-    def __init__(self, url: str, complaint: str) -> None:
-        super().__init__(f"{url} refuses a request ({complaint}); its log says why")
-        self.url, self.complaint = url, complaint
-
-
-def _refusal(url: str, status: int, trouble: str) -> DistillError:
-    # vLLM also forbids what a flag would open, and names the flag.
-    if status in (401, 403) and "--enable-" not in trouble:
-        return UserError(f"{url} refuses the API key ({trouble}); set DISTILL_TEACHER_API_KEY to the server's")
-    if status in (404, 405):
-        return UserError(
-            f"{url} does not exist ({trouble}); a server has one role: hidden states come from one that was started to "
-            f"score, responses and log-probabilities from one that was started to generate"
-        )
-    return RefusedError(url, trouble)

@@ -13,6 +13,7 @@ from functools import cache
 import httpx
 
 from distill.vllm import pulse
+from distill.vllm.address import is_loopback
 from distill.vllm.pulse import Pulse
 
 LANE_WIDTH = 16
@@ -156,7 +157,3 @@ class _Lane:
 def _trusted() -> ssl.SSLContext:
     """The certificates to trust: read once, not for every pool."""
     return httpx.create_ssl_context()
-
-
-def is_loopback(url: str) -> bool:
-    return httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")

@@ -19,9 +19,9 @@ from distill import interrupt
 from distill.errors import GoneError
 from distill.progress import PLAIN_SECONDS, say
 from distill.vllm import watch
-from distill.vllm.client import is_healthy
 from distill.vllm.launch import Launch, Role
 from distill.vllm.pulse import PROBE_SECONDS, STALL_SECONDS, Pulse
+from distill.vllm.served import is_healthy
 
 GRACE_SECONDS = 10.0
 """Time between TERM and KILL when a server is ended."""
