@@ -26,9 +26,10 @@ from distill import interrupt
 from distill.comparison import ArmSettings, ComparisonConfig
 from distill.config import RunConfig
 from distill.errors import UserError
-from distill.journal import claim, read_json, refuse_other, write_atomically, write_json
+from distill.journal import read_json, write_atomically, write_json
 from distill.progress import say
 from distill.recipe import dump_yaml, load_recipe, merge, validate, validate_as
+from distill.run_folder import claim, refuse_other
 from distill.stage_config import OffPolicyStage
 from eval.compare import Arm, compare, read_curve, stage_flops
 from eval.report import write_report

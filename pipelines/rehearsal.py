@@ -17,9 +17,9 @@ from distill.checkpoint import read_folder
 from distill.comparison import ComparisonConfig
 from distill.config import RunConfig
 from distill.errors import UserError
-from distill.journal import check_place, refuse_other
 from distill.prompt_config import FilePrompts
 from distill.prompt_files import file_prompts
+from distill.run_folder import check_place, refuse_other
 from eval.switching import TASK as MODE_SWITCHING
 from eval.tasks import check_task, load_task
 from pipelines.resolution import check_names
