@@ -1,4 +1,4 @@
-"""The student's LoRA adapters as vLLM 0.32 serves them apart from the weights: which ones it can, and with which flags.
+"""The student's LoRA adapters: laid over its model, and as vLLM 0.32 serves them apart from the weights.
 
 DoRA, biases and whole modules beside the adapters cannot be served either; a student has none of them.
 """
@@ -6,7 +6,7 @@ DoRA, biases and whole modules beside the adapters cannot be served either; a st
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,10 +14,30 @@ from safetensors.torch import save_file
 from distill.model_config import LoraSettings
 from students.handover import filling
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as ``--max-lora-rank``."""
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """A dense layer's linear modules: what all-linear means."""
+
+
+def with_lora(model: PreTrainedModel, settings: LoraSettings) -> Any:
+    """peft's model around ``model``, whose linear modules now carry adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.target_modules
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]
+            lora_dropout=settings.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        ),
+    )
 
 
 def why_not_served(lora: LoraSettings | None, num_experts: int) -> str | None:

@@ -23,13 +23,14 @@ from distill.attention import PACKED
 from distill.costs import training_passes
 from distill.device import finish
 from distill.errors import NonFiniteError
-from distill.model_config import LoraSettings, StudentSettings
+from distill.model_config import StudentSettings
 from distill.spans import Span
 from distill.stage_config import Optimiser
 from distill.topk import linear_topk
 from distill.types import Example, Rollout
-from students.adapter import write_adapter
+from students.adapter import with_lora, write_adapter
 from students.batch import Batch, collate, judged, micro_batches
+from students.means import Means
 from students.optimiser import MasterAdamW
 from students.parallel import Engine, Pass, gathered, keep_root, release, replicated, sharded, slice_like, whole_on_main
 from students.ranks import ALONE, Ranks
@@ -95,7 +96,7 @@ class Student:
         self.adapted: Any = None
         """peft's model around it, with LoRA."""
         if settings.lora is not None:
-            self.adapted = _with_lora(model, settings.lora)
+            self.adapted = with_lora(model, settings.lora)
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
@@ -227,7 +228,7 @@ class Student:
         num_weighted = ranks.sum({"": sum(sum(example.rollout.loss_mask) for example in examples)})[""]
         assert num_weighted > 0, "a step without a token that carries loss"
         num_passes = max(ranks.gather(len(groups)))
-        table = _Means()
+        table = Means()
         try:
             for place in range(num_passes):
                 ranks.check()
@@ -258,7 +259,7 @@ class Student:
             "seconds.train": read_for + time.perf_counter() - started,
         }
 
-    def _backward(self, group: Sequence[Example] | None, loss: Loss, num_weighted: float, table: _Means) -> None:
+    def _backward(self, group: Sequence[Example] | None, loss: Loss, num_weighted: float, table: Means) -> None:
         """Adds the gradients of one micro-batch, or zeros; nothing of it is held when this returns."""
         reading, batch, device = self._take_reading(group), None, self.ranks.device
         if group is not None:
@@ -273,7 +274,7 @@ class Student:
         return 0.0 * touched
 
     def _felt(
-        self, batch: Batch | None, loss: Loss, num_weighted: float, table: _Means, reading: _Reading | None
+        self, batch: Batch | None, loss: Loss, num_weighted: float, table: Means, reading: _Reading | None
     ) -> Tensor:
         """The batch's part of the step's loss, from its ``reading`` where it has one; its metrics go into ``table``.
 
@@ -361,53 +362,3 @@ class Student:
         with torch.no_grad():
             for name, value in tensors.items():
                 parameters[name].copy_(slice_like(value, parameters[name]))
-
-
-class _Means:
-    """Means over the step's weighted tokens, all together and by mode; scalars are sums of shares."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, float] = {}
-        self._scalars: dict[str, float] = {}
-
-    def add_scalar(self, name: str, value: float, share: float) -> None:
-        self._scalars[name] = self._scalars.get(name, 0.0) + share * value
-
-    def add_tokens(self, batch: Batch, values: dict[str, Tensor]) -> None:
-        for name, value_N in values.items():
-            for prefix, mask_N in (("", None), ("think.", batch.think_N), ("no_think.", ~batch.think_N)):
-                weight_N = batch.weight_N if mask_N is None else batch.weight_N * mask_N
-                key = prefix + name
-                self._sums[key] = self._sums.get(key, 0.0) + float((weight_N * value_N).sum())
-                self._counts[key] = self._counts.get(key, 0.0) + float(weight_N.sum())
-
-    def of_all(self, ranks: Ranks) -> _Means:
-        """Those of all processes together."""
-        pooled = _Means()
-        pooled._sums, pooled._counts, pooled._scalars = map(ranks.sum, (self._sums, self._counts, self._scalars))
-        return pooled
-
-    def scalar(self, name: str) -> float:
-        return self._scalars[name]
-
-    def means(self) -> dict[str, float | None]:
-        """A mode without tokens in this step has no mean: null, never NaN."""
-        by_token = {key: self._sums[key] / self._counts[key] if self._counts[key] else None for key in self._sums}
-        return {**by_token, **self._scalars}
-
-
-def _with_lora(model: PreTrainedModel, settings: LoraSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    targets = settings.target_modules
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]
-            lora_dropout=settings.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        ),
-    )
