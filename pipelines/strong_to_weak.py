@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +21,10 @@ from transformers import PreTrainedModel
 
 from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from distill.config import RunConfig
-from distill.costs import CostAccount, Role
 from distill.encode import Encoder
 from distill.errors import GoneError, UserError
 from distill.family import ModelSource, resolve
-from distill.journal import Journal, StoredTensors, read_json, write_json
+from distill.journal import Journal, read_json, write_json
 from distill.progress import be_silent, say
 from distill.prompts import load_prompts
 from distill.sampler import OnFinished, Sampler
@@ -46,6 +44,7 @@ from pipelines.layouts import Pair
 from pipelines.loop import run_stage
 from pipelines.meter import Meter
 from pipelines.phases import Clock, devices_of
+from pipelines.savepoints import Position, Savepoints
 from pipelines.scores import Scores
 from pipelines.specimens import Specimens
 from pipelines.stages import STAGES
@@ -54,10 +53,7 @@ from pipelines.tracker import TrackedRun, check_tracker, tracking
 from students.ranks import ALONE, Ranks
 from students.shared_sampler import with_all_samplers
 from students.student import Student
-from teachers.store import ResponseStore, root_of
-
-STEP_ROLES = ("student_sample", "teacher_score", "student_score", "verify", "student_train")
-"""Roles whose costs belong to optimiser steps: on a resume they go back to the checkpoint, with the steps."""
+from teachers.store import made_store
 
 
 def run(config: RunConfig, out: Path, *, command: Sequence[str], ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -82,15 +78,6 @@ def run(config: RunConfig, out: Path, *, command: Sequence[str], ranks: Ranks = 
             return _Run(config, journal, command, stack, ranks).finish()
     finally:
         journal.close()
-
-
-@dataclass
-class _Position:
-    """Where a run stands: ``step`` finished steps in stage number ``stage``, ``global_step`` in all."""
-
-    stage: int = 0
-    step: int = 0
-    global_step: int = 0
 
 
 class _Run:
@@ -132,14 +119,13 @@ class _Run:
             self.tracking = stack.enter_context(tracking(config.tracker if ranks.is_main else None, self._tracked))
             self.admission.record = self._record_admission
         self.crew = self._assemble(teachers, student)
+        self.savepoints = Savepoints(journal, self.student, self.crew.meter, ranks, export=self._export)
         self.stages: list[Stage] = []
         first_prompt = config.first_prompt
         for name, settings in config.stages.items():
             self.stages.append(STAGES[type(settings)](name, settings, self.crew, first_prompt=first_prompt))
             first_prompt += self.stages[-1].num_prompts
         self.curve = None if config.evaluation.curve is None else Curve(config, self.crew, journal, self.scores.tasks)
-        self._moments: Mapping[str, torch.Tensor] = {}
-        """What the optimiser had at the checkpoint that this process resumes from."""
 
     def _open(self) -> tuple[list[Candidate], Checkpoint]:
         """The teachers' and the student's checkpoints, with all that is read and checked before any is loaded."""
@@ -149,7 +135,7 @@ class _Run:
         source = resolve(config.student.model, role="student", revision=config.student.revision)
         candidates = find_teachers(config)
         student = open_checkpoint(source)
-        self.store = _store(config)
+        self.store = made_store(config.store)
         self.admission = Admission(config, student, self.store)
         self.admission.compare(candidates)
         self.encoder = Encoder(load_tokenizer(candidates[0].checkpoint))
@@ -237,41 +223,38 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Everything that is still to do; the summary."""
         with self.ranks.together():
-            position = self._resume()
+            position = self.savepoints.resume()
         if self.config.evaluation.references:
             self._examine("teacher", self.crew.teachers.default.hired.speaker)
         if position.stage < len(self.stages) and is_judge_wanted(self.stages):
             with self.ranks.together():
                 self.admission.draw(self.crew.teachers, self.prompts, self.encoder, taking_turns=True)
         if self.config.evaluation.references:
-            self._examine("start", self._student_at(position, _Position()))
+            self._examine("start", self._student_at(position, Position()))
         for number, (stage, settings) in enumerate(zip(self.stages, self.config.stages.values(), strict=True)):
             if number >= position.stage:
                 position = self._run_stage(number, stage, settings, position)
-            self._examine(stage.name, self._student_at(position, _Position(number + 1)))
+            self._examine(stage.name, self._student_at(position, Position(number + 1)))
         weights = self.student.weights()
         with self.ranks.together():
             self.journal.write_folder(self.journal.path / "student", partial(self._export, weights=weights))
             return self._summarise() if self.ranks.is_main else {}
 
-    def _student_at(self, position: _Position, wanted: _Position) -> Sampler:
+    def _student_at(self, position: Position, wanted: Position) -> Sampler:
         """The student's sampler if its weights are those of ``wanted``; on a resumed run they may be further on."""
         if (position.stage, position.step) == (wanted.stage, wanted.step):
             return self.crew.student_sampler
         return _TrainedOn()
 
-    def _run_stage(self, number: int, stage: Stage, settings: StageSettings, position: _Position) -> _Position:
+    def _run_stage(self, number: int, stage: Stage, settings: StageSettings, position: Position) -> Position:
         """Run the stage from ``position`` to its end."""
         stage.prepare()
-        self._write_costs()
+        self.savepoints.write_costs()
         with self.student.whole(), self.ranks.together():
             self.admission.ask_before_steps(stage, self.stages, self.crew.teachers)
         self.journal.manifest({"stages": {**self._manifest_stages(), stage.name: stage.manifest()}})
         self.student.begin(settings.optimiser)
-        if self._moments:
-            assert self.student.optimiser is not None
-            self.student.optimiser.load_state(self._moments)
-            self._moments = {}
+        self.savepoints.give_back_moments()
         before = position.global_step - position.step
 
         guards = Guards(
@@ -287,7 +270,7 @@ class _Run:
         def checkpoint(done: int, stage_end: bool) -> None:
             if stage_end and self.curve is not None:
                 self.curve.settle(stage, self.student)
-            self._checkpoint(_Position(number, done, before + done), stage_end=stage_end)
+            self.savepoints.write(Position(number, done, before + done), stage.name, stage_end=stage_end)
 
         def examine(done: int) -> bool:
             ends = self.curve is not None and self.curve.ends(stage, done, before + done, self.student)
@@ -311,58 +294,15 @@ class _Run:
             batches=batches_of(stage, self.crew, staleness=self.config.sampler.staleness),
             clock=Clock(devices_of(self.config, self.ranks.count, teacher_judges=stage.teacher_part == "judges")),
         )
-        return _Position(number + 1, 0, before + done)
+        return Position(number + 1, 0, before + done)
 
     def _manifest_stages(self) -> dict[str, Any]:
         return dict(read_json(self.journal.path / "manifest.json").get("stages", {}))
-
-    def _checkpoint(self, position: _Position, *, stage_end: bool) -> None:
-        assert self.student.optimiser is not None
-        weights = self.student.weights()
-        tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
-        tensors |= {f"optimiser/{name}": tensor for name, tensor in self.student.optimiser.state().items()}
-        state = {
-            "stage": position.stage + stage_end,
-            "step": 0 if stage_end else position.step,
-            "stage_end": stage_end,
-            "stage_name": self.stages[position.stage].name,
-            "costs": self.crew.meter.account.state(),
-        }
-        with self.ranks.together():
-            self.journal.write_checkpoint(position.global_step, state, tensors, partial(self._export, weights=weights))
-            self._write_costs()
-
-    def _resume(self) -> _Position:
-        """Take up the newest checkpoint: weights, moments, costs; drop the metrics of steps that are done again."""
-        costs_file = self.journal.path / "costs.json"
-        account = CostAccount.from_json(read_json(costs_file)) if costs_file.exists() else CostAccount()
-        found = self.journal.last_checkpoint()
-        state, step_costs = (
-            ({}, CostAccount()) if found is None else (found[0], CostAccount.from_state(found[0]["costs"]))
-        )
-        self.crew.meter.account.entries = {
-            role: stages for role, stages in account.entries.items() if not _is_of_steps(role)
-        } | {role: stages for role, stages in step_costs.entries.items() if _is_of_steps(role)}
-        self.crew.meter.account.peak_bytes = account.peak_bytes
-        if found is None:
-            self.journal.keep_steps(0)
-            return _Position()
-        file = found[1] / "training.safetensors"
-        self.student.load_weights(StoredTensors(file, "weights/"))
-        if not state["stage_end"]:
-            self._moments = StoredTensors(file, "optimiser/")
-        self.journal.keep_steps(state["global_step"], ended=state["stage_name"] if state["stage_end"] else None)
-        say(f"resuming after step {state['global_step']} ({state['stage_name']})")
-        return _Position(state["stage"], state["step"], state["global_step"])
 
     def _export(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """The student as a plain checkpoint, with the teacher's tokenizer and chat template."""
         self.student.export(folder, weights)
         self.encoder.tokenizer.save_pretrained(folder)
-
-    def _write_costs(self) -> None:
-        if self.ranks.is_main:
-            write_json(self.journal.path / "costs.json", self.crew.meter.account.to_json())
 
     def _examine(self, checkpoint: str, sampler: Sampler) -> None:
         with self.student.whole():
@@ -371,7 +311,7 @@ class _Run:
     def _evaluate_all(self, checkpoint: str, sampler: Sampler) -> None:
         """Every evaluation of one checkpoint; on the main process."""
         self.scores.examine(checkpoint, sampler, self.crew, self.journal.path / "eval")
-        self._write_costs()
+        self.savepoints.write_costs()
 
     def _summarise(self) -> dict[str, Any]:
         summary = {
@@ -397,18 +337,6 @@ class _TrainedOn:
         )
 
 
-def _store(config: RunConfig) -> ResponseStore:
-    """The response store; that it can be had is known before the first response is paid for."""
-    root = root_of(config.store)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the response store {root} cannot be made: {error.strerror}; name a folder with --store or DISTILL_STORE"
-        ) from None
-    return ResponseStore(root)
-
-
 def _check_shared_servers(config: RunConfig, ranks: Ranks) -> None:
     """One process starting a server on devices that the others train on would start it under them."""
     teachers = {"teacher": config.teacher}
@@ -423,7 +351,3 @@ def _check_shared_servers(config: RunConfig, ranks: Ranks) -> None:
 
 def _identified(checkpoint: Checkpoint) -> dict[str, str]:
     return {"name": checkpoint.source.location, "revision": checkpoint.revision}
-
-
-def _is_of_steps(role: Role) -> bool:
-    return role.partition(".")[0] in STEP_ROLES

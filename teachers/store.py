@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distill.cache import cache_home
-from distill.errors import DistillError
+from distill.errors import DistillError, UserError
 from distill.types import Request, Rollout, Sampling, content_hash
 from teachers.collection import VARIABLE, Collection, Kept, outside_world
 
@@ -133,3 +133,15 @@ class ResponseStore:
             folder = there[0] if there else self.root / f"{readable.strip('.-') or 'teacher'}-{identity}"
             self._collections[identity] = Collection(folder, meta)
         return self._collections[identity]
+
+
+def made_store(chosen: str | None) -> ResponseStore:
+    """The store that a run's setting ``store`` means; that it can be had is known before a response is paid for."""
+    root = root_of(chosen)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the response store {root} cannot be made: {error.strerror}; name a folder with --store or DISTILL_STORE"
+        ) from None
+    return ResponseStore(root)
