@@ -18,7 +18,7 @@ from distill.errors import StoppedError
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 _received: signal.Signals | None = None
-_held = False
+_deferred = False
 
 
 class _Here(threading.local):
@@ -38,13 +38,13 @@ def check() -> None:
     """Raise StoppedError if a signal has asked this process to stop, CalledOffError if this thread's work is."""
     if _here.called_off is not None and _here.called_off.is_set():
         raise CalledOffError
-    if _received is not None and not _held:
+    if _received is not None and not _deferred:
         raise stopped(_received)
 
 
 def received() -> signal.Signals | None:
     """The signal that ``check`` would raise for, if there is one."""
-    return None if _held else _received
+    return None if _deferred else _received
 
 
 def stopped(by: signal.Signals) -> StoppedError:
@@ -63,14 +63,14 @@ def until(called_off: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Within the block no ``check`` raises: work that has begun to change something is done whole."""
-    global _held
-    _held = True
+    global _deferred
+    _deferred = True
     try:
         yield
     finally:
-        _held = False
+        _deferred = False
 
 
 @contextmanager

@@ -114,12 +114,12 @@ def examine_switching(
     and ``context`` are as in ``eval.runner.evaluate``. Raises what the sampler raises, and DistillError where no
     conversation's turn can be had.
     """
-    held = dialogues(questions, num=num, num_turns=num_turns, seed=seed)
+    conversations = dialogues(questions, num=num, num_turns=num_turns, seed=seed)
     settings = content_hash(
         {
             "checkpoint": checkpoint,
             "weights": weights,
-            "dialogues": [[asdict(turn) for turn in dialogue] for dialogue in held],
+            "dialogues": [[asdict(turn) for turn in dialogue] for dialogue in conversations],
             "sampling": {mode: asdict(one) for mode, one in sampling.items()},
             "seed": seed,
             "context": context,
@@ -129,8 +129,8 @@ def examine_switching(
     if out is not None and (done := read_back(out / f"{name}.json", settings, ModeSwitching.from_json)) is not None:
         return done
     parts = None if out is None else out / f".{name}-{settings[:12]}"
-    rows = _held(
-        held,
+    rows = _spoken(
+        conversations,
         sampler=sampler,
         encoder=encoder,
         sampling=sampling,
@@ -147,8 +147,8 @@ def examine_switching(
     return found
 
 
-def _held(
-    held: Sequence[tuple[Turn, ...]],
+def _spoken(
+    conversations: Sequence[tuple[Turn, ...]],
     *,
     sampler: Sampler,
     encoder: Encoder,
@@ -159,11 +159,11 @@ def _held(
     who: str,
 ) -> list[Row]:
     """The turns of all conversations, first turns first."""
-    histories: list[list[Message]] = [[] for _ in held]
+    histories: list[list[Message]] = [[] for _ in conversations]
     rows: list[Row] = []
-    with track(who, sum(map(len, held)), "responses") as bar:
-        for number in range(len(held[0])):
-            turns = [dialogue[number] for dialogue in held]
+    with track(who, sum(map(len, conversations)), "responses") as bar:
+        for number in range(len(conversations[0])):
+            turns = [dialogue[number] for dialogue in conversations]
             for history, turn in zip(histories, turns, strict=True):
                 history += turn.messages
             part = None if parts is None else parts / f"{number}.parquet"

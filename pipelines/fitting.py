@@ -105,9 +105,9 @@ def search(
     most = _most_processes(config, devices)
 
     def add(teacher: TeacherLayout, student: tuple[RunConfig, StudentLayout]) -> None:
-        config, held = student
-        new = (*assignments, *_new_settings(base, config, teacher, held))
-        found.layouts.append(Layout(config, teacher, held, devices.teacher, devices.student, tuple(changes), new))
+        config, layout = student
+        new = (*assignments, *_new_settings(base, config, teacher, layout))
+        found.layouts.append(Layout(config, teacher, layout, devices.teacher, devices.student, tuple(changes), new))
 
     item = teacher_bytes(base)
     if devices.is_one and item > 1:
@@ -126,8 +126,8 @@ def search(
 def _kept(layouts: Sequence[Layout], devices: Devices) -> list[Layout]:
     """Those that the machines can be divided into; offload only where nothing fits without."""
     pools = devices.teacher, devices.student
-    held = [one for one in layouts if placement(one.teacher, one.student, pools, is_one=devices.is_one) is not None]
-    return [one for one in held if not one.config.student.cpu_offload] or held
+    placed = [one for one in layouts if placement(one.teacher, one.student, pools, is_one=devices.is_one) is not None]
+    return [one for one in placed if not one.config.student.cpu_offload] or placed
 
 
 def _most_processes(config: RunConfig, devices: Devices) -> int:
@@ -260,11 +260,11 @@ class _Students:
         if key not in self._known:
             teacher = self._config.teacher.model_copy(update={"backend": backend})
             config = self._config.model_copy(update={"teacher": teacher})
-            self._known[key] = list(_held(config, self._pair, self._pool, count, self._found))
+            self._known[key] = list(_layouts_of(config, self._pair, self._pool, count, self._found))
         return self._known[key]
 
 
-def _held(
+def _layouts_of(
     config: RunConfig, pair: Pair, pool: Pool, count: int, found: Search
 ) -> Iterator[tuple[RunConfig, StudentLayout]]:
     """Engines that fit, each with the largest micro-batch and cache that do; offload where nothing else does."""

@@ -138,7 +138,7 @@ def _learn(
     for place, examples in enumerate(updates):
         if not any(ranks.gather(len(examples))):
             continue
-        with interrupt.held() if learned else nullcontext():
+        with interrupt.deferred() if learned else nullcontext():
             try:
                 metrics = student.step(
                     examples,

@@ -44,7 +44,7 @@ Command = Callable[[Path], Sequence[str]]
 
 
 @dataclass(slots=True)
-class _Held:
+class _Running:
     """A claim with its processes."""
 
     claim: Claim
@@ -141,8 +141,8 @@ class Worker:
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._slots, self._on_gpu, self._command = tuple(slots), on_gpu, command
         self._poll_seconds, self._lease_seconds = poll_seconds, lease_seconds
-        self._held: list[_Held] = []
-        # By number, those in hand that are not held any more, and those that are too large to be.
+        self._running: list[_Running] = []
+        # By number, those that were in hand, and those that are too large to be.
         self._seen: set[int] = set()
         self._too_large: set[int] = set()
 
@@ -157,7 +157,7 @@ class Worker:
             try:
                 while interrupt.received() is None:
                     self._look()
-                    if once and not self._held:
+                    if once and not self._running:
                         break
                     self.clock.wait(self._poll_seconds)
                 self._stop()
@@ -196,14 +196,14 @@ class Worker:
             self._refuse(claim, error, attempt.log)
             return
         now = self.clock.passed()
-        self._held.append(_Held(claim, attempt, now, now + self._lease_seconds / BEATS))
+        self._running.append(_Running(claim, attempt, now, now + self._lease_seconds / BEATS))
         if self.claims.register(claim, process):
             attempt.go()
             say(f"job {claim.job.id} ({claim.job.name}): attempt {claim.number} began, log in {attempt.log}")
         else:
             # It took so long that another worker has the job by now. Without `go`, nothing has begun.
             attempt.abandon()
-            self._held[-1].is_lost = True
+            self._running[-1].is_lost = True
 
     def _start(self, claim: Claim, attempt: Attempt) -> Identity:
         job, folder = claim.job, self.queue.job_folder(claim.job.id)
@@ -228,34 +228,34 @@ class Worker:
 
     def _attend(self) -> None:
         """Look after the jobs in hand."""
-        for held in list(self._held):
-            if held.attempt.has_ended():
-                self._settle(held)
+        for running in list(self._running):
+            if running.attempt.has_ended():
+                self._settle(running)
                 continue
             now = self.clock.passed()
-            if now >= held.next_beat:
-                held.next_beat = now + self._lease_seconds / BEATS
-                if not held.is_lost and not self.claims.beat(held.claim, self._lease_seconds):
-                    held.is_lost = True
-                    held.attempt.kill()
-            if held.asked is None and (asked := self._reason_to_end(held, now)) is not None:
-                held.asked = asked
-                held.attempt.ask_to_stop()
+            if now >= running.next_beat:
+                running.next_beat = now + self._lease_seconds / BEATS
+                if not running.is_lost and not self.claims.beat(running.claim, self._lease_seconds):
+                    running.is_lost = True
+                    running.attempt.kill()
+            if running.asked is None and (asked := self._reason_to_end(running, now)) is not None:
+                running.asked = asked
+                running.attempt.ask_to_stop()
 
-    def _reason_to_end(self, held: _Held, now: float) -> Asked | None:
-        limit = held.claim.job.spec.settings.active_deadline_seconds
-        if limit is not None and held.claim.job.seconds + now - held.began > limit:
+    def _reason_to_end(self, running: _Running, now: float) -> Asked | None:
+        limit = running.claim.job.spec.settings.active_deadline_seconds
+        if limit is not None and running.claim.job.seconds + now - running.began > limit:
             return "time_limit"
-        return self.claims.stop_wanted(held.claim.job.id)
+        return self.claims.stop_wanted(running.claim.job.id)
 
-    def _settle(self, held: _Held) -> None:
-        self._held.remove(held)
-        seconds = self.clock.passed() - held.began
+    def _settle(self, running: _Running) -> None:
+        self._running.remove(running)
+        seconds = self.clock.passed() - running.began
         settled = None
-        if not held.is_lost:
-            code, keeper = held.attempt.code, held.attempt.keeper_code
-            settled = self.claims.settle(held.claim, code=code, asked=held.asked, seconds=seconds, keeper=keeper)
-        self._note_own(held.claim.job, settled)
+        if not running.is_lost:
+            code, keeper = running.attempt.code, running.attempt.keeper_code
+            settled = self.claims.settle(running.claim, code=code, asked=running.asked, seconds=seconds, keeper=keeper)
+        self._note_own(running.claim.job, settled)
 
     def _note_own(self, job: Job, settled: Job | None) -> None:
         """A job that this worker had in hand; what was not settled here is somebody else's by now."""
@@ -271,7 +271,7 @@ class Worker:
 
     def _take_over(self) -> None:
         """Mark what other workers lost. A job of which a process is alive is not lost, whatever its lease says."""
-        own = {held.claim.token for held in self._held}
+        own = {running.claim.token for running in self._running}
         for claim in self.claims.lapsed():
             if claim.token in own or (claim.process is not None and claim.process.is_alive):
                 continue
@@ -280,24 +280,24 @@ class Worker:
 
     def _stop(self) -> None:
         """Have all jobs in hand stop with a checkpoint, and wait for it."""
-        for held in self._held:
-            if held.asked is None:
-                held.asked = "stop"
-                held.attempt.ask_to_stop()
-                say(f"job {held.claim.job.id}: asked to stop with a checkpoint")
-        while self._held:
+        for running in self._running:
+            if running.asked is None:
+                running.asked = "stop"
+                running.attempt.ask_to_stop()
+                say(f"job {running.claim.job.id}: asked to stop with a checkpoint")
+        while self._running:
             self._attend()
             self.clock.wait(self._poll_seconds / 5)
 
     def _end(self, *, kill: bool) -> None:
         """End all jobs in hand without the queue, which may be what has failed; it is told afterwards."""
-        for held in self._held:
-            held.asked = held.asked or "stop"
+        for running in self._running:
+            running.asked = running.asked or "stop"
             if kill:
-                held.attempt.kill()
+                running.attempt.kill()
             else:
-                held.attempt.ask_to_stop()
-        while any(not held.attempt.has_ended() for held in self._held):
+                running.attempt.ask_to_stop()
+        while any(not running.attempt.has_ended() for running in self._running):
             time.sleep(self._poll_seconds / 5)
-        for held in list(self._held):
-            self._settle(held)
+        for running in list(self._running):
+            self._settle(running)
