@@ -17,7 +17,7 @@ from distill.family import Shape
 from distill.model_config import StudentSettings
 from distill.types import Rollout
 
-Role = str
+CostRole = str
 """Who worked: teacher_generate, teacher_score, student_sample, student_score (a forward pass of the student, or of its
 earlier self, over responses that exist already), verify, student_train or evaluate. A specialist teacher's lines have
 its domain behind a point (teacher_score.mathematics)."""
@@ -64,10 +64,10 @@ class CostAccount:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """The most memory that was held while a role worked."""
 
-    def note_peak(self, role: Role, num_bytes: int) -> None:
+    def note_peak(self, role: CostRole, num_bytes: int) -> None:
         self.peak_bytes[role] = max(self.peak_bytes.get(role, 0), num_bytes)
 
-    def charge(self, role: Role, stage: str, cost: Cost) -> None:
+    def charge(self, role: CostRole, stage: str, cost: Cost) -> None:
         self.entries.setdefault(role, {}).setdefault(stage, Cost()).add(cost)
 
     def of_stage(self, stage: str) -> dict[str, Cost]:

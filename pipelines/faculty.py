@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.checkpoint import Checkpoint, open_checkpoint
 from distill.config import RunConfig
-from distill.costs import Role, rollout_flops
+from distill.costs import CostRole, rollout_flops
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.family import Shape, resolve
@@ -78,7 +78,7 @@ class Tutor:
     def shape(self) -> Shape:
         return self.candidate.checkpoint.shape
 
-    def role(self, role: Role) -> Role:
+    def role(self, role: CostRole) -> CostRole:
         """The line of the cost account for its work; a specialist has lines of its own."""
         label = self.candidate.label
         return f"{role}.{label}" if label else role

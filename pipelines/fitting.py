@@ -19,7 +19,8 @@ from distill.memory import RESERVED_BYTES, Engine, Memory, longest_sequence, stu
 from distill.model_config import LoraSettings
 from distill.server_memory import Bytes, ServerMemory, server_memory
 from distill.vllm.cuts import check_cut, needs_expert_parallel
-from pipelines.layouts import Change, Devices, Layout, Pair, Role, StudentLayout, TeacherLayout
+from distill.vllm.launch import Role
+from pipelines.layouts import Change, Devices, Layout, Pair, StudentLayout, TeacherLayout
 from pipelines.placement import placement
 
 CHANGES: tuple[tuple[Change, ...], ...] = (

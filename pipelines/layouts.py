@@ -14,8 +14,7 @@ from distill.family import Shape
 from distill.hardware import Pool
 from distill.memory import Engine, Memory
 from distill.server_memory import Bytes, ServerMemory
-
-Role = Literal["generate", "score"]
+from distill.vllm.launch import Role as Role  # said again for whoever plans
 
 Change = Literal["fp8", "lora", "adamw-8bit"]
 """What may be changed about a run's result to make it fit."""

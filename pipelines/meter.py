@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from distill.costs import Cost, CostAccount, Role, rollout_flops
+from distill.costs import Cost, CostAccount, CostRole, rollout_flops
 from distill.family import Shape
 from distill.sampler import OnFinished, Sampler
 from distill.types import Request, Rollout
@@ -52,7 +52,7 @@ class Meter:
         self.account.charge(role, stage, replace(cost, seconds=seconds))
 
     @contextmanager
-    def measure(self, role: Role, stage: str) -> Iterator[Cost]:
+    def measure(self, role: CostRole, stage: str) -> Iterator[Cost]:
         """Charge what the block enters into the cost, and the block's time, to ``role``."""
         apart = self._here.account
         if apart is None:
@@ -84,7 +84,7 @@ class Meter:
 class MeteredSampler:
     """A sampler whose work is charged to a role and a stage."""
 
-    def __init__(self, sampler: Sampler, meter: Meter, shape: Shape, role: Role, stage: str) -> None:
+    def __init__(self, sampler: Sampler, meter: Meter, shape: Shape, role: CostRole, stage: str) -> None:
         self.sampler, self.meter, self.shape, self.role, self.stage = sampler, meter, shape, role, stage
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:

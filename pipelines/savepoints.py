@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill.costs import CostAccount, Role
+from distill.costs import CostAccount, CostRole
 from distill.journal import Journal, StoredTensors, read_json, write_json
 from distill.progress import say
 from pipelines.meter import Meter
@@ -98,5 +98,5 @@ class Savepoints:
             write_json(self.journal.path / "costs.json", self.meter.account.to_json())
 
 
-def _is_of_steps(role: Role) -> bool:
+def _is_of_steps(role: CostRole) -> bool:
     return role.partition(".")[0] in STEP_ROLES

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.costs import Cost, Role, rollout_flops
+from distill.costs import Cost, CostRole, rollout_flops
 from distill.cross_entropy import linear_cross_entropy
 from distill.errors import UserError
 from distill.family import Shape
@@ -104,7 +104,7 @@ class OffPolicy:
         self._charge(answers, role, tutor.shape)
         return answers
 
-    def _charge(self, answers: Answers, role: Role, shape: Shape) -> None:
+    def _charge(self, answers: Answers, role: CostRole, shape: Shape) -> None:
         """Charge what this run generated, now or before it was interrupted, and mark what it found."""
         entry = self.crew.meter.account.entries.setdefault(role, {}).setdefault(self.name, Cost())
         paid = [rollout for rollout, reused in zip(answers.rollouts, answers.reused, strict=True) if not reused]

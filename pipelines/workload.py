@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from distill.config import RunConfig
-from distill.costs import Role, sequence_flops
+from distill.costs import CostRole, sequence_flops
 from distill.embedded.task import MAX_OPERATIONS, lengths_up_to
 from distill.evaluation_config import TaskSettings
 from distill.family import EMBEDDED_NAMES, Shape
@@ -113,7 +113,7 @@ class Job:
     """
 
     stage: str
-    role: Role
+    role: CostRole
     kind: Literal["decode", "score", "train"]
     who: Literal["teacher", "student"]
     times: int

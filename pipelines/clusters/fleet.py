@@ -21,8 +21,9 @@ from distill.hardware import Pool
 from distill.jobs import ScheduleSettings
 from distill.model_config import TeacherSettings
 from distill.recipe import assign, parse_assignment, validate
+from distill.vllm.launch import Role
 from pipelines.clusters.shell import Read, joined
-from pipelines.layouts import Layout, Role, TeacherLayout
+from pipelines.layouts import Layout, TeacherLayout
 from pipelines.plan import Plan
 from pipelines.plan_document import PORTS
 
