@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_parallel import stop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill import cli
@@ -123,13 +123,7 @@ def lines_at_least(out: Path, wanted: int) -> Callable[[], bool]:
 
 
 def interrupt(out: Path, store: Path, when: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
-    process = start(out, store)
-    deadline = time.monotonic() + 200
-    while not when() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=100)
-    return process.returncode, stderr
+    return stop(start(out, store), when, number)
 
 
 def test_sigkill_anywhere_ends_in_the_same_numbers(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

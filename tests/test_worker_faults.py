@@ -26,6 +26,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from pyarrow import parquet
+from test_worker import marked
 
 from distill.jobs import ScheduleSettings
 from distill.journal import read_json
@@ -108,18 +109,6 @@ def spec(name: str, out: Path, cron: str, timezone: str = "UTC", **settings: Any
     schedule = ScheduleSettings(cron=cron, timezone=timezone, **settings)
     config = {"name": name, "prompts": {"kind": "embedded"}, "student": {"model": "nano"}}
     return JobSpec(name, out, out / name, schedule, (RunSpec("", config),), share_teacher=False)
-
-
-def marked(mark: str) -> list[int]:
-    """Processes with a mark in their environment, zombies aside."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def gone(mark: str, seconds: float = 15) -> bool:
