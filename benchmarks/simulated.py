@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from distill.sampler import OnFinished
 from distill.spans import Span
 from distill.types import HiddenStates, Request, Rollout
 from pipelines.crew import Crew
+from students.vllm_sampler import Keeping
 
 NUM_PROMPTS = 16
 SLICE_SECONDS = 0.005
@@ -30,20 +31,6 @@ def work(until: float) -> None:
     while (left := until - time.perf_counter()) > 0:
         interrupt.check()
         time.sleep(min(left, SLICE_SECONDS))
-
-
-class Keeping:
-    """What a sampler with weights of its own has: a block in which it takes no others."""
-
-    _keeps = False
-
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        self._keeps = True
-        try:
-            yield
-        finally:
-            self._keeps = False
 
 
 @dataclass

@@ -66,7 +66,22 @@ class Speaker(Protocol):
     def forget_prefixes(self) -> None: ...
 
 
-class VllmSampler:
+class Keeping:
+    """A sampler with weights of its own, and a block in which it takes no others."""
+
+    _keeps = False
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within the block no weights are sent: it speaks, and its responses are stamped, as it stands."""
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
+
+
+class VllmSampler(Keeping):
     """Samples ``student`` through ``vllm``, which gets its weights by ``sync``.
 
     With ``sleep`` that rests whenever it has answered, and takes the weights anew before it speaks again.
@@ -93,7 +108,6 @@ class VllmSampler:
         self.weight_version = 0
         self.probes = _probes(vllm.vocabulary)
         self._synced: int | None = None
-        self._keeps = False
         self._facts: dict[str, float] = {}
 
     def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
@@ -119,15 +133,6 @@ class VllmSampler:
             self.vllm.model = self.ranks.from_main(self.vllm.model)
             self._synced = self.student.num_changes
         self.vllm.weight_version = self.weight_version
-
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        """Within the block nothing is sent: vLLM speaks, and its responses are stamped, as it stands."""
-        self._keeps = True
-        try:
-            yield
-        finally:
-            self._keeps = False
 
     def facts(self) -> Mapping[str, float]:
         """The gap after the last transfer, in nats, and the transfer's seconds, the check among them."""

@@ -24,7 +24,7 @@ import yaml
 
 from benchmarks.loop import crew_of, encoder, metrics_of
 from benchmarks.overlap import seconds_a_step, settings
-from benchmarks.simulated import Keeping, SimulatedSampler, SimulatedTeacher, simulated_crew, work
+from benchmarks.simulated import SimulatedSampler, SimulatedTeacher, simulated_crew, work
 from distill import interrupt
 from distill.checkpoint import load_model, open_checkpoint
 from distill.costs import CostAccount
@@ -44,6 +44,7 @@ from pipelines.resolution import resolve_run
 from pipelines.stages import OnPolicy
 from students.rescoring import rescore
 from students.student import Student
+from students.vllm_sampler import Keeping
 
 NANO = open_checkpoint(resolve("nano", role="student"))
 
