@@ -524,6 +524,7 @@ def test_what_waits_for_company_stays_where_a_request_before_it_failed() -> None
                 teacher.hear(rollout(number))
         finally:
             leave.set()
+        until(lambda: sizes == [1])
         until(lambda: client.replicas[0].load == 0)
         time.sleep(0.1)
         assert sizes == [1]
