@@ -263,6 +263,12 @@ def notes(plan: Plan) -> list[str]:
     """What was assumed, and rules that hold on this layout."""
     layout = plan.best.layout
     found = list(plan.work.notes)
+    if plan.work.is_assumed:
+        # Not among those of the work: a run that begins says them too, and its reader has none of these options.
+        found.append(
+            "`distill plan` takes other lengths by --think-tokens, --no-think-tokens and --prompt-tokens; yours are in "
+            "`distill responses stats`"
+        )
     for pool in _pools(plan):
         measured = pool.device.measured
         found.append(f"{pool.name}: {'measured, ' + measured if measured else pool.device.source}")

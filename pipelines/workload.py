@@ -155,6 +155,8 @@ class Workload:
     jobs: tuple[Job, ...]
     lengths: Lengths
     notes: tuple[str, ...]
+    is_assumed: bool = False
+    """Whether the lengths are what is usual, of models whose own are not known."""
 
     def of(self, stage: str) -> tuple[Job, ...]:
         return tuple(job for job in self.jobs if job.stage == stage)
@@ -162,16 +164,16 @@ class Workload:
 
 def workload(config: RunConfig, lengths: Lengths | None = None) -> Workload:
     """What ``config`` asks for; ``lengths`` None takes the usual ones."""
-    notes = []
+    notes, is_assumed = [], False
     if config.specialists:
         notes.append("specialists are left out: the plan is that of the teacher alone")
     if lengths is None:
         lengths = usual_lengths(config)
-        if lengths.longest is None:
+        is_assumed = lengths.longest is None
+        if is_assumed:
             notes.append(
                 f"responses are taken to have {lengths.think:,.0f} tokens on the mean when thinking and "
-                f"{lengths.no_think:,.0f} when not, prompts {lengths.prompt:,.0f}; an assumption: yours are in "
-                f"`distill responses stats`, and are said by --think-tokens, --no-think-tokens, --prompt-tokens"
+                f"{lengths.no_think:,.0f} when not, prompts {lengths.prompt:,.0f}; an assumption"
             )
     jobs: list[Job] = []
     examined = ["teacher", "start"] if config.evaluation.references else []
@@ -183,7 +185,7 @@ def workload(config: RunConfig, lengths: Lengths | None = None) -> Workload:
     for checkpoint in examined:
         who: Literal["teacher", "student"] = "teacher" if checkpoint == "teacher" else "student"
         jobs.append(Job(checkpoint, "evaluate", "decode", who, 1, tuple(asked)))
-    return Workload(tuple(jobs), lengths, tuple(notes))
+    return Workload(tuple(jobs), lengths, tuple(notes), is_assumed)
 
 
 def usual_lengths(config: RunConfig) -> Lengths:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -83,6 +84,14 @@ def test_what_does_not_fit_is_warned_of_and_stops_nothing(tmp_path: Path, capsys
     out, err = capsys.readouterr()
     assert out == "" and "warning: by the plan it does not fit: the student 14B with the teacher 32B beside it" in err
     assert "32B -> 14B on 1xCPU" in err
+
+
+def test_a_run_s_notes_name_nothing_that_its_reader_cannot_do() -> None:
+    config = resolve_run(teacher="4B", student="0.6B", assignments=["teacher.backend=local"])
+    said = "\n".join(short_lines(forecast(config, pair_of(config), ALONE)))
+    assert "4,000 tokens on the mean when thinking and 700 when not" in said and "an assumption" in said
+    words = set(re.findall(r"--[\w-]+", re.sub("`[^`]*`", "", said)))
+    assert not words, words
 
 
 def test_a_table_that_cannot_be_read_stops_nothing(

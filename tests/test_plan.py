@@ -727,6 +727,16 @@ def typed(*arguments: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def test_who_reads_a_plan_is_told_how_to_say_lengths() -> None:
+    def told(*options: str) -> bool:
+        _, out, _ = typed(*options, "--teacher", "32B", "--student", "4B")
+        return "`distill plan` takes other lengths by --think-tokens" in out
+
+    # A dry run has no such options, so the command is named.
+    assert told("plan") and told("run", "--dry-run")
+    assert not told("plan", "--think-tokens", "3000")
+
+
 def test_standard_output_is_one_document() -> None:
     code, out, _ = typed("plan", "--teacher", "235B", "--student", "4B", "--gpus", "8xH200", "--price", "3.5", "--json")
     found = json.loads(out)
