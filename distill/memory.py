@@ -23,7 +23,8 @@ Training and sampling take turns, so the total is what stays (weights, masters, 
 two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard), mixed-precision training (arXiv
 1710.03740), checkpointing (arXiv 1604.06174), activations counted layer by layer as in arXiv 2205.05198, section 4, for
 transformers' Qwen3 code, which keeps fp32 copies in its norms. Left out: the allocator's fragmentation, NCCL's buffers,
-the CUDA context (together 2 to 4 GB on a GPU; ``RESERVED_BYTES``).
+the CUDA context (together 2 to 4 GB on a GPU; ``RESERVED_BYTES``), and the decoding passes that a GPU replays, which
+take less than a hundredth (docs/plan.md).
 """
 
 from __future__ import annotations

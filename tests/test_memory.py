@@ -20,7 +20,8 @@ from distill.cross_entropy import linear_cross_entropy
 from distill.divergence import linear_divergence
 from distill.family import SIZES, STUDENTS, TEACHERS, Shape, shape_of
 from distill.memory import Load, hold_student, layer_bytes, student_memory
-from distill.model_config import StudentSettings, TeacherSettings
+from distill.model_config import LoraSettings, StudentSettings, TeacherSettings
+from distill.replay import MOST_CAPTURED, rounded_rows
 from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
 from pipelines.resolution import recipe_names, resolve_run
@@ -153,6 +154,23 @@ def test_a_layer_keeps_what_the_formula_says(name: str, dtype: torch.dtype) -> N
         kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
     item = torch.finfo(dtype).bits // 8
     assert layer_bytes(SIZES[name], item) == pytest.approx((kept[1] - kept[0]) / 2 / 64, rel=0.01)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings()])
+@pytest.mark.parametrize("name", [name for name, shape in SIZES.items() if not shape.num_experts])
+def test_passes_that_are_replayed_are_not_worth_a_term(name: str, lora: LoraSettings | None) -> None:
+    """As in docs/plan.md: outputs of all that are kept, one pass of the widest, scores, workspaces."""
+    config = RunConfig(teacher=TeacherSettings(model="32B", backend="vllm"), student=StudentSettings(lora=lora))
+    shape, rows = SIZES[name], rounded_rows(config.sampler_batch)
+    outputs, one_pass = MOST_CAPTURED * rows * shape.width * 2, rows * layer_bytes(shape, 2)
+    beside = 12 * shape.num_heads * config.sampler_tokens + 64 * 2**20
+    needed = student_memory(config, shape, SIZES["32B"])
+    assert outputs + one_pass + beside < 0.0065 * needed.total
+    assert needed.parts["sampling"] + outputs + one_pass + beside < needed.training
+    if name in ("0.6B", "32B"):
+        said = {"0.6B": (36, 130), "32B": (185, 350)}[name]
+        assert (outputs + one_pass) / 1e6 == pytest.approx(said[0], abs=0.5)
+        assert (outputs + one_pass + beside) / 1e6 == pytest.approx(said[1], rel=0.02)
 
 
 def test_a_cache_holds_one_longest_sequence_whatever_is_set() -> None:
