@@ -45,10 +45,10 @@ def named_pair(config: RunConfig) -> Pair | None:
     return None if teacher is None or student is None else Pair(teacher, student)
 
 
-def announce(config: RunConfig, pair: Pair, journal: Journal, ranks: Ranks) -> None:
-    """Say on standard error what the run will take; of a resumed one, what is left."""
+def announce(config: RunConfig, pair: Pair, journal: Journal, ranks: Ranks, hosts: Sequence[str] = ()) -> None:
+    """Say on standard error what the run will take; of a resumed one, what is left. ``hosts`` as in ``forecast``."""
     try:
-        plan = forecast(config, pair, ranks)
+        plan = forecast(config, pair, ranks, hosts)
     except UserError as error:
         say(f"plan: none can be made: {error}")
         return
@@ -71,10 +71,13 @@ def announce_several(runs: Sequence[tuple[RunConfig, Pair]]) -> None:
         say(line)
 
 
-def forecast(config: RunConfig, pair: Pair, ranks: Ranks) -> Plan:
-    """The plan of ``config`` as it is. Raises UserError for a device that no table has figures of, and for settings
-    that the run will refuse itself."""
-    pool = _pool(load_devices(), ranks)
+def forecast(config: RunConfig, pair: Pair, ranks: Ranks, hosts: Sequence[str] = ()) -> Plan:
+    """The plan of ``config`` as it is. ``hosts`` are the machines of its processes, in order; without any all are on
+    this one.
+
+    Raises UserError for a device that no table has figures of, and for settings that the run will refuse itself.
+    """
+    pool = _pool(load_devices(), ranks, sum(host == hosts[ranks.number] for host in hosts) or ranks.count)
     student = _student(config, pair, ranks)
     teacher = _teacher(config, pair, pool)
     layout = Layout(config, teacher, student, pool, pool, (), ())
@@ -92,21 +95,22 @@ def forecast(config: RunConfig, pair: Pair, ranks: Ranks) -> Plan:
     )
 
 
-def _pool(known: Mapping[str, Device], ranks: Ranks) -> Pool:
-    """The devices here; every machine of the run is taken to have the same."""
+def _pool(known: Mapping[str, Device], ranks: Ranks, here: int) -> Pool:
+    """The devices here, which ``here`` of the run's processes share; every machine of the run is taken to have the
+    same, and as many processes."""
     if ranks.device.type == "cpu":
         name = next((name for name, device in known.items() if device.measured and device.kind == "cpu"), "CPU")
-        device, has = known[name], free_memory() / ranks.count
+        device, has = known[name], free_memory() / here
         if math.isfinite(has):
             device = device.model_copy(update={"memory": has / 1e9})
-        return Pool(name, device, ranks.count, ranks.count)
+        return Pool(name, device, ranks.count, here)
     has = torch.cuda.get_device_properties(ranks.device).total_memory
     called = torch.cuda.get_device_name(ranks.device)
     name = named_like(called, has / 1e9, known)
     if name not in known:
         raise UserError(f"no table has figures of {called}; `distill plan --calibrate` measures it")
     device = known[name].model_copy(update={"memory": has / 1e9})
-    return Pool(name, device, ranks.count, torch.cuda.device_count())
+    return Pool(name, device, ranks.count, torch.cuda.device_count() if here == ranks.count else here)
 
 
 def _student(config: RunConfig, pair: Pair, ranks: Ranks) -> StudentLayout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from distill.hardware import Pool
+from distill.hardware import Pool, config_home
 from distill.memory import RESERVED_BYTES
 from pipelines.fitting import changed
 from pipelines.layouts import Layout
@@ -136,11 +136,17 @@ def _most_memory(plan: Plan) -> Iterator[tuple[str, int, Pool]]:
 
 
 def _source(layout: Layout) -> Iterator[str]:
-    device, name = layout.student_pool.device, layout.student_pool.name
+    device, name, here = layout.student_pool.device, layout.student_pool.name, layout.student_pool.per_node
     if device.measured:
         yield f"{name} as measured on {device.measured}"
     else:
         yield f"by the table's figures of {name}, which are not this machine's; `distill plan --calibrate` measures it"
+    if layout.student.processes > here:
+        yield (
+            f"the other machines are taken to be like this one, with {here} of the processes each, and the network "
+            f"between them for {device.network:g} GB/s a process, the table's figure, which is not measured: `network` "
+            f"of {name} in {config_home() / 'hardware.yaml'} replaces it"
+        )
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:

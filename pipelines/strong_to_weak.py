@@ -87,13 +87,14 @@ class _Run:
         self, config: RunConfig, journal: Journal, command: Sequence[str], stack: ExitStack, ranks: Ranks
     ) -> None:
         self.config, self.journal, self.ranks, self.stack = config, journal, ranks, stack
+        hosts = ranks.hosts()
         with ranks.together():
             named = named_pair(config)
             if named is not None and ranks.is_main:
-                announce(config, named, journal, ranks)
+                announce(config, named, journal, ranks, hosts)
             candidates, student = self._open()
             if named is None and ranks.is_main:
-                announce(config, Pair(candidates[0].checkpoint.shape, student.shape), journal, ranks)
+                announce(config, Pair(candidates[0].checkpoint.shape, student.shape), journal, ranks, hosts)
             _check_shared_servers(config, ranks)
             check_sampler(config, student, ranks)
             self.engine = choose_engine(config, student.shape, ranks, candidates[0].checkpoint.shape)

@@ -8,7 +8,6 @@ server, which the main one starts.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +95,7 @@ def _nothing() -> None:
 
 def _check_one_machine(ranks: Ranks) -> None:
     """Every process must call it."""
-    machines = sorted(set(ranks.gather(socket.gethostname())))
+    machines = sorted(set(ranks.hosts()))
     if len(machines) > 1:
         raise UserError(
             f"sampler.backend=vllm starts a server that its own machine alone can reach, and the run's processes are "

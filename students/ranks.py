@@ -10,6 +10,7 @@ the machines' processors; gradients and weights travel as the training engine li
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ class Ranks:
         items: list[Any] = [None] * self.count
         dist.all_gather_object(items, item)
         return cast(list[Item], items)
+
+    def hosts(self) -> list[str]:
+        """The name of every process's machine, in order. Every process must call it."""
+        return self.gather(socket.gethostname())
 
     def from_main(self, item: Item) -> Item:
         """The main process's ``item``."""

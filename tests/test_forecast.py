@@ -16,6 +16,7 @@ import torch
 
 from distill.config import RunConfig
 from distill.family import shape_of
+from distill.hardware import load_devices
 from distill.journal import Journal, write_json
 from distill.recipe import dump_yaml
 from pipelines import comparison
@@ -69,6 +70,43 @@ def test_the_figures_are_the_planner_s() -> None:
     ]
     assert said.best.gpu_hours == plan.best.gpu_hours and said.disk() == plan.disk()
     assert said.best.layout.student == plan.best.layout.student and not said.shortages
+
+
+def test_processes_of_other_machines_take_nothing_of_this_one_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes on two machines: two share each one's memory, and gradients travel over the network."""
+    monkeypatch.setattr("pipelines.forecast.free_memory", lambda: 64e9)
+    config = resolve_run()
+    here = forecast(config, pair_of(config), Ranks(0, 4), ["a"] * 4)
+    spread = forecast(config, pair_of(config), Ranks(0, 4), ["a", "a", "b", "b"])
+    assert here == forecast(config, pair_of(config), Ranks(0, 4))
+    memory = [plan.best.layout.student_pool.device.memory for plan in (here, spread)]
+    assert memory == [16, 32] and [str(plan.devices) for plan in (here, spread)] == ["4xCPU", "2x2xCPU"]
+    device = load_devices()["CPU"]
+    wires = [
+        next(phase.each.wire for phase in plan.best.phases if phase.job.role == "student_train")
+        for plan in (here, spread)
+    ]
+    assert wires[1] / wires[0] == pytest.approx(device.link / device.network)
+    said = ["\n".join(short_lines(plan)) for plan in (here, spread)]
+    assert "network" not in said[0] and "for 1.25 GB/s a process, the table's figure, which is not measured" in said[1]
+    # A machine with more of them than the first one.
+    memory = [
+        forecast(config, pair_of(config), Ranks(rank, 4), ["a", "b", "b", "b"]).best.layout.student_pool.bytes
+        for rank in (0, 1)
+    ]
+    assert memory == pytest.approx([64e9, 64e9 / 3])
+
+
+@pytest.mark.usefixtures("eight_h100")
+def test_gpus_of_other_machines_are_reached_over_the_network() -> None:
+    urls = [f"teacher.urls.{role}=[http://a:{port}]" for role, port in PORTS.items()]
+    config = resolve_run(teacher="32B", student="4B", assignments=["teacher.backend=vllm", *urls])
+    device = load_devices()["H100"]
+    wires = []
+    for hosts in (["a", "a"], ["a", "b"]):
+        phases = forecast(config, pair_of(config), Ranks(0, 2), hosts).best.phases
+        wires.append(next(phase.each.wire for phase in phases if phase.job.role == "student_train"))
+    assert wires[1] / wires[0] == pytest.approx(device.link / device.network)
 
 
 def test_it_is_said_within_a_second(tmp_path: Path) -> None:
