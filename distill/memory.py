@@ -18,13 +18,16 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
     sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, of which there are as
                    many as the longest sequence has whatever is set, and, sharded, the
                    student gathered whole, b N; a teacher in this process speaks too, with keys and values of its own
+    server         where a vLLM speaks for the student (``sampler.backend``) and has no GPU of its own: the least that
+                   it works with (``distill.server_memory``), all the time or, if it sleeps, while it samples. A CPU's
+                   memory is one, and every process carries its share of it. The student then has no cache here
 
-Training and sampling take turns, so the total is what stays (weights, masters, moments, teacher) and the larger of the
-two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard), mixed-precision training (arXiv
-1710.03740), checkpointing (arXiv 1604.06174), activations counted layer by layer as in arXiv 2205.05198, section 4, for
-transformers' Qwen3 code, which keeps fp32 copies in its norms. Left out: the allocator's fragmentation, NCCL's buffers,
-the CUDA context (together 2 to 4 GB on a GPU; ``RESERVED_BYTES``), and the decoding passes that a GPU replays, which
-take less than a hundredth (docs/plan.md).
+Training and sampling take turns, so the total is what stays (weights, masters, moments, teacher, server) and the larger
+of the two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard), mixed-precision training
+(arXiv 1710.03740), checkpointing (arXiv 1604.06174), activations counted layer by layer as in arXiv 2205.05198, section
+4, for transformers' Qwen3 code, which keeps fp32 copies in its norms. Left out: the allocator's fragmentation, NCCL's
+buffers, the CUDA context (together 2 to 4 GB on a GPU; ``RESERVED_BYTES``), and the decoding passes that a GPU replays,
+which take less than a hundredth (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ CPU_PASS_TOKENS = 1024
 """Most tokens of one pass on a CPU: what a layer makes of so many stays in the cache, and a pass of many more takes a
 fifth longer a token."""
 
-STAYS = ("weights", "masters", "moments", "teacher")
+STAYS = ("weights", "masters", "moments", "teacher", "server")
 
 
 def pass_tokens(batch_tokens: int, *, on_cpu: bool) -> int:
@@ -145,7 +148,10 @@ def student_memory(
     in_process = config.teacher.backend == "local"
     teacher_item = 2 if config.teacher.dtype == "bfloat16" else 4
     cached = max(config.sampler_tokens, longest_sequence(config))
-    sampling = cache_bytes(student, item) * cached + (item * total if engine == "sharded" else 0)
+    speaks_here = config.sampler.backend == "transformers"
+    server = 0 if speaks_here else _server_beside(config, student, processes, device)
+    sampling = item * total if engine == "sharded" else 0
+    sampling += cache_bytes(student, item) * cached if speaks_here else server * config.sampler.sleep
     if in_process:
         sampling = max(sampling, cache_bytes(teacher, teacher_item) * cached)
     parts = {
@@ -160,12 +166,23 @@ def student_memory(
         "tiles": min(TILE_BYTES[device], tokens * student.vocabulary * row_bytes),
         "states": teacher_item * held.step_tokens * teacher.width + item * tokens * (student.width + teacher.width),
         "teacher": teacher_item * (teacher.total_parameters if in_process else teacher.vocabulary * teacher.width),
+        "server": server * (not config.sampler.sleep),
         "sampling": sampling,
     }
     if settings.cpu_offload:
         # Slices of weights, gradients and moments live in the machine's memory.
         parts |= {"weights": 0, "moments": 0, "gradients": 0}
     return Memory({name: int(value) for name, value in parts.items()})
+
+
+def _server_beside(config: RunConfig, student: Shape, processes: int, device: Literal["cpu", "cuda"]) -> int:
+    """Bytes of the student's own vLLM that a process has to leave it."""
+    from distill.server_memory import least_of_student_server
+
+    if device == "cuda" and config.sampler.devices:
+        return 0
+    least = least_of_student_server(config, student, on_gpu=device == "cuda")
+    return least if device == "cuda" else -(-least // processes)
 
 
 def longest_sequence(config: RunConfig) -> int:

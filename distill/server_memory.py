@@ -16,11 +16,13 @@ what a token's keys and values take.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from distill.config import RunConfig
 from distill.family import Shape
-from distill.memory import cache_bytes, layer_bytes
+from distill.memory import cache_bytes, layer_bytes, longest_sequence
 
 USABLE = 0.92
 """vLLM's gpu_memory_utilization where nobody sets it."""
@@ -49,6 +51,11 @@ class ServerMemory:
     """Of keys and values on one GPU."""
 
     @property
+    def has(self) -> int:
+        """Bytes that it may take."""
+        return sum(self.parts.values()) + self.room
+
+    @property
     def cache_tokens(self) -> int:
         return max(0, self.room) // self.token_bytes
 
@@ -71,6 +78,11 @@ def weight_bytes(shape: Shape, item: Bytes) -> int:
         return item * shape.total_parameters
     embeddings = shape.vocabulary * shape.width * (1 if shape.tied else 2)
     return shape.total_parameters + embeddings
+
+
+def cpu_cache_gib(token_bytes: int, longest: int) -> int:
+    """What a server on a CPU is given for keys and values: of eight of the longest sequences, between 1 and 32 GiB."""
+    return min(32, max(1, math.ceil(8 * longest * token_bytes / 2**30)))
 
 
 def server_memory(
@@ -97,3 +109,27 @@ def server_memory(
     }
     usable = int(USABLE * gpu_bytes) if on_gpu else gpu_bytes
     return ServerMemory(parts, usable - sum(parts.values()), cache_bytes(held, computed))
+
+
+def student_server(config: RunConfig, shape: Shape, *, room: int, on_gpu: bool) -> ServerMemory:
+    """The vLLM that speaks for the student, whole on one device, of which it has ``room`` bytes."""
+    held = server_memory(
+        shape,
+        "generate",
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        item=2 if config.student.dtype == "bfloat16" else 4,
+        gpu_bytes=0,
+        tokens_under_way=0,
+        on_gpu=on_gpu,
+    )
+    left = room - sum(held.parts.values())
+    if not on_gpu:
+        left = min(left, cpu_cache_gib(held.token_bytes, longest_sequence(config) + 1) * 2**30)
+    return replace(held, room=left)
+
+
+def least_of_student_server(config: RunConfig, shape: Shape, *, on_gpu: bool) -> int:
+    """Bytes without which it does not start: on a CPU with its whole cache, on a GPU with the longest sequence's."""
+    held, longest = student_server(config, shape, room=2**62, on_gpu=on_gpu), longest_sequence(config) + 1
+    return held.least(longest) if on_gpu else sum(held.parts.values()) + held.room

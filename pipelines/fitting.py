@@ -20,7 +20,16 @@ from distill.model_config import LoraSettings
 from distill.server_memory import Bytes, ServerMemory, server_memory
 from distill.vllm.cuts import check_cut, needs_expert_parallel
 from distill.vllm.launch import Role
-from pipelines.layouts import Change, Devices, Layout, Pair, StudentLayout, TeacherLayout
+from pipelines.layouts import (
+    Change,
+    Devices,
+    Layout,
+    Pair,
+    SamplerLayout,
+    StudentLayout,
+    TeacherLayout,
+    own_devices,
+)
 from pipelines.placement import placement
 
 CHANGES: tuple[tuple[Change, ...], ...] = (
@@ -103,7 +112,8 @@ def search(
     if devices.student.device.kind == "cpu" and base.student.adamw == "8bit":
         return found
     seen = _Students(base, pair, devices.student, found)
-    most = _most_processes(config, devices)
+    own = own_devices(base, on_gpu=devices.student.device.kind == "gpu")
+    most = _most_processes(base, devices, own)
 
     def add(teacher: TeacherLayout, student: tuple[RunConfig, StudentLayout]) -> None:
         config, layout = student
@@ -116,7 +126,7 @@ def search(
             for student in seen.local(count):
                 add(TeacherLayout("local", item), student)
     for teacher in _servers(base, pair, devices, found):
-        left = devices.count - teacher.gpus if devices.is_one else devices.student.count
+        left = devices.count - teacher.gpus - own if devices.is_one else most
         for count in _counts(min(left, most), processes):
             for student in seen.remote(count):
                 add(teacher, student)
@@ -131,8 +141,12 @@ def _kept(layouts: Sequence[Layout], devices: Devices) -> list[Layout]:
     return [one for one in placed if not one.config.student.cpu_offload] or placed
 
 
-def _most_processes(config: RunConfig, devices: Devices) -> int:
-    return 1 if config.sampler.confines else devices.student.count
+def _most_processes(config: RunConfig, devices: Devices, own: int) -> int:
+    """Beside ``own`` devices of a vLLM that speaks for them, which reaches those of its machine alone."""
+    pool = devices.student
+    if config.sampler.backend == "transformers":
+        return pool.count
+    return min(1 if config.sampler.confines else pool.count, min(pool.count, pool.per_node) - own)
 
 
 def teacher_bytes(config: RunConfig) -> Bytes:
@@ -280,12 +294,18 @@ def _layouts_of(
         offloaded = _with_student(config, cpu_offload=True) if offload else config
         for engine in _engines(offloaded, count, pair.student):
             sized, memory = _sized(offloaded, pair, count, engine, room, on_gpu=on_gpu)
-            if memory.total <= room:
-                fits = True
-                found.fitted.add(config.teacher.backend)
-                yield sized, StudentLayout(count, engine, memory)
-            else:
+            if memory.total > room:
                 found.miss(config.teacher.backend, Shortage(what, memory.total, room, count))
+                continue
+            fits = True
+            found.fitted.add(config.teacher.backend)
+            sampler, longest = SamplerLayout.of(sized, pair.student, memory, pool), longest_sequence(config) + 1
+            if sampler is not None and not sampler.memory.fits(longest):
+                least, server = sampler.memory.least(longest), f"a server that samples from {config.student.model}"
+                found.miss("sampler", Shortage(server, least, sampler.memory.has, 1))
+                continue
+            found.fitted.add("sampler")
+            yield sized, StudentLayout(count, engine, memory, sampler)
 
 
 def _engines(config: RunConfig, count: int, student: Shape) -> tuple[Engine, ...]:

@@ -27,7 +27,16 @@ from distill.vllm.cuts import needs_expert_parallel
 from pipelines.doctor.machine import free_memory
 from pipelines.fitting import Shortage, teacher_bytes, teacher_config
 from pipelines.launch import choose_engine, processes_to_start
-from pipelines.layouts import Devices, Layout, Pair, Role, StudentLayout, TeacherLayout
+from pipelines.layouts import (
+    Devices,
+    Layout,
+    Pair,
+    Role,
+    SamplerLayout,
+    StudentLayout,
+    TeacherLayout,
+    own_devices,
+)
 from pipelines.plan import Plan, estimate
 from pipelines.plan_lines import lines_of_several, short_lines
 from pipelines.planning import known_shape
@@ -77,8 +86,9 @@ def forecast(config: RunConfig, pair: Pair, ranks: Ranks, hosts: Sequence[str] =
 
     Raises UserError for a device that no table has figures of, and for settings that the run will refuse itself.
     """
-    pool = _pool(load_devices(), ranks, sum(host == hosts[ranks.number] for host in hosts) or ranks.count)
-    student = _student(config, pair, ranks)
+    here = sum(host == hosts[ranks.number] for host in hosts) or ranks.count
+    pool = _pool(load_devices(), ranks, here, config)
+    student = _student(config, pair, ranks, pool)
     teacher = _teacher(config, pair, pool)
     layout = Layout(config, teacher, student, pool, pool, (), ())
     pool = pool.of(layout.gpus)
@@ -95,7 +105,7 @@ def forecast(config: RunConfig, pair: Pair, ranks: Ranks, hosts: Sequence[str] =
     )
 
 
-def _pool(known: Mapping[str, Device], ranks: Ranks, here: int) -> Pool:
+def _pool(known: Mapping[str, Device], ranks: Ranks, here: int, config: RunConfig) -> Pool:
     """The devices here, which ``here`` of the run's processes share; every machine of the run is taken to have the
     same, and as many processes."""
     if ranks.device.type == "cpu":
@@ -103,7 +113,8 @@ def _pool(known: Mapping[str, Device], ranks: Ranks, here: int) -> Pool:
         device, has = known[name], free_memory() / here
         if math.isfinite(has):
             device = device.model_copy(update={"memory": has / 1e9})
-        return Pool(name, device, ranks.count, here)
+        # A server that samples has a core beside the processes, and all have the machine's memory.
+        return Pool(name, device, ranks.count, here + own_devices(config, on_gpu=False))
     has = torch.cuda.get_device_properties(ranks.device).total_memory
     called = torch.cuda.get_device_name(ranks.device)
     name = named_like(called, has / 1e9, known)
@@ -113,11 +124,11 @@ def _pool(known: Mapping[str, Device], ranks: Ranks, here: int) -> Pool:
     return Pool(name, device, ranks.count, torch.cuda.device_count() if here == ranks.count else here)
 
 
-def _student(config: RunConfig, pair: Pair, ranks: Ranks) -> StudentLayout:
+def _student(config: RunConfig, pair: Pair, ranks: Ranks, pool: Pool) -> StudentLayout:
     engine = choose_engine(config, pair.student, ranks, pair.teacher)
     device: Literal["cpu", "cuda"] = "cuda" if ranks.device.type == "cuda" else "cpu"
     memory = student_memory(config, pair.student, pair.teacher, processes=ranks.count, engine=engine, device=device)
-    return StudentLayout(ranks.count, engine, memory)
+    return StudentLayout(ranks.count, engine, memory, SamplerLayout.of(config, pair.student, memory, pool))
 
 
 def _teacher(config: RunConfig, pair: Pair, pool: Pool) -> TeacherLayout:
@@ -161,8 +172,13 @@ def _shortages(layout: Layout) -> list[Shortage]:
     needs = layout.student.memory.total
     if needs > room:
         beside = f" with the teacher {config.teacher.model} beside it" if layout.is_shared else ""
+        beside += " and its own vLLM server" if layout.student.memory.parts["server"] else ""
         found.append(Shortage(f"the student {config.student.model}{beside}", needs, room, layout.student.processes))
     longest = config.max_prompt_tokens + config.longest_response + 1
+    sampler = layout.student.sampler
+    if sampler is not None and config.sampler.devices and not sampler.memory.fits(longest):
+        what = f"a server that samples from {config.student.model}"
+        found.append(Shortage(what, sampler.memory.least(longest), sampler.memory.has, 1))
     least = max((server.least(longest) for server in layout.teacher.servers.values()), default=0)
     if layout.teacher.gpus and not all(server.fits(longest) for server in layout.teacher.servers.values()):
         gpus = layout.teacher.tensor_parallel * layout.teacher.pipeline_parallel

@@ -12,8 +12,8 @@ from typing import Literal
 from distill.config import RunConfig
 from distill.family import Shape
 from distill.hardware import Pool
-from distill.memory import Engine, Memory
-from distill.server_memory import Bytes, ServerMemory
+from distill.memory import RESERVED_BYTES, Engine, Memory
+from distill.server_memory import USABLE, Bytes, ServerMemory, student_server
 from distill.vllm.launch import Role as Role  # said again for whoever plans
 
 Change = Literal["fp8", "lora", "adamw-8bit"]
@@ -62,17 +62,56 @@ class TeacherLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplerLayout:
+    """The vLLM that speaks for the student: what one of its devices holds, and how many are its own; 0 where it is on
+    the first of the trainer's and takes turns with it."""
+
+    memory: ServerMemory
+    devices: int
+
+    @classmethod
+    def of(cls, config: RunConfig, student: Shape, memory: Memory, pool: Pool) -> SamplerLayout | None:
+        """Beside a process that needs ``memory``; None where the student speaks in its own processes."""
+        settings, on_gpu = config.sampler, pool.device.kind == "gpu"
+        if settings.backend == "transformers":
+            return None
+        room = int(USABLE * pool.bytes) if on_gpu else pool.bytes
+        if not (on_gpu and settings.devices):
+            others = memory.stays if settings.sleep else memory.total - memory.parts["server"]
+            room = min(room, pool.bytes - others - (RESERVED_BYTES if on_gpu else 0))
+        devices = own_devices(config, on_gpu=on_gpu)
+        return cls(student_server(config, student, room=room, on_gpu=on_gpu), devices)
+
+
+def own_devices(config: RunConfig, *, on_gpu: bool) -> int:
+    """Of the student's own vLLM. On a CPU it has cores of its own, one at the least."""
+    settings = config.sampler
+    if settings.backend == "transformers" or settings.place == "in_process":
+        return 0
+    return len(settings.devices) or (0 if on_gpu else 1)
+
+
+@dataclass(frozen=True, slots=True)
 class StudentLayout:
     """How so many processes hold the student, and what each of them needs."""
 
     processes: int
     engine: Engine
     memory: Memory
+    sampler: SamplerLayout | None = None
+
+    @property
+    def devices(self) -> int:
+        """Of the processes, and of the vLLM that speaks for them."""
+        return self.processes + (0 if self.sampler is None else self.sampler.devices)
 
     def __str__(self) -> str:
-        if self.engine == "alone":
-            return "1 process"
-        return f"{self.processes} processes, {'FSDP2' if self.engine == 'sharded' else 'DDP'}"
+        held = "1 process"
+        if self.engine != "alone":
+            held = f"{self.processes} processes, {'FSDP2' if self.engine == 'sharded' else 'DDP'}"
+        if self.sampler is None:
+            return held
+        return f"{held}, sampled by a vLLM on {'another' if self.sampler.devices else 'the first'} device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +128,7 @@ class Layout:
 
     @property
     def gpus(self) -> int:
-        return self.teacher.gpus + self.student.processes
+        return self.teacher.gpus + self.student.devices
 
     @property
     def is_shared(self) -> bool:
@@ -98,7 +137,7 @@ class Layout:
 
     def usd_per_hour(self) -> float | None:
         """Of all its GPUs together; None where a price is not known."""
-        sides = ((self.teacher.gpus, self.teacher_pool), (self.student.processes, self.student_pool))
+        sides = ((self.teacher.gpus, self.teacher_pool), (self.student.devices, self.student_pool))
         prices = [(count, pool.device.usd_per_hour) for count, pool in sides if count]
         if any(price is None for _, price in prices):
             return None
@@ -119,6 +158,10 @@ class Devices:
     @property
     def count(self) -> int:
         return self.student.count if self.is_one else self.teacher.count + self.student.count
+
+    @property
+    def pools(self) -> list[Pool]:
+        return [self.student] if self.is_one else [self.teacher, self.student]
 
     def __str__(self) -> str:
         return (

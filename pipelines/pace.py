@@ -31,7 +31,7 @@ from distill.hardware import Number, Pool
 from distill.memory import adapter_parameters, cache_bytes, layer_bytes, pass_tokens
 from distill.model_config import TeacherSettings
 from distill.roofline import Demand, Times, times
-from distill.server_memory import PASS_TOKENS, weight_bytes
+from distill.server_memory import PASS_TOKENS, Bytes, ServerMemory, weight_bytes
 from pipelines.layouts import Layout, Pair
 from pipelines.workload import Job, Sequences
 
@@ -71,7 +71,12 @@ def wire_bytes(teacher: Shape, settings: TeacherSettings, *, local: bool) -> flo
 def job_times(job: Job, pair: Pair, layout: Layout) -> Times:
     """Of one of the job's times, by what it is spent on."""
     if job.who == "teacher" and layout.teacher.backend == "vllm":
-        return _serve_decoding(job, pair, layout) if job.kind == "decode" else _serve_scoring(job, pair, layout)
+        return _taught(job, pair, layout) if job.kind == "decode" else _serve_scoring(job, pair, layout)
+    sampler = layout.student.sampler
+    if job.who == "student" and job.kind == "decode" and sampler is not None:
+        item: Bytes = 2 if layout.config.student.dtype == "bfloat16" else 4
+        pool, config = layout.student_pool, layout.config
+        return _serve_decoding(job, pair.student, sampler.memory, item, pool=pool, config=config)
     shape = pair.teacher if job.who == "teacher" else pair.student
     if job.kind == "decode":
         return _decode(job, shape, layout)
@@ -170,29 +175,54 @@ def _train_wire(shape: Shape, item: int, passes: int, layout: Layout) -> float:
     return 8 * trained_parameters(shape, layout.config) * share
 
 
-def _serve_decoding(job: Job, pair: Pair, layout: Layout) -> Times:
-    """In vLLM servers, where a response that ends makes room for the next one."""
-    shape, held, pool, config = pair.teacher, layout.teacher, layout.teacher_pool, layout.config
-    number, computed = _served_number(layout)
-    own = job.over(held.replicas)
+def _taught(job: Job, pair: Pair, layout: Layout) -> Times:
+    """The teacher speaks in its servers."""
+    held = layout.teacher
+    return _serve_decoding(
+        job,
+        pair.teacher,
+        held.servers["generate"],
+        held.item,
+        pool=layout.teacher_pool,
+        config=layout.config,
+        cut=(held.tensor_parallel, held.pipeline_parallel),
+        replicas=held.replicas,
+    )
+
+
+def _serve_decoding(
+    job: Job,
+    shape: Shape,
+    server: ServerMemory,
+    item: Bytes,
+    *,
+    pool: Pool,
+    config: RunConfig,
+    cut: tuple[int, int] = (1, 1),
+    replicas: int = 1,
+) -> Times:
+    """In vLLM servers, where a response that ends makes room for the next one; ``cut`` are each one's tp and pp."""
+    number, computed = _served_number(item)
+    tensor_parallel, pipeline_parallel = cut
+    own = job.over(replicas)
     written = sum(part.num * part.response for part in own)
     num = sum(part.num for part in own)
     mean = sum(part.tokens for part in own) / num
-    slots = min(num, held.servers["generate"].slots(mean, config.sampler_batch))
+    slots = min(num, server.slots(mean, config.sampler_batch))
     steps = max(written / slots, max(part.longest_of(part.num) for part in own))
-    cut = held.tensor_parallel * held.pipeline_parallel
-    rows = written / steps / held.pipeline_parallel
+    num_gpus = tensor_parallel * pipeline_parallel
+    rows = written / steps / pipeline_parallel
     demand = Demand(
-        flops=_forward(own, shape) / cut,
-        memory=steps * _touched(shape, held.item, rows) / held.tensor_parallel
-        + _cache_reads(own, shape, computed) / held.pipeline_parallel / min(held.tensor_parallel, shape.num_kv_heads)
-        + written * LOGIT_PASSES * 4 * shape.vocabulary / cut,
-        wire=_all_reduced(sum(part.tokens for part in own), shape, layout),
+        flops=_forward(own, shape) / num_gpus,
+        memory=steps * _touched(shape, item, rows) / tensor_parallel
+        + _cache_reads(own, shape, computed) / pipeline_parallel / min(tensor_parallel, shape.num_kv_heads)
+        + written * LOGIT_PASSES * 4 * shape.vocabulary / num_gpus,
+        wire=_all_reduced(sum(part.tokens for part in own), shape, *cut),
         passes=steps * shape.num_layers,
     )
-    wire_rate = _collective(pool, held.tensor_parallel)
+    wire_rate = _collective(pool, tensor_parallel)
     found = times(demand, pool.device, "serve", number, experts=bool(shape.num_experts), wire_rate=wire_rate)
-    if held.tensor_parallel > 1:
+    if tensor_parallel > 1:
         found = replace(found, latency=found.latency + demand.passes * 2 * ALL_REDUCE_SECONDS)
     return found
 
@@ -200,7 +230,7 @@ def _serve_decoding(job: Job, pair: Pair, layout: Layout) -> Times:
 def _serve_scoring(job: Job, pair: Pair, layout: Layout) -> Times:
     """In vLLM servers, and over the wire to the student's processes."""
     shape, held, pool = pair.teacher, layout.teacher, layout.teacher_pool
-    number, computed = _served_number(layout)
+    number, computed = _served_number(held.item)
     own = job.over(held.replicas)
     tokens = sum(part.tokens for part in own)
     cut = held.tensor_parallel * held.pipeline_parallel
@@ -209,7 +239,7 @@ def _serve_scoring(job: Job, pair: Pair, layout: Layout) -> Times:
         flops=(_forward(own, shape) - 2 * tokens * shape.vocabulary * shape.width) / cut,
         memory=(passes * weight_bytes(shape, held.item) + tokens * shape.num_layers * layer_bytes(shape, computed))
         / cut,
-        wire=_all_reduced(tokens, shape, layout),
+        wire=_all_reduced(tokens, shape, held.tensor_parallel, held.pipeline_parallel),
         passes=passes * shape.num_layers / held.pipeline_parallel,
     )
     wire_rate = _collective(pool, held.tensor_parallel)
@@ -233,10 +263,9 @@ def _number(config: RunConfig, who: str) -> tuple[int, Number]:
     return (2, "bf16") if dtype == "bfloat16" else (4, "fp32")
 
 
-def _served_number(layout: Layout) -> tuple[Number, int]:
-    """Type in which servers multiply, and bytes of what is not quantised."""
-    held = layout.teacher
-    return ("fp8" if held.item == 1 else "bf16" if held.item == 2 else "fp32", 4 if held.item == 4 else 2)
+def _served_number(item: Bytes) -> tuple[Number, int]:
+    """Type in which servers multiply weights of so many bytes, and bytes of what is not quantised."""
+    return ("fp8" if item == 1 else "bf16" if item == 2 else "fp32", 4 if item == 4 else 2)
 
 
 def _forward(sequences: tuple[Sequences, ...], shape: Shape) -> float:
@@ -264,9 +293,8 @@ def _gathered(shape: Shape, item: int, layout: Layout) -> float:
     return item * shape.total_parameters * (num_processes - 1) / num_processes if _is_sharded(layout) else 0.0
 
 
-def _all_reduced(tokens: float, shape: Shape, layout: Layout) -> float:
-    """Bytes of the states that a GPU of a server exchanges with its peers."""
-    size, groups = layout.teacher.tensor_parallel, layout.teacher.pipeline_parallel
+def _all_reduced(tokens: float, shape: Shape, size: int, groups: int) -> float:
+    """Bytes of the states that a GPU of a server of tp ``size`` and pp ``groups`` exchanges with its peers."""
     return 2 * shape.num_layers / groups * tokens * shape.width * 2 * 2 * (size - 1) / size
 
 

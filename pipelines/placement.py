@@ -23,10 +23,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The student's machines, as many processes on each, and each server's."""
+    """The student's machines, as many processes on each, and each server's; ``sampler`` are the GPUs of the vLLM that
+    speaks for the student, on the machine that the processes have then."""
 
     student: tuple[Part, ...]
     servers: tuple[tuple[Part, ...], ...]
+    sampler: tuple[int, ...] = ()
 
 
 def placement(
@@ -36,7 +38,7 @@ def placement(
     if not is_one:
         return _placed(teacher, student, _free(pools[0]), _free(pools[1]), pools)
     machines = len(_free(pools[1]))
-    fewest = -(-(teacher.gpus + student.processes) // pools[1].per_node)
+    fewest = -(-(teacher.gpus + student.devices) // pools[1].per_node)
     for num in range(fewest, machines + 1):
         free = _free(pools[1])[:num]
         found = _placed(teacher, student, free, free, pools)
@@ -52,9 +54,14 @@ def _placed(
     on_student: list[list[int]],
     pools: tuple[Pool, Pool],
 ) -> Placement | None:
-    held = _take(on_student, student.processes, pools[1].per_node, last=True)
-    if held is None:
+    held = _take(on_student, student.devices, pools[1].per_node, last=True)
+    own = student.devices - student.processes
+    # It is reached on its own machine alone.
+    if held is None or (own and len(held) > 1):
         return None
+    sampler = held[0].gpus[student.processes :] if own else ()
+    if own:
+        held = (Part(held[0].machine, held[0].gpus[: student.processes]),)
     servers = []
     for _ in range(teacher.replicas * teacher.roles_at_once if teacher.gpus else 0):
         size = teacher.tensor_parallel * teacher.pipeline_parallel
@@ -62,7 +69,7 @@ def _placed(
         if server is None:
             return None
         servers.append(server)
-    return Placement(held, tuple(servers))
+    return Placement(held, tuple(servers), sampler)
 
 
 def _free(pool: Pool) -> list[list[int]]:

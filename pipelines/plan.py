@@ -1,14 +1,14 @@
 """Before anything is spent: what fits, the cheapest layout that does, how long it takes, and what it costs.
 
 ``make_plan`` tries the layouts of ``pipelines.fitting``, times their jobs (``pipelines.workload``, ``pipelines.pace``)
-and takes the cheapest. Where a teacher behind servers judges while the student still speaks, the shorter of the two is
-hidden behind the longer. GPUs are paid for from the run's begin to its end, idle or not.
+and takes the cheapest. What runs beside something longer costs no time (``pipelines.overlap``). GPUs are paid for from
+the run's begin to its end, idle or not.
 This module imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from distill.config import RunConfig
@@ -19,10 +19,10 @@ from distill.hardware import PER_NODE, Device, Pool, with_price
 from distill.journal import KEPT_CHECKPOINTS
 from distill.roofline import Bottleneck, Times
 from distill.server_memory import Bytes, weight_bytes
-from distill.stage_config import OnPolicyStage
 from pipelines.advice import Ways
 from pipelines.fitting import CHANGES, Search, check_pair, search
-from pipelines.layouts import Change, Devices, Layout, Pair
+from pipelines.layouts import Change, Devices, Layout, Pair, own_devices
+from pipelines.overlap import Step, step_of
 from pipelines.pace import job_times, trained_parameters, wire_bytes
 from pipelines.workload import Job, Lengths, Workload, workload
 
@@ -35,16 +35,22 @@ STORED_TOKEN_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One job on a layout. ``each`` is one of its times; ``is_hidden`` where a longer phase runs beside it."""
+    """One job on a layout. ``each`` is one of its times; ``hidden`` are the seconds of all of them that pass while
+    something longer goes on."""
 
     job: Job
     each: Times
     flops: float
-    is_hidden: bool = False
+    hidden: float = 0.0
 
     @property
     def seconds(self) -> float:
         return self.job.times * self.each.seconds
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether at least some of it is."""
+        return self.hidden > 0
 
     @property
     def bottleneck(self) -> Bottleneck:
@@ -53,14 +59,15 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A layout with its phases."""
+    """A layout with its phases, and how the steps of each stage in which the student speaks follow each other."""
 
     layout: Layout
     phases: tuple[Phase, ...]
+    steps: tuple[Step, ...] = ()
 
     @property
     def seconds(self) -> float:
-        return sum(phase.seconds for phase in self.phases if not phase.is_hidden)
+        return sum(phase.seconds - phase.hidden for phase in self.phases)
 
     @property
     def gpu_hours(self) -> float:
@@ -78,9 +85,16 @@ class Estimate:
 
     def busy(self, who: str) -> float:
         """GPU-hours in which the GPUs of one side work."""
-        layout = self.layout
-        gpus = layout.student.processes if layout.is_shared or who == "student" else layout.teacher.gpus_of_a_role
-        return gpus * sum(phase.seconds for phase in self.phases if phase.job.who == who) / 3600
+        return sum(self._gpus(phase.job) * phase.seconds for phase in self.phases if phase.job.who == who) / 3600
+
+    def _gpus(self, job: Job) -> int:
+        """That work in it."""
+        student, teacher = self.layout.student, self.layout.teacher
+        if job.who == "teacher" and not self.layout.is_shared:
+            return teacher.gpus_of_a_role
+        if job.who == "student" and job.kind == "decode" and student.sampler is not None:
+            return 1
+        return student.processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +228,8 @@ def make_plan(
 def _usual(config: RunConfig, known: Mapping[str, Device], price: float | None, processes: int) -> list[Devices]:
     name = _usual_device(config, known)
     # The embedded models run on what is here.
-    counts = [processes] if _is_embedded(config) else [2**power for power in range(8)]
+    own = own_devices(config, on_gpu=known[name].kind == "gpu")
+    counts = [processes + own] if _is_embedded(config) else [2**power for power in range(8)]
     pools = [with_price(Pool(name, known[name], count, PER_NODE), price) for count in counts]
     return [Devices(pool, pool, is_one=True) for pool in pools]
 
@@ -268,22 +283,18 @@ def estimate(layout: Layout, pair: Pair, work: Workload) -> Estimate:
     """The jobs of ``work`` on ``layout``."""
     passes = training_passes(layout.config.student)
     phases = [Phase(job, job_times(job, pair, layout), job.flops(getattr(pair, job.who), passes)) for job in work.jobs]
-    if not layout.is_shared:
-        for name, stage in layout.config.stages.items():
-            if isinstance(stage, OnPolicyStage):
-                _hide(phases, name)
-    return Estimate(layout, tuple(phases))
+    steps = tuple(_steps(phases, layout))
+    hidden = {(step.stage, role): seconds for step in steps for role, seconds in step.hidden.items()}
+    phases = [replace(phase, hidden=hidden.get((phase.job.stage, phase.job.role), 0.0)) for phase in phases]
+    return Estimate(layout, tuple(phases), steps)
 
 
-def _hide(phases: list[Phase], stage: str) -> None:
-    """Of a stage's sampling and scoring, which overlap, the shorter one."""
-    places = [
-        place
-        for place, phase in enumerate(phases)
-        if phase.job.stage == stage and phase.job.role in ("student_sample", "teacher_score")
-    ]
-    shorter = min(places, key=lambda place: phases[place].seconds)
-    phases[shorter] = replace(phases[shorter], is_hidden=True)
+def _steps(phases: Sequence[Phase], layout: Layout) -> Iterator[Step]:
+    for name in layout.config.stages:
+        own = {phase.job.role: phase for phase in phases if phase.job.stage == name}
+        speaking = own.get("student_sample")
+        if speaking is not None and speaking.job.times:
+            yield step_of(name, {role: phase.seconds for role, phase in own.items()}, speaking.job.times, layout)
 
 
 def _ranked(

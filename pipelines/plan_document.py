@@ -1,22 +1,18 @@
-"""A plan as one document, and what goes with it: memory by phase, the commands, what was assumed."""
+"""A plan as one document, and what goes with it: memory by phase, the commands."""
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from distill.hardware import Pool
 from distill.memory import STAYS, Load, Memory, layer_bytes, student_memory
 from distill.server_memory import ServerMemory
 from pipelines.layouts import Layout, Role
-from pipelines.pace import rows_together
 from pipelines.placement import Part, Placement, placement
 from pipelines.plan import Estimate, Phase, Plan
-
-FEW_ROWS = 16
-"""Fewer responses than this, decoded together, leave a GPU idle."""
+from pipelines.plan_notes import notes
 
 PORTS: dict[Role, int] = {"generate": 8001, "score": 8101}
 """Of the first server of each role, in the commands that a plan proposes."""
@@ -29,10 +25,14 @@ def document(plan: Plan) -> dict[str, Any]:
         "teacher": {"model": plan.config.teacher.model, **_model(plan, "teacher")},
         "student": {"model": plan.config.student.model, **_model(plan, "student")},
         "devices": str(plan.devices),
-        "hardware": {pool.name: pool.device.model_dump(mode="json") for pool in _pools(plan)},
+        "hardware": {pool.name: pool.device.model_dump(mode="json") for pool in plan.devices.pools},
         "layout": _layout(best),
         "memory": memory_by_phase(best.layout),
         "phases": [_phase(phase, plan) for phase in best.phases],
+        "steps": [
+            {"stage": step.stage, "times": step.num, "seconds": step.seconds, "order": step.order}
+            for step in best.steps
+        ],
         "roles": {role: {"tokens": tokens, "flops": flops} for role, (tokens, flops) in plan.flops_by_role().items()},
         "wire_bytes_per_token": plan.wire_bytes(),
         "disk_bytes": plan.disk(),
@@ -47,11 +47,6 @@ def document(plan: Plan) -> dict[str, Any]:
 def _model(plan: Plan, who: str) -> dict[str, int]:
     shape = getattr(plan.pair, who)
     return {"parameters": shape.total_parameters, "active_parameters": shape.active_parameters}
-
-
-def _pools(plan: Plan) -> list[Pool]:
-    devices = plan.devices
-    return [devices.student] if devices.is_one else [devices.teacher, devices.student]
 
 
 def _layout(one: Estimate) -> dict[str, Any]:
@@ -75,6 +70,8 @@ def _layout(one: Estimate) -> dict[str, Any]:
             "cpu_offload": layout.config.student.cpu_offload,
             "micro_batch_tokens": layout.config.student.micro_batch_tokens,
             "sampler_tokens": layout.config.sampler_tokens,
+            "sampler": layout.config.sampler.backend,
+            "sampler_gpus": layout.student.devices - layout.student.processes,
         },
         "changes": list(layout.changes),
         "assignments": list(layout.assignments),
@@ -94,6 +91,7 @@ def _phase(phase: Phase, plan: Plan) -> dict[str, Any]:
         "seconds_each": phase.each.seconds,
         "seconds": phase.seconds,
         "hidden": phase.is_hidden,
+        "seconds_hidden": phase.hidden,
         "bottleneck": phase.bottleneck,
         "seconds_by": asdict(phase.each),
         "memory": phase_memory(phase, plan),
@@ -109,7 +107,7 @@ def memory_by_phase(layout: Layout) -> dict[str, dict[str, int]]:
     """
     found = {
         "student, training": _training_parts(layout.student.memory),
-        "student, sampling": _sampling_parts(layout.student.memory),
+        "student, sampling": _speaking_parts(layout),
     }
     for role, doing in (("generate", "generating"), ("score", "scoring")):
         if role in layout.teacher.servers:
@@ -123,7 +121,7 @@ def phase_memory(phase: Phase, plan: Plan) -> dict[str, int]:
     if job.who == "teacher" and not layout.is_shared:
         return _server_parts(layout.teacher.servers["score" if job.kind == "score" else "generate"])
     if job.kind == "decode":
-        return _sampling_parts(layout.student.memory)
+        return _speaking_parts(layout) if job.who == "student" else _sampling_parts(layout.student.memory)
     stage = {job.stage: layout.config.stages[job.stage]}
     config = layout.config.model_copy(update={"stages": stage})
     memory = student_memory(
@@ -156,9 +154,17 @@ def _training_parts(memory: Memory) -> dict[str, int]:
     return {name: size for name, size in memory.parts.items() if size and name != "sampling"}
 
 
+def _speaking_parts(layout: Layout) -> dict[str, int]:
+    """Of the student: where a vLLM speaks on a GPU of its own, of that one."""
+    sampler = layout.student.sampler
+    if sampler is not None and sampler.devices and layout.student_pool.device.kind == "gpu":
+        return _server_parts(sampler.memory)
+    return _sampling_parts(layout.student.memory)
+
+
 def _sampling_parts(memory: Memory) -> dict[str, int]:
     stays = {name: memory.parts[name] for name in STAYS if memory.parts[name]}
-    return {**stays, "KV cache and gathered weights": memory.parts["sampling"]}
+    return {**stays, **({"KV cache and gathered weights": sampling} if (sampling := memory.parts["sampling"]) else {})}
 
 
 def _server_parts(server: ServerMemory) -> dict[str, int]:
@@ -177,6 +183,8 @@ def commands(plan: Plan) -> list[str]:
     )
     assert placed is not None, "a layout that no machines hold is not planned"
     hosts = _Hosts(placed, is_one=plan.devices.is_one)
+    if placed.sampler and hosts.is_divided:
+        rest.append(f"sampler.devices={json.dumps([str(gpu) for gpu in placed.sampler])}")
     if layout.is_shared:
         return hosts.run([*run, *_sets(rest)])
     serve = ["distill", "teacher", "serve", "--teacher", teacher, "--tp", str(layout.teacher.tensor_parallel)]
@@ -206,12 +214,12 @@ class _Hosts:
         students, servers = placed.student, [part for server in placed.servers for part in server]
         names = {self._name(part, "STUDENT") for part in students} | {self._name(part, "TEACHER") for part in servers}
         self._is_several = len(names) > 1
-        self._is_divided = bool(servers) and is_one
+        self.is_divided = bool(servers) and is_one
 
     def run(self, words: list[str]) -> list[str]:
         """The run, once for each of the student's machines."""
         parts = self._placed.student
-        if len(parts[0].gpus) > 1 or len(parts) > 1:
+        if len(parts[0].gpus) > 1 or len(parts) > 1 or self._placed.sampler:
             words = [*words, "--processes", str(len(parts[0].gpus))]
         return [
             self._line(part, "STUDENT", [*words, *self._nodes(parts, rank, "STUDENT")])
@@ -251,72 +259,9 @@ class _Hosts:
         return ["--nodes", str(len(parts)), "--node-rank", str(rank), "--node-address", first]
 
     def _line(self, part: Part, side: str, words: list[str]) -> str:
-        visible = f"CUDA_VISIBLE_DEVICES={','.join(map(str, part.gpus))} " if self._is_divided else ""
+        visible = f"CUDA_VISIBLE_DEVICES={','.join(map(str, part.gpus))} " if self.is_divided else ""
         return f"{visible}{shlex.join(words)}{f'  # on {self._name(part, side)}' if self._is_several else ''}"
 
 
 def _sets(assignments: list[str]) -> list[str]:
     return [word for text in assignments for word in ("--set", text)]
-
-
-def notes(plan: Plan) -> list[str]:
-    """What was assumed, and rules that hold on this layout."""
-    layout = plan.best.layout
-    found = list(plan.work.notes)
-    if plan.work.is_assumed:
-        # Not among those of the work: a run that begins says them too, and its reader has none of these options.
-        found.append(
-            "`distill plan` takes other lengths by --think-tokens, --no-think-tokens and --prompt-tokens; yours are in "
-            "`distill responses stats`"
-        )
-    for pool in _pools(plan):
-        measured = pool.device.measured
-        found.append(f"{pool.name}: {'measured, ' + measured if measured else pool.device.source}")
-    if layout.teacher.expert_parallel:
-        found.append(
-            f"tp {layout.teacher.tensor_parallel} would cut a block of the FP8 experts that shares one scale: they "
-            "stay whole, each on one GPU (--enable-expert-parallel, which the server is started with)"
-        )
-    if layout.student.engine == "sharded" and plan.pair.student.tied:
-        found.append(
-            "embedding and head are one tensor: with the final norm they are one FSDP group, gathered together"
-        )
-    if layout.config.student.cpu_offload:
-        held = 12 * plan.pair.student.total_parameters / 1e9
-        found.append(f"offload: the student's machines have to hold {held:,.0f} GB of it in their own memory together")
-    if layout.config.sampler.backend == "vllm":
-        found.append(
-            "sampler.backend=vllm: its weights and cache and its speed are not planned, the student is taken to speak "
-            "in the trainer's processes. Without sampler.devices it shares a GPU with the first of them: leave room "
-            "by sampler.server_args"
-        )
-    if not layout.is_shared and plan.config.teacher.signal != "hidden":
-        found.append(
-            f"teacher.signal={plan.config.teacher.signal} is timed as if it were read as fast as hidden states; "
-            "servers read log-probabilities slower"
-        )
-    elif not layout.is_shared:
-        found.append(
-            "servers of the two roles take turns on the teacher's GPUs: where the run misses one it stops with exit "
-            "code 75; end the other, start it, and give the run's command again"
-        )
-    found += _few_rows(plan)
-    found.append("left out: loading models, starting servers, writing checkpoints, waiting of uneven processes")
-    return found
-
-
-def _few_rows(plan: Plan) -> Iterator[str]:
-    """Where a process decodes so few responses together that it mostly waits."""
-    config = plan.best.layout.config
-    few: dict[int, list[str]] = {}
-    for phase in plan.best.phases:
-        job = phase.job
-        rows = min(rows_together(part, config) for part in job.sequences)
-        is_here = job.who == "student" or plan.best.layout.is_shared
-        if job.kind == "decode" and is_here and rows < min(FEW_ROWS, sum(part.num for part in job.sequences)):
-            few.setdefault(rows, []).append(f"{job.stage} {job.role}")
-    for rows, places in few.items():
-        yield (
-            f"{', '.join(places)}: {rows} responses are decoded together, since sampler_tokens "
-            f"{config.sampler_tokens:,} counts each at its limit; a lower max_new_tokens is faster"
-        )

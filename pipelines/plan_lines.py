@@ -9,7 +9,8 @@ from distill.memory import RESERVED_BYTES
 from pipelines.fitting import changed
 from pipelines.layouts import Layout
 from pipelines.plan import Estimate, Plan
-from pipelines.plan_document import commands, memory_by_phase, notes, phase_memory
+from pipelines.plan_document import commands, memory_by_phase, phase_memory
+from pipelines.plan_notes import notes
 
 LONG_HOURS = 0.1
 """From here on durations are shown in hours."""
@@ -21,7 +22,7 @@ def lines(plan: Plan) -> Iterator[str]:
     on, busy = "", {"teacher": "", "student": ""}
     if not layout.is_shared:
         on = f" on {layout.teacher_pool.of(layout.teacher.gpus)}"
-        hours = {"teacher": layout.teacher.gpus, "student": layout.student.processes}
+        hours = {"teacher": layout.teacher.gpus, "student": layout.student.devices}
         busy = {who: f", busy {best.busy(who) / (gpus * best.seconds / 3600):.0%}" for who, gpus in hours.items()}
     if layout.changes:
         sets = " ".join(f"--set {text}" for text in changed(plan.config, layout.changes)[1])
@@ -31,7 +32,7 @@ def lines(plan: Plan) -> Iterator[str]:
         f"{plan.devices.count}, {_duration(best.seconds)}, {best.gpu_hours:,.2f} GPU-hours{_money(best)}"
     )
     yield f"  teacher: {layout.teacher}{on}{busy['teacher']}"
-    yield f"  student: {layout.student} on {layout.student_pool.of(layout.student.processes)}{busy['student']}"
+    yield f"  student: {layout.student} on {layout.student_pool.of(layout.student.devices)}{busy['student']}"
     yield ""
     yield from _memory_lines(plan)
     yield ""
@@ -74,6 +75,7 @@ def short_lines(plan: Plan, *, is_resumed: bool = False, free_disk: int | None =
     yield f"  layout: teacher {layout.teacher}; student {layout.student}"
     parts = [f"{name} {_duration(seconds)}" for name, seconds in _by_stage(plan).items()]
     yield f"  time: {', '.join(parts) or 'nothing but the report is left'}"
+    yield from _step_lines(plan)
     most = [
         f"{name.partition(',')[0]} {held / 1e9:,.2f} of {pool.device.memory:,.2f} GB"
         for name, held, pool in _most_memory(plan)
@@ -117,10 +119,10 @@ def _by_stage(plan: Plan) -> dict[str, float]:
     """Seconds of each stage that has something to do, and of the examinations together."""
     found: dict[str, float] = {}
     for phase in plan.best.phases:
-        if phase.seconds and not phase.is_hidden:
+        if phase.seconds > phase.hidden:
             is_examination = phase.job.role == "evaluate" and not phase.job.is_between
             name = "examinations" if is_examination else phase.job.stage
-            found[name] = found.get(name, 0.0) + phase.seconds
+            found[name] = found.get(name, 0.0) + phase.seconds - phase.hidden
     return found
 
 
@@ -166,11 +168,19 @@ def _phase_lines(plan: Plan) -> Iterator[str]:
     yield f"  {'stage':12} {'role':18} {'GB':>7} {'times':>6} {'each':>10} {'together':>10}  limited by"
     for phase in plan.best.phases:
         beside = " (beside a longer one)" if phase.is_hidden else ""
+        if phase.seconds > phase.hidden > 0:
+            beside = f" ({_duration(phase.hidden)} of it beside something longer)"
         held = sum(phase_memory(phase, plan).values()) / 1e9
         yield (
             f"  {phase.job.stage:12} {phase.job.role:18} {held:>7.2f} {phase.job.times:>6} "
             f"{_duration(phase.each.seconds):>10} {_duration(phase.seconds):>10}  {phase.bottleneck}{beside}"
         )
+    yield from _step_lines(plan)
+
+
+def _step_lines(plan: Plan) -> Iterator[str]:
+    for step in plan.best.steps:
+        yield f"  a step of {step.stage}: {_duration(step.seconds)}, {step.order}"
 
 
 def _duration(seconds: float) -> str:

@@ -35,8 +35,9 @@ from pipelines.layouts import Devices, Layout, Pair, StudentLayout, TeacherLayou
 from pipelines.pace import ALL_REDUCE_SECONDS, STEP_BYTES, TILE_PASSES, job_times, trained_parameters, wire_bytes
 from pipelines.placement import Part, Placement, placement
 from pipelines.plan import Plan, estimate, make_plan
-from pipelines.plan_document import commands, document, notes, phase_memory
+from pipelines.plan_document import commands, document, phase_memory
 from pipelines.plan_lines import lines
+from pipelines.plan_notes import notes
 from pipelines.planning import planned
 from pipelines.resolution import recipe_names, resolve_run
 from pipelines.workload import Job, Lengths, Sequences, workload
@@ -162,9 +163,7 @@ def test_reinforcement_learning_scores_with_no_teacher() -> None:
 
 def test_a_sampler_that_is_for_one_process_is_planned_with_one() -> None:
     shared = plan_for("4B", "0.6B", "8xH100", "sampler.backend=vllm")
-    assert any(
-        "sampler.backend=vllm: its weights and cache and its speed are not planned" in one for one in notes(shared)
-    )
+    assert any("sampler.backend=vllm: on the trainer's device, in turns with it" in one for one in notes(shared))
     assert not any("sampler.backend" in note for note in notes(plan_for("4B", "0.6B", "8xH100")))
     for setting in ("staleness=1", "sleep=true", "place=in_process"):
         settings = ("sampler.backend=vllm", f"sampler.{setting}")
@@ -940,7 +939,7 @@ def test_the_documented_output_is_what_is_printed() -> None:
     shown = (ROOT / "docs/plan.md").read_text().partition("235B -> 4B on 8xH200")
     block = (shown[1] + shown[2]).partition("\n```")[0].splitlines()
     printed = list(lines(plan_for("235B", "4B", "8xH200", price=3.5)))
-    assert len(block) == 14 and [line for line in block if line not in printed] == ["..."]
+    assert len(block) == 15 and [line for line in block if line not in printed] == ["..."]
 
 
 def test_the_documented_sentence_is_what_is_said() -> None:

@@ -13,7 +13,7 @@ from distill import scratch
 from distill.cross_entropy import linear_cross_entropy
 from distill.divergence import linear_divergence
 from distill.scratch import matrices
-from distill.sparse import linear_topk
+from distill.topk import linear_topk
 
 CPU = torch.device("cpu")
 N, V, D = 6, 40, 5

@@ -8,7 +8,6 @@ vLLM itself is never imported here: it may live in another environment than this
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Literal
 from distill.checkpoint import Checkpoint
 from distill.errors import UserError
 from distill.memory import cache_bytes
+from distill.server_memory import cpu_cache_gib
 from distill.vllm.cuts import check_cut, needs_expert_parallel
 
 Role = Literal["generate", "score"]
@@ -196,9 +196,8 @@ class Launch:
         return {} if self.api_key is None else {"VLLM_API_KEY": self.api_key}
 
     def _cpu_cache_gib(self) -> int:
-        """Room for the keys and values of eight of the longest sequences, between 1 and 32 GiB."""
         token_bytes = cache_bytes(self.checkpoint.shape, 4 if self.dtype == "float32" else 2)
-        return min(32, max(1, math.ceil(8 * self.max_model_len * token_bytes / 2**30)))
+        return cpu_cache_gib(token_bytes, self.max_model_len)
 
 
 def replicas(launch: Launch, num: int, devices: Sequence[str]) -> list[Launch]:
