@@ -52,6 +52,10 @@ REPEATS = 3
 MOST_SHARE = 4.0
 """Small products reach more than the large one that the peak is measured by; not more than this."""
 
+SERVER_TIMES = 3
+"""Of a sampler's time on a CPU, what a vLLM server takes for the same responses: 1.8 to 4, the more the fewer they are
+and the less the cores are its own (docs/sampling.md, docs/plan.md)."""
+
 MATRIX = {"cpu": 1024, "cuda": 8192}
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
@@ -106,10 +110,17 @@ def _speeds(where: torch.device, peaks: dict[str, Any]) -> dict[str, Any]:
         )
         share, latency = solve(small, small_seconds, large, large_seconds)
         shares[kind], latencies[kind] = _rounded(share), _rounded(latency)
-    # A vLLM server was not measured; here it is taken for a sampler of the same speed.
     if where.type == "cpu":
-        return {"shares": {**shares, "serve": shares["sample"]}, "latency": {**latencies, "serve": latencies["sample"]}}
+        return with_server(shares, latencies)
     return {"latency": latencies}
+
+
+def with_server(shares: dict[str, float], latencies: dict[str, float]) -> dict[str, dict[str, float]]:
+    """What was measured on a CPU, and a vLLM server by it, which is not measured."""
+    return {
+        "shares": {**shares, "serve": _rounded(shares["sample"] / SERVER_TIMES)},
+        "latency": {**latencies, "serve": _rounded(latencies["sample"] * SERVER_TIMES)},
+    }
 
 
 def solve(small: Times, small_seconds: float, large: Times, large_seconds: float) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from distill.memory import RESERVED_BYTES, Memory, layer_bytes, student_memory
 from distill.server_memory import GRAPH_BYTES
 from distill.types import HiddenStates, Rollout
 from pipelines.batches import batches_of
+from pipelines.calibration import SERVER_TIMES, with_server
 from pipelines.forecast import forecast, named_pair
 from pipelines.layouts import Layout, StudentLayout, TeacherLayout
 from pipelines.overlap import Step, step_of
@@ -232,6 +233,16 @@ def test_what_a_machine_has_no_room_for_is_not_planned() -> None:
     found = plan_for("4B", "0.6B", "2x8xH100", "sampler.backend=vllm")
     every = [found.best, *(one for _, one in found.others)]
     assert max(one.layout.student.processes for one in every) <= 8
+
+
+def test_a_server_on_a_cpu_is_slower_than_a_sampler() -> None:
+    """It took 3.3 to 4 times as long for 32 short responses, and twice as long for 64 (docs/plan.md)."""
+    found = with_server({"sample": 0.6, "train": 0.4}, {"sample": 500.0, "train": 2000.0})
+    assert found["shares"] == {"sample": 0.6, "train": 0.4, "serve": pytest.approx(0.6 / SERVER_TIMES)}
+    assert found["latency"]["serve"] == 500 * SERVER_TIMES
+    device = load_devices()["CPU"]
+    assert device.shares.sample / device.shares.serve == pytest.approx(SERVER_TIMES, rel=0.05)
+    assert device.latency.serve / device.latency.sample == SERVER_TIMES
 
 
 def test_a_run_on_a_cpu_counts_its_server() -> None:
