@@ -26,7 +26,6 @@ from distill.server_memory import ServerMemory, server_memory
 from distill.vllm.cuts import needs_expert_parallel
 from pipelines.doctor.machine import free_memory
 from pipelines.fitting import Shortage, teacher_bytes, teacher_config
-from pipelines.launch import choose_engine, processes_to_start
 from pipelines.layouts import (
     Devices,
     Layout,
@@ -40,6 +39,7 @@ from pipelines.layouts import (
 from pipelines.plan import Plan, estimate
 from pipelines.plan_lines import lines_of_several, short_lines
 from pipelines.planning import known_shape
+from pipelines.processes import choose_engine, processes_to_start
 from pipelines.workload import Job, Workload, workload
 from students.ranks import Ranks
 

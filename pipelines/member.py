@@ -19,7 +19,7 @@ from distill.journal import write_atomically
 from distill.progress import say
 from distill.recipe import dump_yaml
 from pipelines.attempt import Attempt
-from pipelines.launch import own_command
+from pipelines.processes import own_command
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 120.0  # a run that was asked to stop finishes its step and writes a checkpoint

@@ -39,11 +39,11 @@ from pipelines.curve import Curve
 from pipelines.faculty import Candidate, Faculty, check_domains, find_teachers, hired_faculty
 from pipelines.forecast import announce, named_pair
 from pipelines.guards import Guards
-from pipelines.launch import choose_engine
 from pipelines.layouts import Pair
 from pipelines.loop import run_stage
 from pipelines.meter import Meter
 from pipelines.phases import Clock, devices_of
+from pipelines.processes import choose_engine
 from pipelines.savepoints import Position, Savepoints
 from pipelines.scores import Scores
 from pipelines.specimens import Specimens

@@ -31,7 +31,7 @@ from pipelines.clusters.fleet import Fleet
 from pipelines.clusters.order import Order, notes, order
 from pipelines.clusters.rendering import ENGINES
 from pipelines.clusters.slurm import _seconds
-from pipelines.launch import Machines, run_processes
+from pipelines.processes import Machines, run_processes
 from pipelines.resolution import recipe_names
 
 GOLDEN = Path(__file__).parent / "golden" / "launch"

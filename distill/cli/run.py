@@ -149,7 +149,7 @@ def _rehearse(
 
     num_nodes = nodes[0]
     if nodes != (1, 0, None):
-        from pipelines.launch import Machines
+        from pipelines.processes import Machines
 
         one_of_many(Machines, *nodes)
     everywhere = None if processes is None else processes * num_nodes
@@ -160,7 +160,7 @@ def _start(
     config: RunConfig, folder: Path, as_json: bool, processes: int | None, nodes: tuple[int, int, str | None]
 ) -> None:
     """Do the work in this process, as one of several or alone, or start the processes that do."""
-    from pipelines.launch import Machines, own_command, processes_to_start, run_processes
+    from pipelines.processes import Machines, own_command, processes_to_start, run_processes
 
     machines = one_of_many(Machines, *nodes)
     count = processes_to_start(processes, num_machines=nodes[0])
