@@ -24,13 +24,13 @@ from distill.memory import RESERVED_BYTES, student_memory
 from distill.progress import say
 from distill.server_memory import ServerMemory, server_memory
 from distill.vllm.cuts import needs_expert_parallel
+from distill.vllm.launch import Role
 from pipelines.doctor.machine import free_memory
 from pipelines.fitting import Shortage, teacher_bytes, teacher_config
 from pipelines.layouts import (
     Devices,
     Layout,
     Pair,
-    Role,
     SamplerLayout,
     StudentLayout,
     TeacherLayout,

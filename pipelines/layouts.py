@@ -14,7 +14,7 @@ from distill.family import Shape
 from distill.hardware import Pool
 from distill.memory import RESERVED_BYTES, Engine, Memory
 from distill.server_memory import USABLE, Bytes, ServerMemory, student_server
-from distill.vllm.launch import Role as Role  # said again for whoever plans
+from distill.vllm.launch import Role
 
 Change = Literal["fp8", "lora", "adamw-8bit"]
 """What may be changed about a run's result to make it fit."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from distill.memory import STAYS, Load, Memory, layer_bytes, student_memory
 from distill.server_memory import ServerMemory
-from pipelines.layouts import Layout, Role
+from distill.vllm.launch import Role
+from pipelines.layouts import Layout
 from pipelines.placement import Part, Placement, placement
 from pipelines.plan import Estimate, Phase, Plan
 from pipelines.plan_notes import notes
