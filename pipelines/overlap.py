@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distill.costs import Role
+from distill.costs import CostRole
 from pipelines.layouts import Layout, own_devices
 
-DOING: dict[Role, str] = {
+DOING: dict[CostRole, str] = {
     "student_sample": "sampling",
     "teacher_score": "scoring",
     "student_score": "rescoring",
@@ -39,20 +39,20 @@ class Step:
     stage: str
     num: int
     seconds: float
-    hidden: Mapping[Role, float]
+    hidden: Mapping[CostRole, float]
     order: str
 
 
-def step_of(stage: str, spent: Mapping[Role, float], num: int, layout: Layout) -> Step:
+def step_of(stage: str, spent: Mapping[CostRole, float], num: int, layout: Layout) -> Step:
     """Of a stage in which the student speaks; ``spent`` are each role's seconds in all of its ``num`` steps."""
     each = {role: spent[role] / num for role in DOING if role in spent}
     is_ahead = layout.config.sampler.staleness == 1
     judges_apart = layout.teacher.backend == "vllm" and layout.config.teacher.signal != "chosen"
-    apart: list[Role] = ["teacher_score"] if judges_apart and "teacher_score" in each else []
+    apart: list[CostRole] = ["teacher_score"] if judges_apart and "teacher_score" in each else []
     own = [role for role in each if role not in ("student_sample", *apart)]
     if not is_ahead:
         # Rescoring asks the student, and what the teacher says is collected behind it.
-        spoken: list[Role] = ["student_sample", *(role for role in own if apart and role == "student_score")]
+        spoken: list[CostRole] = ["student_sample", *(role for role in own if apart and role == "student_score")]
         beside = [spoken, apart] if apart else [spoken]
         then = [role for role in own if role not in spoken]
         hidden = _hidden(each, beside, num)
@@ -68,21 +68,21 @@ def step_of(stage: str, spent: Mapping[Role, float], num: int, layout: Layout) -
     return Step(stage, num, _longest(each, lanes), hidden, _in_words(lanes, (), is_ahead=True))
 
 
-def _sum(each: Mapping[Role, float], roles: Sequence[Role]) -> float:
+def _sum(each: Mapping[CostRole, float], roles: Sequence[CostRole]) -> float:
     return sum(each[role] for role in roles)
 
 
-def _longest(each: Mapping[Role, float], lanes: Sequence[Sequence[Role]]) -> float:
+def _longest(each: Mapping[CostRole, float], lanes: Sequence[Sequence[CostRole]]) -> float:
     return max(_sum(each, lane) for lane in lanes)
 
 
-def _hidden(each: Mapping[Role, float], lanes: Sequence[Sequence[Role]], num: int) -> dict[Role, float]:
+def _hidden(each: Mapping[CostRole, float], lanes: Sequence[Sequence[CostRole]], num: int) -> dict[CostRole, float]:
     """Seconds of all that stands in another lane than the longest, ``num`` times."""
     longest = max(lanes, key=lambda lane: _sum(each, lane))
     return {role: num * each[role] for lane in lanes if lane is not longest for role in lane}
 
 
-def _in_words(beside: Sequence[Sequence[Role]], then: Sequence[Role], *, is_ahead: bool = False) -> str:
+def _in_words(beside: Sequence[Sequence[CostRole]], then: Sequence[CostRole], *, is_ahead: bool = False) -> str:
     """``sampling beside scoring, then training``."""
     names = DOING | ({"student_sample": "sampling the next batch"} if is_ahead else {})
     lanes = [" and ".join(names[role] for role in lane) for lane in beside]

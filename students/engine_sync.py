@@ -22,8 +22,8 @@ from torch import Tensor
 
 from distill import interrupt
 from distill.errors import GoneError
+from distill.vllm.address import is_loopback
 from distill.vllm.client import Client
-from distill.vllm.replica import is_loopback
 from distill.vllm.service import free_port
 from students.weight_sync import Weights
 
