@@ -12,8 +12,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks.overlap import NUM_PROMPTS, SimulatedTeacher, metrics_of, settings, simulated_crew, work
-from distill.costs import Role
+from benchmarks.loop import metrics_of
+from benchmarks.overlap import settings
+from benchmarks.simulated import NUM_PROMPTS, SimulatedTeacher, simulated_crew, work
+from distill.costs import CostRole
 from distill.errors import UserError
 from distill.hardware import load_devices, parse_pool
 from distill.memory import RESERVED_BYTES, Memory, layer_bytes, student_memory
@@ -56,14 +58,14 @@ def layout(*assignments: str, served: bool, device: str = "1xH100") -> Layout:
     return Layout(config, TeacherLayout("vllm" if served else "local", 2), student, pool, pool, (), ())
 
 
-def wall(step: Step, spent: dict[Role, float]) -> float:
+def wall(step: Step, spent: dict[CostRole, float]) -> float:
     """Of the whole stage."""
     return sum(spent.values()) - sum(step.hidden.values())
 
 
-def spent(num: int, sample: float, score: float, train: float, rescore: float = 0.0) -> dict[Role, float]:
+def spent(num: int, sample: float, score: float, train: float, rescore: float = 0.0) -> dict[CostRole, float]:
     """Seconds of all steps; what is none is not done."""
-    each: dict[Role, float] = {
+    each: dict[CostRole, float] = {
         "student_sample": sample,
         "teacher_score": score,
         "student_score": rescore,
