@@ -15,6 +15,7 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
     tiles          the divergence's logits: the budget of ``distill.tiles``
     states         b R d_t of the teacher's, and b T (d_s + d_t) where a micro-batch's are joined
     teacher        its head, b V d_t; in this process, all of it
+    reference      the student as a GRPO stage with ``kl_coefficient`` found it, whole in every process: b N
     sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, of which there are as
                    many as the longest sequence has whatever is set, and, sharded, the
                    student gathered whole, b N; a teacher in this process speaks too, with keys and values of its own
@@ -22,8 +23,8 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
                    it works with (``distill.server_memory``), all the time or, if it sleeps, while it samples. A CPU's
                    memory is one, and every process carries its share of it. The student then has no cache here
 
-Training and sampling take turns, so the total is what stays (weights, masters, moments, teacher, server) and the larger
-of the two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard), mixed-precision training
+Training and sampling take turns, so the total is what stays (weights, masters, moments, teacher, reference, server) and
+the larger of the two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard), mixed-precision training
 (arXiv 1710.03740), checkpointing (arXiv 1604.06174), activations counted layer by layer as in arXiv 2205.05198, section
 4, for transformers' Qwen3 code, which keeps fp32 copies in its norms. Left out: the allocator's fragmentation, NCCL's
 buffers, the CUDA context (together 2 to 4 GB on a GPU; ``RESERVED_BYTES``), and the decoding passes that a GPU replays,
@@ -54,7 +55,7 @@ CPU_PASS_TOKENS = 1024
 """Most tokens of one pass on a CPU: what a layer makes of so many stays in the cache, and a pass of many more takes a
 fifth longer a token."""
 
-STAYS = ("weights", "masters", "moments", "teacher", "server")
+STAYS = ("weights", "masters", "moments", "teacher", "reference", "server")
 
 
 def pass_tokens(batch_tokens: int, *, on_cpu: bool) -> int:
@@ -166,6 +167,7 @@ def student_memory(
         "tiles": min(TILE_BYTES[device], tokens * student.vocabulary * row_bytes),
         "states": teacher_item * held.step_tokens * teacher.width + item * tokens * (student.width + teacher.width),
         "teacher": teacher_item * (teacher.total_parameters if in_process else teacher.vocabulary * teacher.width),
+        "reference": item * total * _has_reference(config),
         "server": server * (not config.sampler.sleep),
         "sampling": sampling,
     }
@@ -173,6 +175,12 @@ def student_memory(
         # Slices of weights, gradients and moments live in the machine's memory.
         parts |= {"weights": 0, "moments": 0, "gradients": 0}
     return Memory({name: int(value) for name, value in parts.items()})
+
+
+def _has_reference(config: RunConfig) -> bool:
+    from distill.stage_config import GrpoStage
+
+    return any(isinstance(stage, GrpoStage) and stage.kl_coefficient > 0 for stage in config.stages.values())
 
 
 def _server_beside(config: RunConfig, student: Shape, processes: int, device: Literal["cpu", "cuda"]) -> int:

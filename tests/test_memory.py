@@ -181,6 +181,16 @@ def test_a_cache_holds_one_longest_sequence_whatever_is_set() -> None:
     assert student_memory(config, shape, teacher).parts["sampling"] == longest * 147_456
 
 
+def test_a_grpo_stage_that_stays_near_its_start_holds_that_start() -> None:
+    def parts(coefficient: float) -> dict[str, int]:
+        chosen = [f"stages.grpo.kl_coefficient={coefficient}", "teacher.backend=vllm"]
+        config = resolve_run(recipe="embedded-grpo", assignments=chosen)
+        return student_memory(config, SIZES["4B"], SIZES["32B"], processes=2, engine="sharded").parts
+
+    assert parts(0.0)["reference"] == 0
+    assert parts(0.1) == parts(0.0) | {"reference": 4 * SIZES["4B"].total_parameters}
+
+
 def test_every_pair_has_a_recipe_that_fits() -> None:
     pairs = [name for name in recipe_names() if "-to-" in name]
     assert len(pairs) == len(STUDENTS) * len(TEACHERS) == 18
