@@ -24,11 +24,11 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
                    memory is one, and every process carries its share of it. The student then has no cache here
 
 Training and sampling take turns, so the total is what stays (weights, masters, moments, teacher, reference, server) and
-the larger of the two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard), mixed-precision training
-(arXiv 1710.03740), checkpointing (arXiv 1604.06174), activations counted layer by layer as in arXiv 2205.05198, section
-4, for transformers' Qwen3 code, which keeps fp32 copies in its norms. Left out: the allocator's fragmentation, NCCL's
-buffers, the CUDA context (together 2 to 4 GB on a GPU; ``RESERVED_BYTES``), and the decoding passes that a GPU replays,
-which take less than a hundredth (docs/plan.md).
+the larger of the two. Sources: the layout of FSDP2 (arXiv 2304.11277, section 3; PyTorch's fully_shard),
+mixed-precision training (arXiv 1710.03740), checkpointing (arXiv 1604.06174), activations counted layer by layer as in
+arXiv 2205.05198, section 4, for transformers' Qwen3 code, which keeps fp32 copies in its norms. Left out: the
+allocator's fragmentation, NCCL's buffers, the CUDA context (together 2 to 4 GB on a GPU; ``RESERVED_BYTES``), and the
+decoding passes that a GPU replays, which take less than a hundredth (docs/plan.md).
 """
 
 from __future__ import annotations
