@@ -47,11 +47,16 @@ class Pass(nn.Module):
 
 def replicated(whole: Pass) -> nn.Module:
     """DDP around it."""
-    on_gpu = next(whole.parameters()).is_cuda
-    ddp = cast(nn.parallel.DistributedDataParallel, Accelerator(cpu=not on_gpu).prepare_model(whole))
+    accelerator = _accelerator(on_cpu=not next(whole.parameters()).is_cuda)
+    ddp = cast(nn.parallel.DistributedDataParallel, accelerator.prepare_model(whole))
     if next(whole.parameters()).dtype != torch.float32:
         ddp.register_comm_hook(None, _average_in_fp32)
     return ddp
+
+
+def _accelerator(*, on_cpu: bool) -> Accelerator:
+    """One that neither casts nor compiles: what is not said here, accelerate takes from the environment."""
+    return Accelerator(cpu=on_cpu, mixed_precision="no", dynamo_backend="no")
 
 
 def _average_in_fp32(state: None, bucket: Any) -> Any:
@@ -62,7 +67,7 @@ def _average_in_fp32(state: None, bucket: Any) -> Any:
 
 def sharded(whole: Pass, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, *, offload: bool) -> None:
     """Cuts the parameters in place; a model on the CPU moves to the device layer by layer."""
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    accelerator = _accelerator(on_cpu=device.type == "cpu")
     # Accelerator.prepare shards together with the optimiser, which begins anew with each stage here, and on GPUs only.
     # The function behind it does not ask for either, and takes its settings from this place.
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(

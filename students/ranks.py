@@ -136,6 +136,9 @@ def _described(error: DistillError) -> tuple[str, int | None]:
     return str(error), error.exit_code if isinstance(error, StoppedError) else None
 
 
+LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_")
+"""How the names of the variables begin in which ``accelerate launch`` says how to train."""
+
 has_joined = False
 """Whether this process has been one of several."""
 
@@ -155,6 +158,10 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
     number, count, local = place
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
+    # What `accelerate launch` was told of training is for scripts that ask for it; a run has its recipe. accelerate
+    # would obey it (casts, modules left out of the sharding), and transformers load no weights but in one process.
+    for name in [name for name in os.environ if name.startswith(LAUNCHER_SETTINGS)]:
+        del os.environ[name]
     # accelerate reads this one to find the process's device.
     os.environ["LOCAL_RANK"] = str(local)
     dist.init_process_group(
