@@ -36,7 +36,10 @@ class Draw:
         return cls(
             temperature_B=torch.tensor([sampling.temperature for sampling in samplings], device=device),
             top_p_B=torch.tensor([sampling.top_p for sampling in samplings], device=device),
-            top_k_B=torch.tensor([sampling.top_k or vocabulary for sampling in samplings], device=device),
+            # More than there is leaves the distribution whole, as in vLLM.
+            top_k_B=torch.tensor(
+                [min(sampling.top_k or vocabulary, vocabulary) for sampling in samplings], device=device
+            ),
             presence_B=torch.tensor([sampling.presence_penalty for sampling in samplings], device=device),
             seen_BV=torch.zeros(len(samplings), vocabulary, dtype=torch.bool, device=device) if penalised else None,
             truncating_N=torch.tensor(truncating, device=device) if truncating else None,

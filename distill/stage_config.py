@@ -9,13 +9,16 @@ from pydantic import Field
 from distill.settings import LARGEST, Count, PositiveFloat, PositiveInt, Settings, Share
 from distill.types import Mode, Sampling
 
+COLDEST = 1e-6
+"""The lowest temperature. The most probable token is certain there; logits divided by much less overflow."""
+
 
 class SamplingSettings(Settings):
     """How a model's responses are drawn in one mode."""
 
     max_new_tokens: PositiveInt = 4096
     """Longest response, in tokens; a response that reaches it is truncated."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=COLDEST)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Count = 0
     """Keep the k most probable tokens; 0 keeps all."""

@@ -9,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from distill.draw import Draw, inverse_transform
 from distill.kv_cache import SlotCache
 from distill.sampler import TransformersSampler
+from distill.stage_config import COLDEST, SamplingSettings
 from distill.types import Prompt, Request, Sampling
 
 VOCABULARY, STOP, OPEN, CLOSE = 40, 37, 38, 39
@@ -221,6 +222,7 @@ def test_drawn_frequencies_follow_temperature_top_k_and_top_p() -> None:
     cases = [
         ({}, [0.4, 0.3, 0.15, 0.1, 0.05]),
         ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_k": 1000}, [0.4, 0.3, 0.15, 0.1, 0.05]),  # more than there are
         ({"top_p": 0.7}, [4 / 7, 3 / 7, 0, 0, 0]),  # the smallest set whose mass reaches 0.7
         ({"top_p": 0.71}, [8 / 17, 6 / 17, 3 / 17, 0, 0]),
         ({"temperature": 0.5}, [value**2 / 0.285 for value in (0.4, 0.3, 0.15, 0.1, 0.05)]),
@@ -231,6 +233,17 @@ def test_drawn_frequencies_follow_temperature_top_k_and_top_p() -> None:
         tokens = torch.cat([draw(logits[None], value[None])[0] for value in uniform[:: 20 if not sampling else 10]])
         observed = torch.bincount(tokens, minlength=5).double() / len(tokens)
         assert observed.tolist() == pytest.approx(expected, abs=2e-3), sampling
+
+
+def test_the_lowest_temperature_takes_the_most_probable_token() -> None:
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.000001"):
+        SamplingSettings(temperature=1e-39)  # less than float32 divides by
+    coldest = SamplingSettings(temperature=COLDEST).sampling()
+    for scale in (1.0, 1e4, 1e30):
+        logits = scale * torch.tensor([[-1.0, 1.0, 0.999]])
+        for value in (0.0, 0.5, 0.999):
+            draw = Draw.of([coldest], 3, torch.device("cpu"))
+            assert int(draw(logits, torch.tensor([value]))[0]) == 1
 
 
 def test_presence_penalty_is_subtracted_once_from_what_was_said() -> None:
