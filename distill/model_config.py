@@ -67,6 +67,8 @@ class LoraSettings(Settings):
     alpha: PositiveFloat = 128.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of layers, or ends of their paths. All-linear: every linear layer but the head; of a mixture of experts
+    the router and the experts too."""
 
 
 class StudentSettings(Settings):

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.adapters import check_adapters
 from distill.checkpoint import read_folder
 from distill.comparison import ComparisonConfig
 from distill.config import RunConfig
@@ -54,7 +55,9 @@ def rehearse_comparison(config: ComparisonConfig, runs: Iterable[tuple[Member, R
 def _check_run(config: RunConfig, *, has_student: bool) -> None:
     check_names(config, has_student=has_student)
     models = [teacher.model for teacher in (config.teacher, *config.specialists.values())]
-    for model in dict.fromkeys([*([config.student.model] if has_student else []), *models]):
+    if has_student and os.path.isdir(config.student.model):
+        check_adapters(config.student, read_folder(Path(config.student.model))[1])
+    for model in dict.fromkeys(models):
         if os.path.isdir(model):
             read_folder(Path(model))
     _check_can_be_made(

@@ -11,10 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from distill.adapters import check_adapters
 from distill.comparison import ComparisonConfig
 from distill.config import RunConfig
 from distill.errors import UserError
-from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, resolve, short_name
+from distill.family import EMBEDDED_NAMES, STUDENTS, TEACHERS, resolve, shape_of, short_name
 from distill.jobs import BLOCKS, split_job
 from distill.prompt_files import prompt_files
 from distill.recipe import assign, load_recipe, merge, parse_assignment, parse_yaml, validate, validate_as
@@ -267,7 +268,8 @@ def resolve_comparison(
 
 
 def check_names(config: RunConfig, *, has_student: bool = True, is_here: bool = True) -> None:
-    """Raises UserError for a model's, task's or grader's name that nobody knows, and for prompts that are not there.
+    """Raises UserError for a model's, task's or grader's name that nobody knows, for prompts that are not there, and
+    for adapters that cannot be laid over a student of a known size.
 
     Without ``has_student`` the student is still to be made. Where the run is elsewhere, not ``is_here``, so are its
     prompts and the models that are full paths. Nothing is opened, and nothing is asked of the hub.
@@ -278,6 +280,7 @@ def check_names(config: RunConfig, *, has_student: bool = True, is_here: bool = 
 
     if has_student and (is_here or not os.path.isabs(config.student.model)):
         resolve(config.student.model, role="student", revision=config.student.revision)
+        check_adapters(config.student, shape_of(config.student.model))
     for teacher in (config.teacher, *config.specialists.values()):
         if is_here or not os.path.isabs(teacher.model):
             resolve(teacher.model, role="teacher", revision=teacher.revision)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from distill.adapters import check_adapters
 from distill.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from distill.config import RunConfig
 from distill.encode import Encoder
 from distill.errors import GoneError, UserError
-from distill.family import ModelSource, resolve
+from distill.family import ModelSource, resolve, shape_of
 from distill.journal import Journal, read_json, write_json
 from distill.progress import be_silent, say
 from distill.prompts import load_prompts
@@ -132,10 +133,12 @@ class _Run:
         """The teachers' and the student's checkpoints, with all that is read and checked before any is loaded."""
         config = self.config
         torch.manual_seed(derive(config.seed, "torch"))
-        # Its name first: a misspelt student should not be noticed after a teacher's download.
+        # Names first: a misspelt student, or a module of it, should not be noticed after a teacher's download.
         source = resolve(config.student.model, role="student", revision=config.student.revision)
+        check_adapters(config.student, shape_of(config.student.model))
         candidates = find_teachers(config)
         student = open_checkpoint(source)
+        check_adapters(config.student, student.shape)
         self.store = made_store(config.store)
         self.admission = Admission(config, student, self.store)
         self.admission.compare(candidates)

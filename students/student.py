@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill import interrupt
+from distill.adapters import check_adapters
 from distill.attention import PACKED
 from distill.costs import training_passes
 from distill.device import finish
 from distill.errors import NonFiniteError
+from distill.family import Shape
 from distill.model_config import StudentSettings
 from distill.spans import Span
 from distill.stage_config import Optimiser
@@ -75,7 +77,8 @@ class _Reading:
 class Student:
     """A causal language model with its optimiser, one of the run's processes' part of it.
 
-    ``stop_ids`` are the family's stop tokens, for the stop-probability metric.
+    ``stop_ids`` are the family's stop tokens, for the stop-probability metric. Raises UserError for adapters that
+    cannot be laid over this model.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Student:
         self.adapted: Any = None
         """peft's model around it, with LoRA."""
         if settings.lora is not None:
+            check_adapters(settings, Shape.from_config(model.config.to_dict()))
             self.adapted = with_lora(model, settings.lora)
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

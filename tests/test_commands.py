@@ -96,6 +96,7 @@ def test_a_dry_run_refuses_what_the_run_would(typed: Any, tmp_path: Path, monkey
     Path("empty").mkdir()
     Path("weightless").mkdir()
     shutil.copy(checkpoint_dir("nano") / "config.json", "weightless")
+    shutil.copytree(checkpoint_dir("nano"), "whole")
     cases = [
         (["--prompts", "nope.jsonl"], "there is no file"),
         (["--prompts", "text.jsonl"], "line 2 is not JSON"),
@@ -114,6 +115,9 @@ def test_a_dry_run_refuses_what_the_run_would(typed: Any, tmp_path: Path, monkey
         (["--set", "evaluation.tasks=[{name: gsm8k, path: nope}]"], "there is no file or folder nope"),
         (["--set", "evaluation.tasks=[embeded]"], "nearest: embedded"),
         (["--set", "evaluation.curve={task: nope.jsonl}"], "there is no file"),
+        (["--set", "student.lora={target_modules: [q_porj]}"], "did you mean q_proj"),
+        (["--set", "student.lora={target_modules: [lm_head]}"], "the student's head"),
+        (["--recipe", "embedded", "--student", "whole", "--set", "student.lora={target_modules: [mlp]}"], "called so"),
     ]
     for number, (given, sentence) in enumerate(cases):
         arguments = given if "--out" in given else ["--out", f"run-{number}", *given]
