@@ -6,13 +6,14 @@
     adapter   any server of a LoRA student: the adapters alone, beside the base weights that it started with
     memory    vLLM in this process: the tensors themselves
 
-All but adapter send the weights whole, adapters merged. That they arrived is not believed but checked, by whoever sends
-them.
+All but adapter send the weights whole, adapters merged. That they arrived is not believed but checked: by file, and by
+memory on a CPU, the receiver returns fingerprints of what its layers were given; whoever speaks with the weights checks
+every way by what they say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import distill
-from distill.errors import UserError
+from distill.errors import GoneError, UserError
 from distill.model_config import LoraSettings
 from distill.vllm.client import Client, ask
 from distill.vllm.engine import Engine
+from distill.vllm.worker import fingerprint
 from students.adapter import adapter_flags, why_not_served
 from students.handover import filling, private_folder
 
@@ -39,10 +41,15 @@ _EXPERTS_ON_CPU = "the vLLM sampler cannot take over a mixture of experts on a C
 WORKER = "distill.vllm.worker.WeightsFromFile"
 
 
+class WeightsError(GoneError):
+    """The sampler does not hold the trainer's weights."""
+
+
 class WeightSync(Protocol):
     """Sends the weights as they are now; when it returns, the server has taken them.
 
-    It returns the name of the model to ask for; None is the server's own.
+    It returns the name of the model to ask for; None is the server's own. It raises WeightsError where it knows that
+    others arrived.
     """
 
     def send(self) -> str | None: ...
@@ -61,7 +68,9 @@ class FileSync:
             path = folder / "weights.safetensors"
             with filling(folder, tensors.values()):
                 save_file(tensors, path)
-            ask(self.client, "/collective_rpc", {"method": "take_weights", "args": [str(path)]})
+            said = ask(self.client, "/collective_rpc", {"method": "take_weights", "args": [str(path)]})
+        (held,) = said["results"]
+        check_held(held, tensors.items())
 
 
 class AdapterSync:
@@ -93,7 +102,21 @@ class MemorySync:
         self.engine, self.weights = engine, weights
 
     def send(self) -> None:
-        self.engine.take_weights(self.weights())
+        held = self.engine.take_weights(self.weights())
+        if held is not None:
+            check_held(held, self.weights())
+
+
+def check_held(held: Mapping[str, str], weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise WeightsError where ``held``, the receiver's fingerprints by name, are not those of ``weights``."""
+    sent = {name: fingerprint(value) for name, value in weights}
+    wrong = sorted(name for name in sent.keys() | held.keys() if sent.get(name) != held.get(name))
+    if wrong:
+        raise WeightsError(
+            f"the sampler does not hold the student's weights after they were sent: of {len(sent)} tensors "
+            f"{len(wrong)} are not what the trainer has, {wrong[0]} among them; set another sampler.sync or "
+            f"sampler.place, or sampler.backend to transformers and sampler.staleness to 0"
+        )
 
 
 def choose_way(

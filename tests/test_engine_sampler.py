@@ -39,8 +39,8 @@ from distill.vllm.service import Service
 from pipelines.phases import reproducible
 from students.rescoring import rescore
 from students.student import Student
-from students.vllm_sampler import VllmSampler, WeightsError
-from students.weight_sync import FileSync, MemorySync, flags_of, variables_of
+from students.vllm_sampler import VllmSampler
+from students.weight_sync import FileSync, MemorySync, WeightsError, flags_of, variables_of
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 

@@ -32,8 +32,8 @@ from students.engine_sync import EngineSync
 from students.rescoring import rescore
 from students.sleep import Sleep, SleepingServer, level_for
 from students.student import Student
-from students.vllm_sampler import VllmSampler, WeightsError
-from students.weight_sync import Weights, flags_of, variables_of
+from students.vllm_sampler import VllmSampler
+from students.weight_sync import Weights, WeightsError, flags_of, variables_of
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

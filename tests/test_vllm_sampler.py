@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_weights_arrive
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -29,8 +30,8 @@ from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
 from students.rescoring import rescore
 from students.student import Student
-from students.vllm_sampler import VllmSampler, WeightsError
-from students.weight_sync import AdapterSync, FileSync, Way, WeightSync, flags_of, variables_of
+from students.vllm_sampler import TOLERANCE, VllmSampler
+from students.weight_sync import AdapterSync, FileSync, Way, WeightsError, WeightSync, flags_of, variables_of
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
@@ -42,11 +43,11 @@ LORA = LoraSettings(rank=4, alpha=8.0)
 
 
 @contextmanager
-def serving(way: Way, folder: Path) -> Iterator[Client]:
+def serving(way: Way, folder: Path, dtype: str = "float32") -> Iterator[Client]:
     launch = Launch(
         NANO,
         "generate",
-        dtype="float32",
+        dtype=dtype,
         max_model_len=256,
         on_gpu=False,
         extra=flags_of(way, LORA),
@@ -63,6 +64,12 @@ def serving(way: Way, folder: Path) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with serving("file", tmp_path_factory.mktemp("student")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rounding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with serving("file", tmp_path_factory.mktemp("rounding"), "bfloat16") as client:
         yield client
 
 
@@ -250,6 +257,36 @@ def test_a_transfer_that_went_wrong_is_caught(client: Client, spoilt: str) -> No
 def test_weights_that_never_left_are_caught(client: Client) -> None:
     learner = student()
     check_weights_that_never_left(learner, sampler(client, learner), requests(1))
+
+
+def test_in_bfloat16_one_step_and_one_bit_are_not_lost(rounding: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a learning rate at which forty steps change no score by more than the tolerance."""
+    learner = test_weights_arrive.student("bfloat16", learning_rate=2e-6)
+    speaker = sampler(rounding, learner)
+    speaker.tolerance = TOLERANCE["bfloat16"]
+    for step in range(8):
+        speaker.take_weights()
+        test_weights_arrive.train(learner, step)
+    right = speaker.sync
+
+    class Nothing:
+        def send(self) -> None:
+            """A transfer that says it is done."""
+
+    speaker.sync = Nothing()
+    with pytest.raises(WeightsError, match=r"tokens have changed by up to 0\.\d+, the sampler's by exactly 0"):
+        speaker.take_weights()
+    speaker.sync = right
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file({**tensors, name: test_weights_arrive.spoilt(tensors[name])}, path)
+
+    with monkeypatch.context() as wrong:
+        wrong.setattr("students.weight_sync.save_file", write)
+        with pytest.raises(WeightsError, match=rf"of \d+ tensors 1 are not what the trainer has, {name}"):
+            speaker.take_weights()
+    speaker.take_weights()
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}])

@@ -15,7 +15,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
@@ -156,14 +156,18 @@ class Engine:
             self._engine.abort_request(list(self._asked))
             self._asked.clear()
 
-    def take_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace every weight of the model by ``weights``, which have the names of a plain checkpoint."""
+    def take_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Mapping[str, str] | None:
+        """Replace every weight of the model by ``weights``, which have the names of a plain checkpoint.
+
+        The fingerprint of each as the layers hold it, by name; None on a GPU, where vLLM's own reload returns nothing.
+        """
         if self.launch.on_gpu:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        else:
-            # vLLM's own way leaves wrong weights on a CPU.
-            tensors = dict(weights)
-            self._engine.apply_model(lambda model: set_weights(model, tensors))
+            return None
+        # vLLM's own way leaves wrong weights on a CPU.
+        tensors = dict(weights)
+        (held,) = self._engine.apply_model(lambda model: set_weights(model, tensors))
+        return dict(held)
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache. Raises DistillError where some of it is kept."""

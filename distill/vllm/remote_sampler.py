@@ -59,15 +59,18 @@ class RemoteSampler:
         return response.rollout(self.speaker, self.weight_version)
 
     def read(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The log-probability of each token but the first of each sequence, given those before it."""
-        found: dict[int, list[float]] = {}
-        jobs = [Job((place, sequence), 1) for place, sequence in enumerate(sequences)]
-        for (place, _), logprobs in self.client.each(jobs, self._read):
-            found[place] = logprobs
-        return [found[place] for place in range(len(sequences))]
+        """The log-probability of each token but the first of each sequence, given those before it.
 
-    async def _read(self, numbered: tuple[int, Sequence[int]]) -> list[float]:
-        _, sequence = numbered
+        One sequence after the other: the same weights say the same numbers then, whatever the server would have read
+        together.
+        """
+        found = []
+        for sequence in sequences:
+            ((_, logprobs),) = self.client.each([Job(sequence, 1)], self._read)
+            found.append(logprobs)
+        return found
+
+    async def _read(self, sequence: Sequence[int]) -> list[float]:
         return (await self._ask(to_read(sequence))).prompt_logprobs
 
     async def _ask(self, question: Question) -> Segment:

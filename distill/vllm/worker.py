@@ -1,7 +1,8 @@
 """New weights for a vLLM server on a CPU: what vLLM's own worker is extended with.
 
 vLLM 0.32's ``reload_weights`` leaves wrong weights there without a word: a linear layer keeps a packed copy, and its
-own ``weight`` is emptied. Here each layer's weight is set anew and packed again, the way vLLM does it after loading.
+own ``weight`` is emptied. Here each layer's weight is set anew and packed again, the way vLLM does it after loading;
+whoever sent it gets fingerprints of what the layers were given.
 
 This module is imported by the server's process (``--worker-extension-cls``), not by ours, and imports nothing of ours.
 Left out: layers cut over several workers, experts, and quantised layers; each raises.
@@ -9,6 +10,7 @@ Left out: layers cut over several workers, experts, and quantised layers; each r
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,27 +22,46 @@ from torch import Tensor, nn
 class WeightsFromFile:
     """Mixed into vLLM's worker; its method is called through /collective_rpc."""
 
-    def take_weights(self, path: str) -> None:
-        """Replace every weight of the model by those of a safetensors file with the names of a plain checkpoint."""
+    def take_weights(self, path: str) -> dict[str, str]:
+        """Replace every weight of the model by those of a safetensors file with the names of a plain checkpoint.
+
+        What is returned are the fingerprints of ``set_weights``.
+        """
         worker: Any = self
-        set_weights(worker.get_model(), load_file(path))
+        return set_weights(worker.get_model(), load_file(path))
+
+
+def fingerprint(value: Tensor) -> str:
+    """Equal for equal numbers, in float32 and in whatever float32 holds exactly."""
+    data = value.detach().float().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()
 
 
 @torch.no_grad()
-def set_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Raises RuntimeError where ``tensors`` are not the model's weights, each of them exactly."""
-    taken: set[str] = set()
+def set_weights(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The fingerprint of each of ``tensors`` as the model's layers hold it, by name.
+
+    It is taken behind all that is done to a weight (cast, put together with others, copied into a table), and before a
+    linear layer packs it: what is packed cannot be read. Raises RuntimeError where ``tensors`` are not the model's
+    weights, each of them exactly, or where two layers that share one hold different numbers.
+    """
+    held: dict[str, str] = {}
     for path, module in model.named_modules():
         for own in [name for name, _ in module.named_parameters(recurse=False)]:
             sources = _sources(model, path, own)
             missing = [name for name in sources if name not in tensors]
             if missing:
                 raise RuntimeError(f"no weight for {missing[0]}")
-            taken.update(sources)
-            _set(module, f"{path}.{own}", torch.cat([tensors[name] for name in sources]))
-    left = set(tensors) - taken
+            parts = [tensors[name] for name in sources]
+            whole = _set(module, f"{path}.{own}", torch.cat(parts))
+            for name, part in zip(sources, whole.split([len(part) for part in parts]), strict=True):
+                found = fingerprint(part)
+                if held.setdefault(name, found) != found:
+                    raise RuntimeError(f"two layers hold different numbers as {name}")
+    left = set(tensors) - set(held)
     if left:
         raise RuntimeError(f"{len(left)} weights have no place in the model, {min(left)} among them")
+    return held
 
 
 def _sources(model: Any, path: str, own: str) -> list[str]:
@@ -51,8 +72,8 @@ def _sources(model: Any, path: str, own: str) -> list[str]:
     return [f"{parent}.{part}.{own}" for part in model.packed_modules_mapping.get(last, [])] or [f"{path}.{own}"]
 
 
-def _set(module: Any, path: str, value: Tensor) -> None:
-    """Gives ``module`` the weight at ``path``, its only parameter."""
+def _set(module: Any, path: str, value: Tensor) -> Tensor:
+    """Gives ``module`` the weight at ``path``, its only parameter; what it holds of it then, before it is packed."""
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -67,9 +88,11 @@ def _set(module: Any, path: str, value: Tensor) -> None:
     if is_linear:
         if module.tp_size != 1:
             raise RuntimeError(f"{path} is cut over {module.tp_size} workers")
-        module.weight = nn.Parameter(value.to(held.dtype).contiguous(), requires_grad=False)
+        weight = nn.Parameter(value.to(held.dtype).contiguous(), requires_grad=False)
+        module.weight = weight
         dispatch_cpu_unquantized_gemm(module, remove_weight=True)
-        return
+        return weight
     held[:rows].copy_(value)
     if is_table:
         dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    return held[:rows]
