@@ -33,7 +33,7 @@ class WeightsFromFile:
 
 def fingerprint(value: Tensor) -> str:
     """Equal for equal numbers, in float32 and in whatever float32 holds exactly."""
-    data = value.detach().float().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+    data: Any = value.detach().float().contiguous().cpu().view(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()
 
 
