@@ -62,7 +62,7 @@ class FusedLoss(TileLoss, Protocol):
     def form_tile_(self, rows: slice, logits: Sequence[Tensor], weights_C: Tensor, gradient_CV: Tensor) -> None:
         """What ``form_`` does, for the rows of a tile and with the gradient written to ``gradient_CV``.
 
-        The logits are as the products left them, in whatever number type; the gradient may be the student's logits.
+        The logits are as the products left them; the gradient may be the student's logits.
         """
 
 

@@ -99,24 +99,87 @@ def linear_divergence_in_torch(
         return linear_divergence(*inputs, kind=kind, beta=0.2, merged_ids=merged_ids)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_tiles_and_gradients(dtype: torch.dtype) -> None:
-    """Logits may come in any number type; the gradient is rounded once, when it is written."""
-    student, student_head, teacher, teacher_head = make()
-    rounded = [
-        (x.detach() @ head.detach().T).to(dtype) for x, head in ((student, student_head), (teacher, teacher_head))
+STOPS = (7, BLOCK_V + 9)
+"""Stop ids, in different blocks."""
+
+
+@pytest.mark.parametrize("sure_of_one", [True, False])
+@pytest.mark.parametrize("margin", [0.0, 10.0, 20.0, 25.0, 40.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_of_a_response_is_felt_in_full(kind: str, margin: float, sure_of_one: bool) -> None:
+    """Both are sure that the response ends, and hold different stop ids the likelier, or the same."""
+    torch.manual_seed(0)
+    rows, width = 4, 16
+    models = [(torch.randn(rows, width), 0.5 * torch.randn(V, width)) for _ in range(2)]
+    for (hidden, head), stops in zip(models, (STOPS, STOPS if sure_of_one else STOPS[::-1]), strict=True):
+        for stop, logit in zip(stops, (margin, -margin / 2), strict=True):
+            head[stop] = torch.linalg.lstsq(hidden, torch.full((rows, 1), logit)).solution[:, 0]
+    inputs = [
+        x.to(DEVICE).requires_grad_(of_student)
+        for model, of_student in zip(models, (True, False), strict=True)
+        for x in model
     ]
+    sampled_ids = torch.tensor([7, 3, *STOPS], device=DEVICE)
+    for temperature in (1.0, 1.3):
+        options = {"kind": kind, "beta": 0.3, "temperature": temperature, "merged_ids": (STOPS,)}
+        ours = linear_divergence(*inputs, **options, sampled_ids=sampled_ids)
+        exact = double(inputs)
+        spec = naive(*exact, **options, sampled_ids=sampled_ids)
+        for name in spec:
+            assert_close(getattr(ours, name), spec[name], 1e-5)
+        if spec["values"].max() > 1e-6:
+            for mine, theirs in zip(gradients(ours.total, inputs), gradients(spec["total"], exact), strict=True):
+                assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("first", [0, BLOCK_V])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_block_can_be_one_action(kind: str, first: int) -> None:
+    """Its members beside the first, and all of another block, are nothing to the sums."""
+    inputs = make()
+    merged_ids = (tuple(range(first, min(first + BLOCK_V, V)))[::-1], (BLOCK_V - first,))
+    ours, exact = linear_divergence(*inputs, kind=kind, merged_ids=merged_ids), double(inputs)
+    spec = naive(*exact, kind=kind, merged_ids=merged_ids)
+    assert_close(ours.values, spec["values"], 1e-5)
+    for mine, theirs in zip(gradients(ours.total, inputs), gradients(spec["total"], exact), strict=True):
+        assert_close(mine, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_can_be_learnt_where_all_is_one_action(kind: str) -> None:
+    inputs = make(50)
+    ours = linear_divergence(*inputs, kind=kind, merged_ids=(tuple(range(50)),))
+    for fact in (ours.values, ours.student_entropy, *gradients(ours.total, inputs)):
+        assert fact.abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", [2, 3])
+def test_what_is_not_a_number_is_not_hidden(kind: str, place: int) -> None:
+    """The step is to stop on it, also where it is that of a merged id."""
+    inputs = make(60)
+    with torch.no_grad():
+        inputs[1][place, 0] = torch.nan
+    ours = linear_divergence(*inputs, kind=kind, merged_ids=GROUPS)
+    assert ours.values.isnan().all() and ours.total.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_gradients(dtype: torch.dtype) -> None:
+    """They have memory of their own, beside the student's logits."""
+    student, student_head, teacher, teacher_head = (x.detach() for x in make())
     weights_N = torch.tensor([1.0, 0.5, 0.0], device=DEVICE)
 
-    def form(logits: list[Tensor], gradient_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def form(gradient_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        tiles = [student @ student_head.T, teacher @ teacher_head.T]
+        gradient_NV = torch.empty_like(tiles[0], dtype=gradient_dtype) if gradient_dtype == dtype else tiles[0]
         groups = [torch.tensor(ids, device=DEVICE) for ids in GROUPS]
         loss = FusedTeacherLoss("jsd", 0.3, 1.0, groups=groups, sampled_ids_N=None, like_N=weights_N)
-        loss.form_tile_(slice(0, N), logits, weights_N, gradient_NV)
+        loss.form_tile_(slice(0, N), tiles, weights_N, gradient_NV)
         return loss.facts_FN, gradient_NV
 
-    facts_FN, gradient_NV = form(rounded, torch.empty_like(rounded[0]))
-    wide = [x.float() for x in rounded]
-    facts_in_place_FN, gradient_in_place_NV = form(wide, wide[0])
+    facts_FN, gradient_NV = form(dtype)
+    facts_in_place_FN, gradient_in_place_NV = form(torch.float32)
     assert torch.equal(facts_FN, facts_in_place_FN)
     # Triton's interpreter cuts bfloat16 off where a GPU rounds.
     torch.testing.assert_close(gradient_NV.float(), gradient_in_place_NV, rtol=torch.finfo(dtype).eps, atol=1e-7)
@@ -183,7 +246,7 @@ def spilled_bytes(kernel, **constants):
         usage = subprocess.run([DISASSEMBLER, "--dump-resource-usage", file.name], capture_output=True, text=True)
     return int(re.search(r"LOCAL:([0-9]+)", usage.stdout)[1]) + int(re.search(r"STACK:([0-9]+)", usage.stdout)[1])
 
-calls = [(kernels.online_facts, {"WANTS_PLAIN": wants}) for wants in (False, True)]
+calls = [(kernels.log_totals, {}), (kernels.online_facts, {})]
 calls += [(kernels.mixture_sums, {"KIND": kind}) for kind in ("jsd", "skew_forward_kl", "skew_reverse_kl")]
 calls += [(kernels.gradient, {"KIND": kind}) for kind in KINDS]
 print(json.dumps({f"{kernel.__name__} {constants}": spilled_bytes(kernel, **constants) for kernel, constants in calls}))
