@@ -24,7 +24,8 @@ class RouterLoad:
 def load_balancing(router_logits: Sequence[Tensor], config: PretrainedConfig) -> RouterLoad:
     """The load-balancing loss of transformers' Qwen3-MoE (Switch Transformer, 2101.03961, equations 4 to 6).
 
-    ``router_logits`` are one [T, experts] tensor a layer; every row is a token, there is no padding.
+    ``router_logits`` are one [T, experts] tensor a layer; every row is a token, there is no padding. It is no sum over
+    tokens: that of two halves is not the mean of theirs.
     """
     num_experts, chosen = config.num_experts, config.num_experts_per_tok
     loss = load_balancing_loss_func(cast(Any, tuple(router_logits)), num_experts, chosen)
