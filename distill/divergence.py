@@ -234,9 +234,10 @@ def check_choices(kind: str, beta: float, temperature: float) -> None:
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0)[0]
         raise UserError(f"There is no divergence kind {kind!r}; did you mean {near!r}? There are: {', '.join(KINDS)}.")
-    if not 0 < beta < 1:
+    if not 0 < beta < 1 or 1 - beta == 1:
         raise UserError(
-            f"beta is {beta} and must lie between 0 and 1; its limits are the kinds forward and reverse_kl."
+            f"beta is {beta} and must lie between 0 and 1, and not so near 0 that 1 - beta is 1; its limits are the"
+            " kinds forward and reverse_kl."
         )
     if not 0 < temperature < math.inf:
         raise UserError(f"temperature is {temperature} and must be a positive number; 1 is the model's own.")

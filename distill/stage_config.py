@@ -100,8 +100,8 @@ class DivergenceSettings(Settings):
     """What on-policy distillation minimises at every response token."""
 
     kind: Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"] = "reverse_kl"
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Mixture weight of the Jensen-Shannon and the skewed divergences."""
+    beta: Annotated[float, Field(ge=1e-6, lt=1.0)] = 0.5
+    """Mixture weight of the Jensen-Shannon and the skewed divergences. What a smaller one adds, float32 rounds off."""
     temperature: PositiveFloat = 1.0
     estimator: Literal["k1", "k3"] = "k1"
     """How the reverse KL is estimated where the teacher's signal is the sampled token: as log p - log q, or as

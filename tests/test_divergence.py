@@ -18,6 +18,7 @@ from distill import scratch
 from distill.cross_entropy import linear_cross_entropy, linear_logprobs
 from distill.divergence import KINDS, Divergence, linear_divergence
 from distill.errors import UserError
+from distill.stage_config import DivergenceSettings
 
 N, V, D, E = 7, 23, 5, 6
 GROUPS = ((3, 17), (4, 20, 9))
@@ -459,6 +460,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 0.0}, "temperature is 0.0"),
     ({"temperature": float("nan")}, "temperature is nan"),
     ({"beta": 1.0}, "beta is 1.0"),
+    ({"beta": 1e-17}, "beta is 1e-17"),  # 1 - beta is 1 in floating point
     ({"weights": torch.ones(N + 1)}, "weights has shape"),
     ({"merged_ids": ((1, V),)}, "merged_ids"),
     ({"merged_ids": ((1, 2), (2, 3))}, "none overlapping"),
@@ -479,6 +481,19 @@ def test_bad_arguments_are_refused_in_a_sentence(change: dict[str, Any], sentenc
     arguments: dict[str, Any] = {"kind": "jsd", **dict(zip(names, make(), strict=True)), **change}
     with pytest.raises(UserError, match=sentence):
         linear_divergence(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_a_mixture_may_be_as_uneven_as_a_number_can_say(kind: str) -> None:
+    for beta in (sys.float_info.epsilon, 1 - sys.float_info.epsilon):
+        inputs = make()
+        ours, spec = linear_divergence(*inputs, kind=kind, beta=beta), naive(*inputs, kind=kind, beta=beta)
+        assert_close(ours.values, spec["values"], 1e-10)
+
+
+def test_a_recipe_names_no_mixture_below_rounding() -> None:
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.000001"):
+        DivergenceSettings(beta=1e-17)  # refused before anything is sampled
 
 
 def test_padded_rows_take_part_and_slicing_takes_them_out() -> None:

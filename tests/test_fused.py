@@ -99,6 +99,17 @@ def linear_divergence_in_torch(
         return linear_divergence(*inputs, kind=kind, beta=0.2, merged_ids=merged_ids)
 
 
+@pytest.mark.parametrize("kind", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("beta", [sys.float_info.epsilon, 1 - sys.float_info.epsilon])
+def test_mixtures_that_float32_cannot_tell_from_one_side(kind: str, beta: float) -> None:
+    inputs = make(50)
+    ours, exact = linear_divergence(*inputs, kind=kind, beta=beta), double(inputs)
+    spec = naive(*exact, kind=kind, beta=beta)
+    assert_close(ours.values, spec["values"], 1e-5)
+    for mine, theirs in zip(gradients(ours.total, inputs), gradients(spec["total"], exact), strict=True):
+        assert_close(mine, theirs, 1e-5)
+
+
 STOPS = (7, BLOCK_V + 9)
 """Stop ids, in different blocks."""
 
