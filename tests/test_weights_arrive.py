@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.checkpoint import load_model, open_checkpoint
-from distill.divergence import linear_cross_entropy
+from distill.cross_entropy import linear_cross_entropy
 from distill.family import resolve
 from distill.model_config import StudentSettings
 from distill.stage_config import Optimiser
@@ -61,7 +61,7 @@ def rollout(seed: int) -> Rollout:
 class Copy:
     """A speaker with weights of its own."""
 
-    model = None
+    model: str | None = None
     weight_version = 0
     vocabulary = NANO.shape.vocabulary
 
