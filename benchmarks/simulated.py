@@ -56,9 +56,10 @@ class SimulatedSampler(Keeping):
                 on_finished(rollouts[-1])
         return rollouts
 
-    def take_weights(self) -> None:
+    def take_weights(self) -> Mapping[str, float]:
         assert not self._keeps, "weights were sent while they are to be kept"
         self._version = self.trainer.num_changes
+        return {}
 
     def facts(self) -> Mapping[str, float]:
         return {}

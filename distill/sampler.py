@@ -59,8 +59,11 @@ class StudentSampler(Sampler, Protocol):
 
     weight_version: int
 
-    def take_weights(self) -> None:
-        """Take the model's weights as they are now, where it has none of its own yet or the model's have changed."""
+    def take_weights(self) -> Mapping[str, float]:
+        """Take the model's weights as they are now, where it has none of its own yet or the model's have changed.
+
+        What is known of the weights that it speaks with then, as metrics of the batch that they speak.
+        """
         ...
 
     def facts(self) -> Mapping[str, float]:
@@ -116,8 +119,9 @@ class TransformersSampler:
             self.model.train(training)
         return [rollouts[index] for index in range(len(requests))]
 
-    def take_weights(self) -> None:
+    def take_weights(self) -> Mapping[str, float]:
         """Nothing: there is one copy of the weights."""
+        return {}
 
     def facts(self) -> Mapping[str, float]:
         """None: there is one copy of the weights."""

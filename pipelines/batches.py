@@ -39,13 +39,15 @@ class Batch:
     """A step's responses and what was made of them.
 
     ``waited`` are the seconds that the step spent on each phase, one after the other; ``rested`` those of them that it
-    had spent before it asked for the batch. ``spans`` are when each phase worked on it.
+    had spent before it asked for the batch. ``spans`` are when each phase worked on it. ``weights`` is what the sampler
+    knows of the weights that spoke.
     """
 
     rollouts: list[Rollout]
     judged: Judged
     waited: Mapping[str, float]
     spans: Mapping[str, Sequence[Span]]
+    weights: Mapping[str, float]
     rested: float = 0.0
 
 
@@ -92,11 +94,11 @@ class AtOnce:
 
     def take(self, step: int) -> Batch:
         stage, crew = self.stage, self.crew
-        began = time.perf_counter()
+        began, weights = time.perf_counter(), dict[str, float]()
         with crew.student.whole(), crew.ranks.together():
             with _naming(stage, step, "sampling"):
                 if stage.teacher_part != "speaks":
-                    _send_weights(stage, crew)
+                    weights.update(_send_weights(stage, crew))
                 synced = time.perf_counter()
                 rollouts = stage.sample(step)
                 sampled = time.perf_counter()
@@ -109,6 +111,7 @@ class AtOnce:
             judged,
             waited={"sync": synced - began, "sample": sampled - synced, "score": scored - sampled - length(read)},
             spans={"sync": [(began, synced)], "sample": [(synced, sampled)], "score": spans, "train": read},
+            weights=weights,
         )
 
 
@@ -118,6 +121,7 @@ class _Spoken:
     rollouts: list[Rollout]
     spent: CostAccount
     span: Span
+    weights: Mapping[str, float]
 
 
 class Ahead:
@@ -193,27 +197,28 @@ class Ahead:
                 "score": scored - synced - length(read),
             },
             spans={"sample": [spoken.span], "sync": [own], "score": spans, "train": read},
+            weights=spoken.weights,
             rested=already,
         )
 
     def _begin(self, step: int) -> None:
         began = time.perf_counter()
         with self.crew.student.whole(), _naming(self.stage, step, "sampling"):
-            _send_weights(self.stage, self.crew)
+            weights = _send_weights(self.stage, self.crew)
         self._sent = began, time.perf_counter()
         self._keeping.enter_context(self._sampler.keeping())
-        self._under_way = step, self._thread.submit(self._speak, step)
+        self._under_way = step, self._thread.submit(self._speak, step, weights)
 
-    def _speak(self, step: int) -> _Spoken:
+    def _speak(self, step: int, weights: Mapping[str, float]) -> _Spoken:
         with interrupt.until(self._called_off), self.crew.meter.apart() as spent:
             began = time.perf_counter()
             rollouts = self.stage.sample(step)
-            return _Spoken(step, rollouts, spent, (began, time.perf_counter()))
+            return _Spoken(step, rollouts, spent, (began, time.perf_counter()), weights)
 
 
-def _send_weights(stage: Stage, crew: Crew) -> None:
+def _send_weights(stage: Stage, crew: Crew) -> Mapping[str, float]:
     with crew.meter.measure("student_sample", stage.name):
-        crew.student_sampler.take_weights()
+        return crew.student_sampler.take_weights()
 
 
 def _judged(stage: Stage, crew: Crew, rollouts: Sequence[Rollout]) -> tuple[Judged, list[Span]]:

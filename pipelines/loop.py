@@ -110,6 +110,8 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int, *, batches: Bat
         **_facts(crew.ranks.gather(judged.facts)),
         **_describe(crew.ranks.gather([_Response.of(rollout, crew.encoder) for rollout in rollouts])),
         **crew.student_sampler.facts(),
+        # The last transfer may have been for the next batch, or for none.
+        **batch.weights,
         **staleness,
         **_spent(before, crew.meter.account.of_stage(stage.name)),
         "seconds": (wall := batch.rested + time.perf_counter() - started),

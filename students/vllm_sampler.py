@@ -132,6 +132,7 @@ class VllmSampler(Keeping):
         self.weight_version = 0
         self.probes = _probes(vllm.vocabulary)
         self._synced: int | None = None
+        self._gap: float | None = None
         self._moved: Scores | None = None
         """Those of the last transfer that changed the sampler's: steps that change next to nothing add up."""
         self._facts: dict[str, float] = {}
@@ -146,8 +147,11 @@ class VllmSampler(Keeping):
             self._synced = None
         return rollouts
 
-    def take_weights(self) -> None:
-        """Raises WeightsError where vLLM does not hold the student's weights after they were sent."""
+    def take_weights(self) -> Mapping[str, float]:
+        """The gap of the weights that it speaks with, in nats, on the process that checks them.
+
+        Raises WeightsError where vLLM does not hold the student's weights after they were sent.
+        """
         if self._synced != self.student.num_changes:
             with self.ranks.together():
                 if self.ranks.is_main:
@@ -159,6 +163,7 @@ class VllmSampler(Keeping):
             self.vllm.model = self.ranks.from_main(self.vllm.model)
             self._synced = self.student.num_changes
         self.vllm.weight_version = self.weight_version
+        return {} if self._gap is None else {"sampler.gap": self._gap}
 
     def facts(self) -> Mapping[str, float]:
         """The gap after the last transfer, in nats, and the transfer's seconds, the check among them."""
@@ -193,6 +198,7 @@ class VllmSampler(Keeping):
             )
         if self._moved is None or not np.array_equal(scores.sampler, self._moved.sampler):
             self._moved = scores
+        self._gap = gap.size
         self._facts = {"sampler.gap": gap.size, "sampler.sync_seconds": time.perf_counter() - started}
 
     def _way_out(self, gap: Gap) -> str:

@@ -44,7 +44,7 @@ from pipelines.resolution import resolve_run
 from pipelines.stages import OnPolicy
 from students.rescoring import rescore
 from students.student import Student
-from students.vllm_sampler import Keeping
+from students.vllm_sampler import Keeping, VllmSampler
 
 NANO = open_checkpoint(resolve("nano", role="student"))
 
@@ -326,13 +326,14 @@ class CopiedSampler(Keeping):
             self.take_weights()
         return self.speaker.generate(requests, on_finished)
 
-    def take_weights(self) -> None:
+    def take_weights(self) -> dict[str, float]:
         assert not self._keeps
         if self._taken != self.student.num_changes:
             self.speaker.model.load_state_dict(self.student.model.state_dict())
             self._taken = self.student.num_changes
             self.sent.append(self.weight_version)
         self.speaker.weight_version = self.weight_version
+        return {}
 
     def facts(self) -> dict[str, float]:
         return {}
@@ -373,6 +374,63 @@ class Rewarded(Grpo):
     def signal(self, rollouts: Sequence[Rollout]) -> Any:
         self.seen.append(list(rollouts))
         return super().signal(rollouts)
+
+
+class CopyOfVllm:
+    """What a vLLM sampler speaks through, in this process; the gap that it shows is the number of the transfer."""
+
+    model: str | None = None
+    vocabulary, weight_version = NANO.shape.vocabulary, 0
+
+    def __init__(self, student: Student) -> None:
+        self.student, self.num_sent, self.probes = student, 0, list[Rollout]()
+        self.speaker = TransformersSampler(copy.deepcopy(student.model), encoder(), speaker="student")
+
+    def send(self) -> None:
+        self.speaker.model.load_state_dict(self.student.model.state_dict())
+        self.num_sent += 1
+
+    def ready(self) -> None: ...
+
+    def forget_prefixes(self) -> None: ...
+
+    def read(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return [(one.token_R - self.num_sent).tolist() for one in rescore(self.student, self.probes)]
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        self.speaker.weight_version = self.weight_version
+        return self.speaker.generate(requests, on_finished)
+
+
+@pytest.mark.parametrize(
+    ("staleness", "empty", "expected"),
+    [
+        (0, None, [1, 2, 3, 4, 5]),
+        # The step after the one that taught nothing speaks with the same weights.
+        (0, 1, [1, 2, 2, 3, 4]),
+        (0, 4, [1, 2, 3, 4, 5]),
+        # What a step sends is for the next batch, and the last one sends nothing.
+        (1, None, [1, 1, 2, 3, 4]),
+        (1, 1, [1, 1, 2, 2, 3]),
+    ],
+)
+def test_each_step_has_the_gap_of_the_weights_that_spoke(
+    staleness: int, empty: int | None, expected: list[int]
+) -> None:
+    crew = real_crew()
+    vllm = CopyOfVllm(crew.student)
+    speaks = VllmSampler(crew.student, vllm, vllm, tolerance=100.0)
+    vllm.probes = speaks.probes
+    crew = replace(crew, student_sampler=speaks)
+    stage = Rewarded(crew, 5)
+
+    def verdicts(rollouts: Sequence[Rollout]) -> list[bool]:
+        return [place % 2 == 0 and len(stage.seen) - 1 != empty for place, _ in enumerate(rollouts)]
+
+    stage.verifier.verdicts = verdicts  # type: ignore[method-assign]
+    rows = metrics_of(stage, crew, batches_of(stage, crew, staleness=staleness))
+    assert [row["loss"] is None for row in rows] == [step == empty for step in range(5)]
+    assert [row["sampler.gap"] for row in rows] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_stale_batch_weighs_what_is_likelier_now_and_what_is_less() -> None:
@@ -786,7 +844,7 @@ def test_a_run_with_two_servers_one_batch_ahead(tmp_path: Path) -> None:
     # The first batch of a process is not ahead of anything, and every other one is by one.
     assert [row["staleness"] for row in first] == [0.0 if n in (0, before) else 1.0 for n in range(5)]
     assert [row["staleness"] for row in steps if row["stage"] == "rl"] == [0.0, 1.0, 1.0, 1.0]
-    assert all(row.get("sampler.gap", 0.0) <= 1e-4 for row in steps)
+    assert all(row["sampler.gap"] <= 1e-4 for row in steps)
     for row in first:
         # Stale weights show in what trainer and sampler say of the same token, fresh ones do not.
         assert (row["logprob_gap"] > 1e-3) == (row["staleness"] == 1.0), row
