@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,20 @@ from distill.types import FinishReason, Request, Rollout
 
 if TYPE_CHECKING:
     from distill.encode import Encoder
+
+
+def is_thinking(ids: Sequence[int], encoder: Encoder) -> bool:
+    """Whether thinking is open behind ``ids``, a prompt and what was said so far.
+
+    The last mark of the turn under way decides: some templates open the thinking in the prompt. What earlier turns
+    hold, a question about the marks themselves for one, ended with them.
+    """
+    for token in reversed(ids):
+        if token == encoder.think_open_id:
+            return True
+        if token == encoder.think_close_id or token in encoder.stop_ids:
+            return False
+    return False
 
 
 @dataclass
@@ -42,11 +57,12 @@ class Response(Growing):
     """One that grows token by token; ``index`` is its request's place."""
 
     index: int = field(kw_only=True)
-    thinking: bool = False
+    thinking: bool = field(init=False)
     pending: list[int] = field(default_factory=list)
     """Tokens of the early-stop string that are still to be forced."""
 
     def __post_init__(self) -> None:
+        self.thinking = is_thinking(self.request.prompt_ids, self.encoder)
         self._random = np.random.Generator(np.random.Philox(key=self.request.seed))
         self._uniforms: list[float] = []
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -759,6 +760,30 @@ def test_thinking_is_closed_at_the_budget_and_the_answer_goes_on() -> None:
     assert one.response_ids == (opened, 7, 7, *early, 8, STOP) and one.finish_reason == "stop"
     assert one.forced == (False,) * 3 + (True,) * len(early) + (False,) * 2
     assert one.logprobs == (-0.5,) * 3 + (-0.25,) * len(early) + (-0.5,) * 2
+
+
+def test_thinking_that_the_prompt_has_opened_is_closed_at_the_budget() -> None:
+    opened, closed, early = ENCODER.think_open_id, ENCODER.think_close_id, ENCODER.early_stop_ids
+
+    def answered(prompt: tuple[int, ...], first: list[int]) -> Rollout:
+        bodies = []
+
+        def handle(path: str, body: dict[str, Any]) -> Answer:
+            bodies.append(body)
+            return said(body, first if len(bodies) == 1 else [8, STOP])
+
+        (one,) = speak(handle, replace(asked(Sampling(99, thinking_budget=3)), prompt_ids=prompt))
+        return one
+
+    cut = answered((1, 2, STOP, 3, opened), [7, 7, 7])
+    assert cut.response_ids == (7, 7, 7, *early, 8, STOP)
+    assert cut.forced == (False,) * 3 + (True,) * len(early) + (False,) * 2
+    for prompt, first in (
+        ((1, opened), [7, closed, 7]),
+        ((1, opened, 7, closed), [7, 7, 7]),
+        ((1, opened, STOP, 3), [7, 7, 7]),  # an earlier turn's
+    ):
+        assert answered(prompt, first).response_ids == (*first, 8, STOP)
 
 
 def test_a_budget_that_finds_no_open_thinking_forces_nothing() -> None:

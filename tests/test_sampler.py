@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -199,7 +201,7 @@ def test_stop_token_is_part_of_the_response_and_ends_it(model: Qwen3ForCausalLM)
 
 
 def test_thinking_budget_forces_the_early_stop_string_once(model: Qwen3ForCausalLM) -> None:
-    # The prompt cannot hold the opening tag: the response must open its block itself for a budget to count.
+    # The prompt does not hold the opening tag: the response must open its block itself for a budget to count.
     opened = next(
         seed
         for seed in range(2000)
@@ -214,6 +216,34 @@ def test_thinking_budget_forces_the_early_stop_string_once(model: Qwen3ForCausal
     assert cut.forced[:9] == (False,) * 4 + (True,) * 4 + (False,) * (len(cut.forced[:9]) - 8)
     assert sum(cut.forced) == len(EARLY_STOP)
     assert cut.loss_mask[4:8] == (False,) * 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "counts"),
+    [
+        ((5, STOP, 6, OPEN), True),
+        ((5, STOP, CLOSE, OPEN, 6), True),
+        ((5, STOP, OPEN, 6, CLOSE, 7), False),
+        ((5, OPEN, STOP, 6), False),  # an earlier turn's
+    ],
+)
+def test_a_budget_counts_for_thinking_that_the_prompt_has_opened(
+    model: Qwen3ForCausalLM, prompt: tuple[int, ...], counts: bool
+) -> None:
+    def asked(seed: int, budget: int | None) -> Request:
+        return replace(request(seed, max_new_tokens=30, thinking_budget=budget), prompt_ids=prompt)
+
+    free = sampler(model).generate([asked(seed, None) for seed in range(40)])
+    # Those without a mark of their own: the prompt's decides.
+    chosen = [one for one in free if len(one.response_ids) > 4 and not {OPEN, CLOSE} & set(one.response_ids)]
+    assert len(chosen) > 2
+    for one, cut in zip(chosen, sampler(model).generate([asked(one.request.seed, 4) for one in chosen]), strict=True):
+        if counts:
+            assert cut.response_ids[:8] == one.response_ids[:4] + EARLY_STOP
+            assert cut.forced[:8] == (False,) * 4 + (True,) * 4
+        else:
+            assert cut.response_ids == one.response_ids
+            assert not any(cut.forced)
 
 
 def test_drawn_frequencies_follow_temperature_top_k_and_top_p() -> None:

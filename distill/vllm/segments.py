@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.errors import DistillError, UserError
-from distill.response import Growing
+from distill.response import Growing, is_thinking
 from distill.seeding import derive
 from distill.types import Request
 
@@ -113,9 +113,9 @@ class SegmentedResponse(Growing):
 
     def _thinks_past_budget(self) -> bool:
         budget = self.request.sampling.thinking_budget
-        marks = [token for token in self.ids if token in (self.encoder.think_open_id, self.encoder.think_close_id)]
-        is_thinking = bool(marks) and marks[-1] == self.encoder.think_open_id
-        return budget is not None and len(self.ids) >= budget and is_thinking
+        if budget is None or len(self.ids) < budget:
+            return False
+        return is_thinking([*self.request.prompt_ids, *self.ids], self.encoder)
 
 
 def refuse_unsupported(request: Request) -> None:
