@@ -8,15 +8,26 @@ their scale needs. The dump of a run (``config.yaml``) is itself a recipe.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from distill.errors import UserError
 from distill.evaluation_config import EvaluationSettings, StopSettings
 from distill.model_config import SamplerSettings, StudentSettings, TeacherSettings
 from distill.prompt_config import EmbeddedPrompts, PromptSettings
 from distill.settings import Count, PositiveInt, Settings
-from distill.stage_config import OffPolicyStage, OnPolicyStage, OpdRewardStage, StageSettings
+from distill.stage_config import (
+    ModeSampling,
+    OffPolicyStage,
+    OnPolicyStage,
+    OpdRewardStage,
+    StageSettings,
+    parts_of,
+)
+from distill.types import MODES
+from distill.vllm.limits import check_drawable
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """What may be a file's name everywhere."""
@@ -106,6 +117,23 @@ class RunConfig(Settings):
         blocks = [self.evaluation.sampling, *(stage.sampling for stage in self.stages.values())]
         return max(sampling.max_new_tokens for block in blocks for sampling in (block.think, block.no_think))
 
+    @property
+    def most_processes(self) -> int:
+        """Processes that every stage's steps can be shared among."""
+        return min(parts_of(stage)[1] for stage in self.stages.values())
+
+    def check_processes(self, num: int) -> None:
+        """Raises UserError where a run of ``num`` processes cannot be sampled, or not be shared among them."""
+        self.sampler.check_processes(num)
+        for name, stage in self.stages.items():
+            setting, parts = parts_of(stage)
+            if parts < num:
+                raise UserError(
+                    f"stages.{name}.{setting} is {parts}, and a step of it cannot be shared among {num} processes; "
+                    f"raise it to {num} or more, or start at most {self.most_processes} "
+                    f"process{'es' if self.most_processes > 1 else ''}"
+                )
+
     @model_validator(mode="after")
     def _check_signal(self) -> Self:
         """What a signal cannot give is refused before anything is spent."""
@@ -157,6 +185,24 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_drawn(self) -> Self:
+        """What vLLM cannot draw, for whoever speaks through it."""
+        student = ["sampler.backend to transformers"] if self.sampler.backend == "vllm" else []
+        default = ["teacher.backend to local"] if self.teacher.backend == "vllm" else []
+        others = [name for name, settings in self.specialists.items() if settings.backend == "vllm"]
+        teachers = [*default, *(f"specialists.{name}.backend to local" for name in others)]
+        for name, stage in self.stages.items():
+            speakers = teachers if isinstance(stage, OffPolicyStage) else student
+            _check_block(f"stages.{name}.sampling", stage.sampling, speakers)
+        examined = [*student, *(default if self.evaluation.references else [])]
+        where, block = "evaluation.sampling", self.evaluation.sampling
+        _check_block(where, block, examined)
+        for budget in self.evaluation.budgets[:1]:
+            cut = block.think.model_copy(update={"thinking_budget": budget})
+            _check_block(f"{where}, with evaluation.budgets", ModeSampling(think=cut), examined)
+        return self
+
+    @model_validator(mode="after")
     def _check_specialists(self) -> Self:
         for domain, settings in self.specialists.items():
             if "model" not in settings.model_fields_set:
@@ -186,6 +232,12 @@ class RunConfig(Settings):
         if self.stop and self.evaluation.curve is None:
             raise ValueError("stop needs evaluation.curve: only an examination can find a score reached")
         return self
+
+
+def _check_block(where: str, block: ModeSampling, backends: Sequence[str]) -> None:
+    """Raises UserError where vLLM cannot draw so; ``backends`` are the settings that would have others draw."""
+    for mode in MODES if backends else ():
+        check_drawable(block.of(mode), where=f"{where} in {mode} mode", instead=f"set {' and '.join(backends)}")
 
 
 def _check_sampled(where: str, name: str, stage: OnPolicyStage) -> None:

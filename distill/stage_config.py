@@ -178,3 +178,10 @@ class OpdRewardStage(Settings):
 
 
 StageSettings = Annotated[OffPolicyStage | OnPolicyStage | GrpoStage | OpdRewardStage, Field(discriminator="kind")]
+
+
+def parts_of(stage: StageSettings) -> tuple[str, int]:
+    """The setting that says among how many processes a step of the stage can be shared at most, and its value."""
+    if isinstance(stage, OffPolicyStage):
+        return "batch_size", stage.batch_size
+    return "prompts_per_step", stage.prompts_per_step

@@ -103,7 +103,7 @@ def search(
 ) -> Search:
     """Every layout of ``devices`` that fits, and what the others lacked. ``processes`` fixes the student's number.
 
-    A run whose sampler is for one process has one.
+    A run whose sampler is for one process has one, and none has more than its steps can be shared among.
     """
     found = Search()
     base, assignments = changed(config, changes)
@@ -145,8 +145,9 @@ def _most_processes(config: RunConfig, devices: Devices, own: int) -> int:
     """Beside ``own`` devices of a vLLM that speaks for them, which reaches those of its machine alone."""
     pool = devices.student
     if config.sampler.backend == "transformers":
-        return pool.count
-    return min(1 if config.sampler.confines else pool.count, min(pool.count, pool.per_node) - own)
+        return min(pool.count, config.most_processes)
+    most = 1 if config.sampler.confines else min(pool.count, config.most_processes)
+    return min(most, min(pool.count, pool.per_node) - own)
 
 
 def teacher_bytes(config: RunConfig) -> Bytes:

@@ -196,7 +196,7 @@ def make_plan(
     Raises UserError where nothing fits, with what would.
     """
     check_pair(pair, config)
-    config.sampler.check_processes(machines if processes is None else processes)
+    config.check_processes(machines if processes is None else processes)
     if machines > 1 and config.sampler.backend == "vllm":
         raise UserError(
             f"sampler.backend=vllm starts a server that its own machine alone can reach, and the plan is asked for "

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from pipelines.comparison import Member
 
 
-def rehearse(config: RunConfig, out: Path) -> None:
+def rehearse(config: RunConfig, out: Path, *, processes: int) -> None:
     """Raises UserError where a run of ``config`` in ``out`` would, before it has loaded a model."""
+    config.check_processes(processes)
     check_tracker(config.tracker)
     _check_place(out, "config.yaml", config)
     _check_run(config, has_student=True)

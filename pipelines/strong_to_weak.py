@@ -90,6 +90,7 @@ class _Run:
         self.config, self.journal, self.ranks, self.stack = config, journal, ranks, stack
         hosts = ranks.hosts()
         with ranks.together():
+            config.check_processes(ranks.count)
             named = named_pair(config)
             if named is not None and ranks.is_main:
                 announce(config, named, journal, ranks, hosts)

@@ -105,7 +105,6 @@ def _check_one_machine(ranks: Ranks) -> None:
 
 def check_sampler(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> None:
     """Raises UserError where the student cannot be sampled in the way that ``config`` wants, before anything starts."""
-    config.sampler.check_processes(ranks.count)
     if config.sampler.backend == "vllm":
         if config.sampler.place == "in_process":
             check_installed()

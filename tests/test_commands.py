@@ -97,6 +97,7 @@ def test_a_dry_run_refuses_what_the_run_would(typed: Any, tmp_path: Path, monkey
     Path("weightless").mkdir()
     shutil.copy(checkpoint_dir("nano") / "config.json", "weightless")
     shutil.copytree(checkpoint_dir("nano"), "whole")
+    think = "stages.on_policy.sampling.think"
     cases = [
         (["--prompts", "nope.jsonl"], "there is no file"),
         (["--prompts", "text.jsonl"], "line 2 is not JSON"),
@@ -118,6 +119,7 @@ def test_a_dry_run_refuses_what_the_run_would(typed: Any, tmp_path: Path, monkey
         (["--set", "student.lora={target_modules: [q_porj]}"], "did you mean q_proj"),
         (["--set", "student.lora={target_modules: [lm_head]}"], "the student's head"),
         (["--recipe", "embedded", "--student", "whole", "--set", "student.lora={target_modules: [mlp]}"], "called so"),
+        (["--set", "sampler.backend=vllm", "--set", f"{think}.temperature=2.5"], "vLLM draws at 0.01 to 2"),
     ]
     for number, (given, sentence) in enumerate(cases):
         arguments = given if "--out" in given else ["--out", f"run-{number}", *given]
@@ -135,6 +137,8 @@ def test_a_dry_run_refuses_what_the_run_would(typed: Any, tmp_path: Path, monkey
     ):
         code, out, err = typed("run", "--recipe", "table21", "--dry-run", *arguments)
         assert (code, out) == (2, "") and sentence in err, (arguments, err)
+    code, out, err = typed("run", "--dry-run", "--processes", "2", "--set", "stages.on_policy.prompts_per_step=1")
+    assert (code, out) == (2, "") and "cannot be shared among 2 processes" in err
     assert typed("run", "--dry-run", "--prompts", "good.jsonl", "--out", "new/deep")[0] == 0
     assert not Path("new").exists()
 

@@ -161,6 +161,16 @@ def test_an_error_of_one_process_ends_the_others_with_its_sentence(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_step_that_cannot_be_shared_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(out, 2, stages__on_policy__prompts_per_step="1")
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert stderr.count("stages.on_policy.prompts_per_step is 1") == 1 and "Traceback" not in stderr
+    assert not (out / "config.yaml").exists() and not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(out, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,73 @@ def test_yaml_is_read_as_yaml_1_2() -> None:
 def test_what_is_wrong_is_named(tree: dict[str, object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "sentence"),
+    [
+        (
+            ["sampler.backend=vllm", "stages.on_policy.sampling.think.temperature=2.5"],
+            "stages.on_policy.sampling in think mode: temperature is 2.5, and vLLM draws at 0.01 to 2.0; set it to one "
+            "of these, or set sampler.backend to transformers",
+        ),
+        (
+            ["sampler.backend=vllm", "stages.on_policy.sampling.no_think.temperature=0.001"],
+            "stages.on_policy.sampling in no_think mode: temperature is 0.001",
+        ),
+        (
+            ["sampler.backend=vllm", "stages.on_policy.sampling.think={presence_penalty: 1.0, thinking_budget: 20}"],
+            "stages.on_policy.sampling in think mode: vLLM cannot keep a presence penalty across a thinking budget",
+        ),
+        (
+            ["sampler.backend=vllm", "evaluation.sampling.think.presence_penalty=-3.0"],
+            "evaluation.sampling in think mode: presence_penalty is -3.0, and vLLM's is at most 2.0 either way",
+        ),
+        (
+            ["sampler.backend=vllm", "evaluation.sampling.think.presence_penalty=1.0", "evaluation.budgets=[8]"],
+            "evaluation.sampling, with evaluation.budgets in think mode: vLLM cannot keep",
+        ),
+        (
+            ["teacher.backend=vllm", "stages.off_policy.sampling.think.temperature=3"],
+            "stages.off_policy.sampling in think mode: temperature is 3.0, and vLLM draws at 0.01 to 2.0; set it to "
+            "one of these, or set teacher.backend to local",
+        ),
+        (
+            ["teacher.backend=vllm", "evaluation.sampling.no_think.temperature=3"],
+            "evaluation.sampling in no_think mode: temperature is 3.0",
+        ),
+        (
+            ["specialists.code={model: 4B, backend: vllm}", "stages.off_policy.sampling.think.temperature=3"],
+            "or set specialists.code.backend to local",
+        ),
+    ],
+)
+def test_what_vllm_cannot_draw_is_refused_with_the_configuration(assignments: list[str], sentence: str) -> None:
+    backends = ("sampler.backend", "teacher.backend")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        resolve_run(assignments=assignments)
+    # Whoever draws in this process may.
+    here = [text.replace("backend: vllm", "backend: local") for text in assignments if not text.startswith(backends)]
+    resolve_run(assignments=here)
+
+
+def test_what_vllm_does_not_draw_may_be_anything() -> None:
+    hot = "stages.on_policy.sampling.think.temperature=3"
+    resolve_run(assignments=["teacher.backend=vllm", hot])
+    examined = ["teacher.backend=vllm", "evaluation.sampling.think.temperature=3", "evaluation.references=false"]
+    resolve_run(assignments=examined)
+    resolve_run(assignments=["sampler.backend=vllm", "stages.off_policy.sampling.think.temperature=3"])
+
+
+def test_processes_that_a_step_cannot_be_shared_among_are_refused() -> None:
+    config = resolve_run(assignments=["stages.on_policy.prompts_per_step=3", "stages.off_policy.batch_size=2"])
+    config.check_processes(2)
+    sentence = r"stages\.off_policy\.batch_size is 2, and a step of it cannot be shared among 3 processes; raise it"
+    with pytest.raises(UserError, match=sentence):
+        config.check_processes(3)
+    config = resolve_run(assignments=["stages.on_policy.prompts_per_step=1"])
+    with pytest.raises(UserError, match=r"prompts_per_step is 1.*start at most 1 process$"):
+        config.check_processes(2)
 
 
 def test_layers() -> None:

@@ -173,10 +173,10 @@ def test_several_processes_share_what_a_server_can_give_them(settings: dict[str,
     with pytest.raises(
         UserError, match=rf"sampler\.{name}=.* is for one process, and there are 2; set it to its default"
     ):
-        check_sampler(config, NANO, Ranks(0, 2))
-    check_sampler(
-        RunConfig(student=StudentSettings(model="nano"), sampler=SamplerSettings(backend="vllm")), NANO, Ranks(0, 2)
-    )
+        config.check_processes(2)
+    config = RunConfig(student=StudentSettings(model="nano"), sampler=SamplerSettings(backend="vllm"))
+    config.check_processes(2)
+    check_sampler(config, NANO, Ranks(0, 2))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def print_dry_run(
     servers of the teacher that do not answer, with what is the matter."""
     from pipelines.rehearsal import rehearse
 
-    rehearse(config, folder)
+    rehearse(config, folder, processes=machines if processes is None else processes)
     waits = [
         f"wait for the teacher's server {url}, which does not answer now ({trouble}), and ask it what it is for; until "
         "then this configuration is without it"

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.errors import DistillError, UserError
+from distill.errors import DistillError
 from distill.response import Growing, is_thinking
 from distill.seeding import derive
 from distill.types import Request
+from distill.vllm.limits import check_drawable
 
 _MODELS_OWN: dict[str, Any] = {
     "min_p": 0.0,
@@ -119,13 +120,12 @@ class SegmentedResponse(Growing):
 
 
 def refuse_unsupported(request: Request) -> None:
-    """Raise UserError for a request that cannot be spoken in segments."""
-    if request.sampling.presence_penalty and request.sampling.thinking_budget is not None:
-        raise UserError(
-            "vLLM cannot keep a presence penalty across a thinking budget (the penalty would forget what was said "
-            "before the cut); set presence_penalty to 0 or thinking_budget to null, or sample in this process "
-            "(teacher.backend=local, sampler.backend=transformers)"
-        )
+    """Raise UserError for a request that vLLM cannot answer."""
+    check_drawable(
+        request.sampling,
+        where="a request",
+        instead="sample in this process (teacher.backend=local, sampler.backend=transformers)",
+    )
 
 
 def checked(segment: Segment, reason: str | None, question: Question, *, who: str, vocabulary: int) -> Segment:
