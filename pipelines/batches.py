@@ -96,13 +96,13 @@ class AtOnce:
         stage, crew = self.stage, self.crew
         began, weights = time.perf_counter(), dict[str, float]()
         with crew.student.whole(), crew.ranks.together():
-            with _naming(stage, step, "sampling"):
+            with _naming(stage, crew, step, "sampling"):
                 if stage.teacher_part != "speaks":
                     weights.update(_send_weights(stage, crew))
                 synced = time.perf_counter()
                 rollouts = stage.sample(step)
                 sampled = time.perf_counter()
-            with _naming(stage, step, "scoring"):
+            with _naming(stage, crew, step, "scoring"):
                 judged, spans = _judged(stage, crew, rollouts)
         scored = time.perf_counter()
         read = [] if judged.read is None else [judged.read]
@@ -162,7 +162,7 @@ class Ahead:
             interrupt.check()
         self._under_way = None
         self._keeping.close()
-        with _naming(self.stage, step, "sampling"):
+        with _naming(self.stage, self.crew, step, "sampling"):
             self._ready = future.result()
         self._rested += time.perf_counter() - began
 
@@ -182,7 +182,7 @@ class Ahead:
         if step + 1 < stage.num_steps:
             self._begin(step + 1)
         synced = time.perf_counter()
-        with crew.student.whole(), _naming(stage, step, "scoring"):
+        with crew.student.whole(), _naming(stage, crew, step, "scoring"):
             judged, spans = _judged(stage, crew, spoken.rollouts)
         if self._under_way is not None and self._under_way[1].done():
             self.rest()  # what went wrong there is not kept until this batch has been trained on
@@ -203,7 +203,7 @@ class Ahead:
 
     def _begin(self, step: int) -> None:
         began = time.perf_counter()
-        with self.crew.student.whole(), _naming(self.stage, step, "sampling"):
+        with self.crew.student.whole(), _naming(self.stage, self.crew, step, "sampling"):
             weights = _send_weights(self.stage, self.crew)
         self._sent = began, time.perf_counter()
         self._keeping.enter_context(self._sampler.keeping())
@@ -231,11 +231,18 @@ def _judged(stage: Stage, crew: Crew, rollouts: Sequence[Rollout]) -> tuple[Judg
 
 
 @contextmanager
-def _naming(stage: Stage, step: int, phase: str) -> Iterator[None]:
-    """Says of an error where it happened; a request to stop has no place."""
+def _naming(stage: Stage, crew: Crew, step: int, phase: str) -> Iterator[None]:
+    """Says of an error where it happened; a request to stop has no place.
+
+    What is no DistillError is a bug or a device that failed: it keeps its own words, and a note goes with it.
+    """
     try:
         yield
-    except DistillError as error:
-        if interrupt.received() is None:
-            error.args = (f"{stage.name}, {phase} step {step}: {error}",)
+    except Exception as error:
+        # A judge that hears of a response while others are still being spoken fails in the midst of sampling.
+        where = f"{stage.name}, {'scoring' if error is crew.teachers.failure else phase} step {step}"
+        if not isinstance(error, DistillError):
+            error.add_note(f"in {where}")
+        elif interrupt.received() is None:
+            error.args = (f"{where}: {error}",)
         raise

@@ -92,6 +92,8 @@ class Faculty:
         self.default = self.tutors[0]
         self._by_domain = {domain: tutor for tutor in tutors for domain in tutor.candidate.domains}
         self._by_name = {tutor.name: tutor for tutor in tutors}
+        self.failure: Exception | None = None
+        """What hearing of a response raised last. Whoever speaks meets it, and it is not his."""
 
     def of(self, prompt: Prompt) -> Tutor:
         """Who teaches this prompt."""
@@ -110,12 +112,22 @@ class Faculty:
 
     def hear(self, rollout: Rollout) -> None:
         """Have the response's teacher take note of it; see ``Teacher.hear``."""
-        self.of(rollout.request.prompt).hired.judge.hear(rollout)
+        with self._failing():
+            self.of(rollout.request.prompt).hired.judge.hear(rollout)
 
     def heard_all(self) -> None:
         """Tell every teacher that the batch has been spoken; see ``Teacher.heard_all``."""
-        for tutor in self.tutors:
-            tutor.hired.judge.heard_all()
+        with self._failing():
+            for tutor in self.tutors:
+                tutor.hired.judge.heard_all()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failure = error
+            raise
 
     def break_off(self) -> None:
         """Tell every teacher that the batch will not be spoken whole; see ``Teacher.break_off``."""

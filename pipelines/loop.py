@@ -153,6 +153,10 @@ def _learn(
                 if not learned:
                     raise
                 raise DistillError(f"{error}; the step had begun, so the run stands at its last checkpoint") from error
+            except Exception as error:
+                if not isinstance(error, DistillError):
+                    error.add_note(f"in {stage.name}, training step {step}")
+                raise
         learned.append(metrics)
     return _together(learned)
 

@@ -206,7 +206,35 @@ def test_an_error_says_its_stage_and_phase(staleness: int, monkeypatch: pytest.M
     run(2)  # the same crew goes on afterwards
 
 
-def test_an_error_of_the_teacher_that_the_sampler_hears_first_is_not_lost() -> None:
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_what_is_no_error_of_ours_has_a_note_of_its_stage_and_phase(
+    staleness: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def notes_of(target: Any, method: str) -> list[str]:
+        crew, calls = simulated_crew(sample=0.02, score=0.02, train=0.02), list[int]()
+        owner = {"sampler": sampler_of(crew), "teacher": teacher_of(crew), "student": crew.student}[target]
+        proper = getattr(owner, method)
+
+        def broken(*arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            if len(calls) == (17 if method == "hear" else 2):  # each of 16 responses is heard
+                raise RuntimeError("CUDA error: out of memory")
+            return proper(*arguments, **options)
+
+        stage = stage_of(crew, 5)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=r"^CUDA error") as raised:
+            patch.setattr(owner, method, broken)
+            metrics_of(stage, crew, batches_of(stage, crew, staleness=staleness))
+        return raised.value.__notes__
+
+    assert notes_of("sampler", "generate") == ["in on_policy, sampling step 1"]
+    assert notes_of("teacher", "hear") == ["in on_policy, scoring step 1"]
+    assert notes_of("teacher", "score") == ["in on_policy, scoring step 1"]
+    assert notes_of("student", "step") == ["in on_policy, training step 1"]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_error_of_the_teacher_that_the_sampler_hears_first_is_not_lost(staleness: int) -> None:
     crew = simulated_crew(sample=0.05, score=0.02, train=0.4)
     teacher, hear, heard = teacher_of(crew), teacher_of(crew).hear, list[float]()
 
@@ -218,8 +246,8 @@ def test_an_error_of_the_teacher_that_the_sampler_hears_first_is_not_lost() -> N
 
     teacher.hear = deaf  # type: ignore[method-assign]
     stage = stage_of(crew, 5)
-    with pytest.raises(DistillError, match=r"^on_policy, sampling step 1: no answer$"):
-        metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
+    with pytest.raises(DistillError, match=r"^on_policy, scoring step 1: no answer$"):
+        metrics_of(stage, crew, batches_of(stage, crew, staleness=staleness))
     assert time.perf_counter() - heard[-1] < 0.6  # not after another step
 
 
