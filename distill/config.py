@@ -23,6 +23,7 @@ from distill.stage_config import (
     OffPolicyStage,
     OnPolicyStage,
     OpdRewardStage,
+    SamplingSettings,
     StageSettings,
     parts_of,
 )
@@ -116,6 +117,28 @@ class RunConfig(Settings):
         """Most tokens that any part of the run lets a model say."""
         blocks = [self.evaluation.sampling, *(stage.sampling for stage in self.stages.values())]
         return max(sampling.max_new_tokens for block in blocks for sampling in (block.think, block.no_think))
+
+    @property
+    def student_says_one_more(self) -> bool:
+        """Whether the student may be asked for a token behind its longest response: vLLM tells the log-probabilities of
+        forced tokens with one after them alone."""
+        spoken = [stage.sampling for stage in self.stages.values() if not isinstance(stage, OffPolicyStage)]
+        return self.sampler.backend == "vllm" and self._may_end_forced(spoken)
+
+    def teacher_says_one_more(self, teacher: TeacherSettings) -> bool:
+        """The same of this teacher of the run, which is asked so for the log-probabilities of what it judges, too."""
+        stages = self.stages.values()
+        spoken = [stage.sampling for stage in stages if isinstance(stage, OffPolicyStage)]
+        judged = [stage.sampling for stage in stages if isinstance(stage, OnPolicyStage) and teacher.signal != "hidden"]
+        is_judged = any(self._is_longest(sampling) for block in judged for sampling in (block.think, block.no_think))
+        return teacher.backend == "vllm" and (self._may_end_forced(spoken) or is_judged)
+
+    def _may_end_forced(self, blocks: Sequence[ModeSampling]) -> bool:
+        samplings = [sampling for block in blocks for sampling in (block.think, block.no_think)]
+        return any(one.thinking_budget is not None and self._is_longest(one) for one in samplings)
+
+    def _is_longest(self, sampling: SamplingSettings) -> bool:
+        return sampling.max_new_tokens == self.longest_response
 
     @property
     def most_processes(self) -> int:

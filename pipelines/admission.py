@@ -42,11 +42,12 @@ class Admission:
 
     def compare(self, candidates: Sequence[Candidate]) -> None:
         """Every teacher with the student, by their files. Raises UserError at the first check that fails."""
-        settings = self.config.preflight
-        is_taught = any(STAGES[type(stage)].teacher_part for stage in self.config.stages.values())
+        config, settings = self.config, self.config.preflight
+        is_taught = any(STAGES[type(stage)].teacher_part for stage in config.stages.values())
         default = load_tokenizer(candidates[0].checkpoint)
         for candidate in candidates:
             tokenizer = load_tokenizer(candidate.checkpoint)
+            asked = {"student": config.student_says_one_more, "teacher": self._says_one_more(candidate)}
             self._add(
                 check_pair(
                     candidate.checkpoint,
@@ -54,9 +55,10 @@ class Admission:
                     self.student,
                     load_tokenizer(self.student),
                     template=default,
-                    max_prompt_tokens=self.config.max_prompt_tokens,
-                    max_new_tokens=self.config.longest_response,
+                    max_prompt_tokens=config.max_prompt_tokens,
+                    max_new_tokens=config.longest_response,
                     same_weights_allowed=settings.same_weights or not is_taught,
+                    one_more=[who for who, is_asked in asked.items() if is_asked],
                     skip=settings.skip,
                 )
             )
@@ -118,7 +120,11 @@ class Admission:
 
     def _probe(self, tutor: Tutor, said: dict[str, Sequence[Rollout]]) -> Probe:
         longest = self.config.max_prompt_tokens + self.config.longest_response
-        return Probe(tutor.candidate.checkpoint, tutor.hired, said, longest)
+        needed = longest + int(self._says_one_more(tutor.candidate))
+        return Probe(tutor.candidate.checkpoint, tutor.hired, said, needed)
+
+    def _says_one_more(self, candidate: Candidate) -> bool:
+        return self.config.teacher_says_one_more(candidate.settings)
 
     def _add(self, findings: Iterable[Finding]) -> None:
         # One by one: what passed before the check that fails is shown too.

@@ -57,6 +57,7 @@ class Pair:
     max_new_tokens: int
     template: PreTrainedTokenizerBase
     same_weights_allowed: bool = False
+    one_more: Collection[str] = ()
 
     @property
     def models(self) -> tuple[tuple[str, Checkpoint, PreTrainedTokenizerBase], ...]:
@@ -89,12 +90,14 @@ def check_pair(
     max_new_tokens: int,
     template: PreTrainedTokenizerBase | None = None,
     same_weights_allowed: bool = False,
+    one_more: Collection[str] = (),
     skip: Collection[str] = (),
 ) -> Iterator[Finding]:
     """What every check of ``CHECKS`` found, in order. Raises UserError at the first that fails.
 
     ``template`` is the tokenizer that renders the run's prompts: the teacher's own, or for a specialist that of the
-    teacher of all other prompts.
+    teacher of all other prompts. ``one_more`` are those of "teacher" and "student" whose vLLM is asked for a token
+    behind the longest response.
     """
     pair = Pair(
         teacher,
@@ -105,6 +108,7 @@ def check_pair(
         max_new_tokens,
         template or teacher_tokenizer,
         same_weights_allowed,
+        one_more,
     )
     for name, check in CHECKS.items():
         yield skipped(name, teacher.name) if name in skip else Finding(name, teacher.name, check(pair))
@@ -218,11 +222,14 @@ def check_context(pair: Pair) -> str:
     """Both models take the longest prompt and the longest response together."""
     needed = pair.max_prompt_tokens + pair.max_new_tokens
     for who, checkpoint, _ in pair.models:
-        if checkpoint.max_positions < needed:
+        beyond = int(who in pair.one_more)
+        if checkpoint.max_positions < needed + beyond:
+            why = " (vLLM tells the log-probabilities of a sequence's last tokens with one after them alone)"
             raise UserError(
                 f"the {who} {checkpoint.name} takes {checkpoint.max_positions} tokens (max_position_embeddings), and "
-                f"max_prompt_tokens {pair.max_prompt_tokens} + max_new_tokens {pair.max_new_tokens} = {needed}; lower "
-                f"max_prompt_tokens or a stage's sampling.*.max_new_tokens"
+                f"max_prompt_tokens {pair.max_prompt_tokens} + max_new_tokens {pair.max_new_tokens}"
+                f"{' + 1' * beyond} = {needed + beyond}{why * beyond}; lower max_prompt_tokens or a stage's "
+                f"sampling.*.max_new_tokens"
             )
     least = min(pair.teacher.max_positions, pair.student.max_positions)
     return f"{needed} tokens at most, within {least}"

@@ -15,6 +15,7 @@ from distill.checkpoint import Checkpoint, load_tokenizer, open_checkpoint, same
 from distill.embedded.tokenizer import VOCAB_ROWS, build_tokenizer
 from distill.errors import UserError
 from distill.family import ModelSource
+from distill.types import MODES
 from pipelines.preflight import CHECKS, Finding, check_pair, shown
 from pipelines.resolution import resolve_run
 
@@ -202,6 +203,44 @@ def test_lengths_beyond_the_context_are_refused(pair: tuple[Path, Path]) -> None
     assert name == "context"
     assert "128 tokens" in text
     assert "29 + max_new_tokens 100 = 129" in text
+
+
+def test_a_token_behind_the_longest_sequence_needs_a_position_too(pair: tuple[Path, Path]) -> None:
+    for role, model in zip(("teacher", "student"), pair, strict=True):
+        with pytest.raises(UserError) as refused:
+            check(pair, one_more=(role,))
+        assert f"the {role} {model.name} takes 128 tokens" in str(refused.value)
+        assert "28 + max_new_tokens 100 + 1 = 129 (vLLM tells" in str(refused.value)
+        check(pair, max_new_tokens=99, one_more=(role,))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "student", "teacher"),
+    [
+        (["sampler.backend=vllm"], False, False),
+        (["sampler.backend=vllm", "stages.on_policy.sampling.think.thinking_budget=8"], True, False),
+        (["stages.on_policy.sampling.think.thinking_budget=8"], False, False),
+        # A response that is shorter than the longest has the position anyway.
+        (
+            [
+                "sampler.backend=vllm",
+                "stages.on_policy.sampling.think={thinking_budget: 8, max_new_tokens: 20}",
+                "evaluation.sampling.think.max_new_tokens=64",
+            ],
+            False,
+            False,
+        ),
+        (["teacher.backend=vllm"], False, False),
+        (["teacher.backend=vllm", "stages.off_policy.sampling.think.thinking_budget=8"], False, True),
+        (["teacher.backend=vllm", "teacher.signal=topk"], False, True),
+        (["teacher.signal=topk"], False, False),
+    ],
+)
+def test_whom_vllm_is_asked_for_one_token_more(assignments: list[str], student: bool, teacher: bool) -> None:
+    blocks = ("evaluation", "stages.off_policy", "stages.on_policy")
+    same = [f"{block}.sampling.{mode}.max_new_tokens=32" for block in blocks for mode in MODES]
+    config = resolve_run(assignments=[*same, *assignments])
+    assert (config.student_says_one_more, config.teacher_says_one_more(config.teacher)) == (student, teacher)
 
 
 def test_a_teacher_without_a_chat_template_is_refused(pair: tuple[Path, Path]) -> None:
