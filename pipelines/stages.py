@@ -78,11 +78,27 @@ class OffPolicy:
         )
         self._responses, self._fallen = list(sifted.kept), sifted.fallen
         say(f"{self.name}: {sifted.sentence}")
+        self._say_scarce()
         if not self._responses:
             raise UserError(
                 f"stages.{self.name}.filters leave none of the teacher's {len(requests)} responses "
                 f"({', '.join(f'{count} {name}' for name, count in sifted.fallen.items() if count)}); raise "
                 f"stages.{self.name}.sampling.*.max_new_tokens where they are truncated, or switch a filter off"
+            )
+
+    @property
+    def _epochs(self) -> float:
+        """How often the stage learns from each response, on average."""
+        return self.num_steps * self.settings.batch_size / len(self._responses)
+
+    def _say_scarce(self) -> None:
+        """Say of a stage whose one step is more than all of its epochs that it goes beyond them."""
+        settings, num = self.settings, len(self._responses)
+        if num and self._epochs > settings.epochs:
+            say(
+                f"{self.name}: {num} responses in {settings.epochs} epochs do not fill a batch of "
+                f"{settings.batch_size}: the one step takes each of them {self._epochs:.1f} times; set "
+                f"stages.{self.name}.batch_size to at most {settings.epochs * num}"
             )
 
     def _answer(self, tutor: Tutor, requests: Sequence[Request]) -> Answers:
@@ -134,7 +150,12 @@ class OffPolicy:
         return Felt(felt.total, {"sampled_logprob": -felt.values, "student_entropy": felt.entropy})
 
     def manifest(self) -> dict[str, Any]:
-        return {"responses": self._keys, "num_kept": len(self._responses), "filtered": self._fallen}
+        return {
+            "responses": self._keys,
+            "num_kept": len(self._responses),
+            "filtered": self._fallen,
+            "epochs": round(self._epochs, 3),
+        }
 
 
 class OnPolicy:

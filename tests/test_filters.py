@@ -119,6 +119,29 @@ def test_a_run_counts_what_falls_and_trains_on_the_rest(tmp_path: Path, capsys: 
     assert [line["stage"] for line in steps] == ["off_policy"] * (stage["num_kept"] // 8) + ["on_policy"]
 
 
+def test_a_batch_of_more_than_all_epochs_have_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["stages.off_policy.num_prompts=5", "stages.off_policy.samples_per_prompt=2", "stages.off_policy.epochs=2"]
+
+    def learnt(batch_size: int) -> tuple[str, float, list[int]]:
+        out = tmp_path / f"run-{batch_size}"
+        batch = f"stages.off_policy.batch_size={batch_size}"
+        config = resolve_run(assignments=[*SMALL, *few, batch, f"store={tmp_path}/store"])
+        run(config, out, command=["a test"])
+        stage = json.loads((out / "manifest.json").read_text())["stages"]["off_policy"]
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        learnt = [row["num_responses"] for row in rows if row["stage"] == "off_policy"]
+        return capsys.readouterr().err, stage["epochs"], learnt
+
+    said, epochs, batches = learnt(64)
+    assert (epochs, batches) == (6.4, [64])
+    assert (
+        "off_policy: 10 responses in 2 epochs do not fill a batch of 64: the one step takes each of them 6.4 times; "
+        "set stages.off_policy.batch_size to at most 20"
+    ) in said
+    said, epochs, batches = learnt(8)
+    assert (epochs, batches) == (1.6, [8, 8]) and "do not fill" not in said
+
+
 def test_nothing_left_is_a_sentence(tmp_path: Path) -> None:
     config = resolve_run(
         assignments=[*SMALL, f"store={tmp_path}/store", "stages.off_policy.filters.max_repetition=0.0"]
