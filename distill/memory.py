@@ -14,6 +14,8 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
     head gradient  4 V d while tiles are summed, b V d to hand it on, b V d for the embedding's where they are tied
     tiles          the divergence's logits: the budget of ``distill.tiles``
     states         b R d_t of the teacher's, and b T (d_s + d_t) where a micro-batch's are joined
+    experts        under adapters: peft adds these to a layer's whole stack of experts, which its pass keeps, b each,
+                   with checkpointing one layer at a time; and the gradient of one stack
     teacher        its head, b V d_t; in this process, all of it
     reference      the student as a GRPO stage with ``kl_coefficient`` found it, whole in every process: b N
     sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, of which there are as
@@ -36,6 +38,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from distill.adapters import adapted, adapter_parameters
 from distill.config import RunConfig
 from distill.family import Shape
 
@@ -133,7 +136,7 @@ def student_memory(
     held = load or Load.of(config, processes)
     item = 2 if settings.dtype == "bfloat16" else 4
     total = student.total_parameters
-    trained = total if settings.lora is None else adapter_parameters(student, settings.lora.rank)
+    trained = total if settings.lora is None else adapter_parameters(student, settings.lora)
     cut = processes if engine == "sharded" else 1
     head = student.vocabulary * student.width
     layer = (total - head * (1 if student.tied else 2)) // student.num_layers
@@ -166,6 +169,7 @@ def student_memory(
         "head gradient": (4 + item + (item if student.tied else 0)) * head if trains_head else 0,
         "tiles": min(TILE_BYTES[device], tokens * student.vocabulary * row_bytes),
         "states": teacher_item * held.step_tokens * teacher.width + item * tokens * (student.width + teacher.width),
+        "experts": item * _adapted_experts(config, student, kept_layers),
         "teacher": teacher_item * (teacher.total_parameters if in_process else teacher.vocabulary * teacher.width),
         "reference": item * total * _has_reference(config),
         "server": server * (not config.sampler.sleep),
@@ -193,6 +197,19 @@ def _server_beside(config: RunConfig, student: Shape, processes: int, device: Li
     return least if device == "cuda" else -(-least // processes)
 
 
+def _adapted_experts(config: RunConfig, shape: Shape, kept_layers: int) -> int:
+    """Numbers in the experts with their adapters, of the layers that keep them, and in the gradient of one stack."""
+    lora = config.student.lora
+    if lora is None:
+        return 0
+    names = {path.rpartition(".")[2] for path in adapted(lora, shape) if ".experts." in path}
+    if not names:
+        return 0
+    # Down goes back first, and is gone when gate and up, one stack of twice the size, get their gradient.
+    gradient = 1 if "down_proj" in names else 2
+    return (kept_layers * len(names) + gradient) * shape.num_experts * shape.width * shape.mlp_width
+
+
 def longest_sequence(config: RunConfig) -> int:
     """Tokens of the longest prompt and response together: a cache holds one such at the least."""
     return config.max_prompt_tokens + config.longest_response
@@ -215,13 +232,6 @@ def layer_bytes(shape: Shape, item: int) -> int:
     norms = 2 * (4 + 2 * item) * shape.width
     attention = (4 + 4 * item) * queries + (4 + 3 * item) * keys
     return norms + attention + 4 * item * widest
-
-
-def adapter_parameters(shape: Shape, rank: int) -> int:
-    """Rank times inputs and outputs of every linear layer but the head."""
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    attention = 2 * (shape.width + queries) + 2 * (shape.width + keys)
-    return shape.num_layers * rank * (attention + 3 * (shape.width + shape.mlp_width))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from distill.adapters import adapter_parameters
 from distill.config import RunConfig
 from distill.costs import training_passes
 from distill.family import Shape
 from distill.hardware import Number, Pool
-from distill.memory import adapter_parameters, cache_bytes, layer_bytes, pass_tokens
+from distill.memory import cache_bytes, layer_bytes, pass_tokens
 from distill.model_config import TeacherSettings
 from distill.roofline import Demand, Times, times
 from distill.server_memory import PASS_TOKENS, Bytes, ServerMemory, weight_bytes
@@ -254,7 +255,7 @@ def _serve_scoring(job: Job, pair: Pair, layout: Layout) -> Times:
 
 def trained_parameters(shape: Shape, config: RunConfig) -> int:
     lora = config.student.lora
-    return shape.total_parameters if lora is None else adapter_parameters(shape, lora.rank)
+    return shape.total_parameters if lora is None else adapter_parameters(shape, lora)
 
 
 def _number(config: RunConfig, who: str) -> tuple[int, Number]:

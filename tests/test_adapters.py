@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_memory import tensor_peak
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from distill.adapters import adapter_parameters
+from distill.config import RunConfig
 from distill.divergence import linear_cross_entropy
 from distill.errors import UserError
-from distill.family import Shape
-from distill.model_config import LoraSettings, StudentSettings
+from distill.family import SIZES, Shape, shape_of
+from distill.memory import hold_student, student_memory
+from distill.model_config import LoraSettings, StudentSettings, TeacherSettings
 from distill.stage_config import Optimiser
 from distill.types import Example, Prompt, Request, Rollout, Sampling
+from pipelines.pace import trained_parameters
 from students.batch import collate
 from students.student import Felt, Rows, Student, _with_lora
 
@@ -144,3 +148,67 @@ def test_what_cannot_be_adapted_is_refused(kind: str, targets: tuple[str, ...], 
     settings = StudentSettings(dtype="float32", lora=LoraSettings(target_modules=targets, dropout=dropout))
     with pytest.raises(UserError, match=sentence):
         Student(model_of(kind), settings, stop_ids=(48, 49))
+
+
+def config_of(shape: Shape) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.experts_per_token,
+        moe_intermediate_size=shape.mlp_width,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+@pytest.mark.parametrize("name", ["nano-moe", "30B-A3B"])
+def test_a_mixtures_experts_and_router_count_in_the_memory_formula(name: str) -> None:
+    """By peft's own count; of 30B-A3B at rank 64 they are nearly all that is trained."""
+    shape = shape_of(name)
+    assert shape is not None
+    lora = LoraSettings(rank=64)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config_of(shape))
+        _with_lora(model, lora)
+    number = number_trained(model.parameters())
+    assert adapter_parameters(shape, lora) == number
+    config = RunConfig(
+        teacher=TeacherSettings(model="32B", backend="vllm"), student=StudentSettings(model=name, lora=lora)
+    )
+    assert trained_parameters(shape, config) == number
+    parts = student_memory(config, shape, SIZES["32B"], processes=8, engine="replicated").parts
+    assert [parts[key] / number for key in ("masters", "moments", "gradients", "buckets")] == [4, 8, 6, 2]
+    if name == "30B-A3B":
+        assert number == 3_986_030_592
+        assert not hold_student(config, shape, SIZES["32B"], processes=1).fits
+
+
+def test_adapters_of_experts_hold_a_copy_of_them_for_the_backward_pass() -> None:
+    """What they add to a step's peak, by torch's own count, beside adapters of rank 1 and their gradients."""
+    shape = Shape(4, 4, 2, 16, 64, 96, 1000, tied=False, num_experts=64, experts_per_token=2)
+
+    def found(targets: tuple[str, ...] | str, is_checkpointed: bool) -> tuple[int, int]:
+        lora = LoraSettings(rank=1, target_modules=targets)  # type: ignore[arg-type]
+        settings = StudentSettings(dtype="float32", gradient_checkpointing=is_checkpointed, lora=lora)
+        learner = Student(Qwen3MoeForCausalLM(config_of(shape)), settings, stop_ids=(48, 49))
+        learner.begin(Optimiser(learning_rate=1e-5, warmup_steps=0))
+
+        def step() -> None:
+            learner.step(EXAMPLES, cross_entropy, step=0, num_steps=3, where="a test")
+
+        step()
+        config = RunConfig(teacher=TeacherSettings(model="32B", backend="vllm"), student=settings)
+        return tensor_peak(step), student_memory(config, shape, SIZES["32B"]).parts["experts"]
+
+    for is_checkpointed in (True, False):
+        base, expected = found(("q_proj", "gate"), is_checkpointed)
+        assert expected == 0
+        for targets in (("down_proj",), ("gate_proj", "up_proj")):
+            peak, expected = found(targets, is_checkpointed)
+            assert 0.5 < (peak - base) / expected < 1.1, (targets, is_checkpointed)
+        peak, expected = found("all-linear", is_checkpointed)
+        assert expected == pytest.approx(peak - base, rel=0.1), is_checkpointed
