@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from distill.model_config import LoraSettings
 from students.handover import filling
@@ -61,6 +62,32 @@ def adapter_flags(lora: LoraSettings) -> tuple[str, ...]:
     # Left to itself vLLM wraps the head as well, and a CPU engine then ends at the first prompt log-probability: it
     # takes the rows of a prompt for those of as many requests.
     return ("--enable-lora", "--lora-target-modules", *MODULES, "--max-lora-rank", str(rank))
+
+
+def adapter_layers(model: nn.Module) -> dict[str, Any]:
+    """peft's layers by the name of the parameter that each one is laid over."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    found = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            # Those over several parameters of one module are laid over each other.
+            base, name = layer.base_layer, f"{path}.base_layer"
+            while isinstance(base, ParamWrapper):
+                base, name = base.base_layer, f"{name}.base_layer"
+            found[f"{name}.{layer.parameter_name if isinstance(layer, ParamWrapper) else 'weight'}"] = layer
+    return found
+
+
+def merged(weight: Tensor, layer: Any) -> Tensor:
+    """``weight`` with what peft's ``layer`` adds to it, to the bit as peft merges it; the weight stays as it is."""
+    from peft.tuners.lora.layer import Embedding
+
+    delta = layer.get_delta_weight(layer.active_adapter[0])
+    # An embedding's is rounded before it is added, a linear layer's is not.
+    total: Tensor = weight + (delta.to(weight.dtype) if isinstance(layer, Embedding) else delta)
+    return total.to(weight.dtype)
 
 
 def write_adapter(adapted: Any, dtype: torch.dtype, folder: Path) -> None:

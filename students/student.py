@@ -30,7 +30,7 @@ from distill.spans import Span
 from distill.stage_config import Optimiser
 from distill.topk import linear_topk
 from distill.types import Example, Rollout
-from students.adapter import with_lora, write_adapter
+from students.adapter import adapter_layers, merged, with_lora, write_adapter
 from students.batch import Batch, collate, judged, micro_batches
 from students.means import Means
 from students.optimiser import MasterAdamW
@@ -344,19 +344,14 @@ class Student:
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its name in a plain checkpoint, in the student's dtype, adapters merged into them; tied ones
         once. Of a student that is whole in this process."""
-        adapters: dict[str, Any] = {}
-        if self.adapted is not None:
-            from peft.tuners.lora import LoraLayer
-
-            modules = self.model.named_modules()
-            adapters = {f"{path}.base_layer.weight": found for path, found in modules if isinstance(found, LoraLayer)}
+        adapters = {} if self.adapted is None else adapter_layers(self.model)
         for name, parameter in self.model.named_parameters():
             if ".lora_" in name:
                 continue
             weight = parameter.detach()
             if name in adapters:
-                weight = weight + adapters[name].get_delta_weight(adapters[name].active_adapter[0])
-            yield name.replace(".base_layer.", "."), weight.to(self.dtype)
+                weight = merged(weight, adapters[name])
+            yield name.replace(".base_layer", ""), weight.to(self.dtype)
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what ``weights`` gave."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,15 @@ def test_adapters_of_experts_hold_a_copy_of_them_for_the_backward_pass() -> None
             assert 0.5 < (peak - base) / expected < 1.1, (targets, is_checkpointed)
         peak, expected = found("all-linear", is_checkpointed)
         assert expected == pytest.approx(peak - base, rel=0.1), is_checkpointed
+
+
+@pytest.mark.parametrize(("kind", "targets"), ALLOWED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_weights_are_those_that_peft_merges(kind: str, targets: tuple[str, ...] | str, dtype: str) -> None:
+    """Every tensor by its name and to the bit: a server is sent what an export holds."""
+    learner = trained(kind, targets, dtype)
+    merged = dict(learner.merged_weights())
+    expected = dict(deepcopy(learner.adapted).merge_and_unload().named_parameters())
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(merged[name], value.to(learner.dtype)), name
