@@ -319,15 +319,13 @@ class Student:
         return {"stop_probability": (stop_logit_NS.logsumexp(dim=-1) - normaliser_N).exp()}
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the model as a plain transformers checkpoint (adapters merged into a copy of the weights).
+        """Write the model as a plain transformers checkpoint (adapters merged into copies of the weights).
 
         ``weights`` are what ``weights`` gave; without adapters the model is written with these.
         """
         if self.adapted is not None:
-            from copy import deepcopy
-
-            deepcopy(self.adapted).merge_and_unload().save_pretrained(folder)
-            return
+            # One after the other, so that the device holds no second model.
+            weights = {name: weight.to("cpu") for name, weight in self.merged_weights()}
         self.model.config.dtype = self.dtype  # a sharded student's parameters are fp32, whatever it is
         self.model.save_pretrained(folder, state_dict=weights)
 

@@ -12,6 +12,7 @@ from test_memory import tensor_peak
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.machine import random_model
 from distill.adapters import adapter_parameters
 from distill.config import RunConfig
 from distill.divergence import linear_cross_entropy
@@ -225,3 +226,25 @@ def test_merged_weights_are_those_that_peft_merges(kind: str, targets: tuple[str
     assert merged.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(merged[name], value.to(learner.dtype)), name
+
+
+@pytest.mark.parametrize(("kind", "targets"), ALLOWED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_is_what_peft_makes_of_a_copy(
+    kind: str, targets: tuple[str, ...] | str, dtype: str, tmp_path: Path
+) -> None:
+    learner = trained(kind, targets, dtype)
+    learner.export(tmp_path / "ours", learner.weights())
+    deepcopy(learner.adapted).merge_and_unload().save_pretrained(tmp_path / "pefts")
+    ours, pefts = ({file.name: file.read_bytes() for file in (tmp_path / one).iterdir()} for one in ("ours", "pefts"))
+    assert ours == pefts
+
+
+def test_an_export_copies_only_what_adapters_change(tmp_path: Path) -> None:
+    shape = Shape(2, 4, 2, 16, 64, 96, 20_000, tied=True)
+    settings = StudentSettings(dtype="float32", gradient_checkpointing=False, lora=LoraSettings(rank=1))
+    learner = Student(random_model(shape, seed=0), settings, stop_ids=(48, 49))
+    weights = learner.weights()
+    adapted_bytes = 4 * (shape.total_parameters - shape.vocabulary * shape.width)
+    peak = tensor_peak(lambda: learner.export(tmp_path, weights))
+    assert peak < 1.5 * adapted_bytes < 0.2 * 4 * shape.total_parameters, peak
