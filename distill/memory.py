@@ -270,7 +270,10 @@ def hold_student(
     cut. ``processes`` fixes their number, and each of ``machines`` has as many. What fits nowhere is held by the most
     that was tried."""
     settings = config.student
-    engines: tuple[Engine, ...] = ("replicated", "sharded") if settings.parallel == "auto" else (settings.parallel,)
+    # Adapters and 8-bit moments want a student that every process holds whole.
+    may_be_sharded = settings.lora is None and settings.adamw == "fp32"
+    auto: tuple[Engine, ...] = ("replicated", "sharded") if may_be_sharded else ("replicated",)
+    engines = auto if settings.parallel == "auto" else (settings.parallel,)
     for count in [processes] if processes is not None else [machines * 2**power for power in range(8)]:
         for wanted in engines:
             engine: Engine = "alone" if count == 1 else wanted
