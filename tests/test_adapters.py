@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qw
 from benchmarks.machine import random_model
 from distill.adapters import adapter_parameters
 from distill.config import RunConfig
-from distill.divergence import linear_cross_entropy
+from distill.cross_entropy import linear_cross_entropy
 from distill.errors import UserError
 from distill.family import SIZES, Shape, shape_of
 from distill.memory import hold_student, student_memory
