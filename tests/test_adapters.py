@@ -23,8 +23,9 @@ from distill.model_config import LoraSettings, StudentSettings, TeacherSettings
 from distill.stage_config import Optimiser
 from distill.types import Example, Prompt, Request, Rollout, Sampling
 from pipelines.pace import trained_parameters
+from students.adapter import with_lora
 from students.batch import collate
-from students.student import Felt, Rows, Student, _with_lora
+from students.student import Felt, Rows, Student
 
 WIDTHS = {
     "vocab_size": 50,
@@ -121,7 +122,7 @@ def number_trained(parameters: Iterable[nn.Parameter]) -> int:
 def test_the_count_is_pefts_own(kind: str, targets: tuple[str, ...] | str) -> None:
     model = model_of(kind)
     lora = LoraSettings(rank=3, target_modules=targets)  # type: ignore[arg-type]
-    _with_lora(model, lora)
+    with_lora(model, lora)
     shape = Shape.from_config(model.config.to_dict())
     assert adapter_parameters(shape, lora) == number_trained(model.parameters())
 
@@ -175,7 +176,7 @@ def test_a_mixtures_experts_and_router_count_in_the_memory_formula(name: str) ->
     lora = LoraSettings(rank=64)
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config_of(shape))
-        _with_lora(model, lora)
+        with_lora(model, lora)
     number = number_trained(model.parameters())
     assert adapter_parameters(shape, lora) == number
     config = RunConfig(
