@@ -78,7 +78,10 @@ def _write_adapter(run: Path, folder: Path, config: RunConfig, base: ModelSource
     tensors = {_adapter_name(name): tensor for name, tensor in _trained(run).items()}
     settings = config.student.lora
     assert settings is not None
-    modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors})
+    # By their names, as vLLM wants them; a mixture's experts are stacked, and peft alone knows their names.
+    stacked = any(".experts." in name for name in tensors)
+    names = settings.target_modules
+    modules = names if stacked else sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors})
     for file in (run / "student").iterdir():
         if not file.name.startswith("model") and file.name not in ("config.json", "generation_config.json"):
             shutil.copy(file, folder / file.name)
@@ -87,7 +90,7 @@ def _write_adapter(run: Path, folder: Path, config: RunConfig, base: ModelSource
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=modules,
+        target_modules=modules if isinstance(modules, str) else list(modules),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.location,
         revision=read_json(run / "manifest.json")["student"]["revision"] if base.kind == "hub" else None,
@@ -108,7 +111,7 @@ def _trained(run: Path) -> Mapping[str, Any]:
 
 def _adapter_name(name: str) -> str:
     """peft's name, in a file, of an adapter's tensor that is called ``name`` in the model."""
-    return _LAYER + name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+    return _LAYER + re.sub(r"(\.lora_(?:embedding_)?[AB])\.default(?=\.|$)", r"\1", name)
 
 
 def check_hub_name(name: str) -> None:

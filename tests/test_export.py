@@ -86,6 +86,16 @@ def test_a_whole_student_is_exported_as_it_is(whole: Path, tmp_path: Path) -> No
     assert not list((tmp_path / "to").glob(".*"))
 
 
+def test_adapters_of_a_mixtures_experts_on_their_base_are_the_student(tmp_path: Path) -> None:
+    trained = finished(tmp_path / "run", "student.model=nano-moe", "student.lora={rank: 2, alpha: 4.0}")
+    export_run(trained, tmp_path / "adapter")
+    base = load(checkpoint_dir("nano-moe"))
+    before, student = logits(base), logits(load(trained / "student"))
+    found = logits(PeftModel.from_pretrained(base, str(tmp_path / "adapter")))
+    assert (student - before).abs().max() > 0.1
+    torch.testing.assert_close(found, student, atol=1e-4, rtol=0)
+
+
 def test_adapters_on_their_base_are_the_student(adapted: Path, tmp_path: Path) -> None:
     document = export_run(adapted, tmp_path / "adapter")
     assert document["form"] == "adapter" and "model.safetensors" not in document["files"]
