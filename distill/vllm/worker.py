@@ -33,7 +33,9 @@ class WeightsFromFile:
 
 def fingerprint(value: Tensor) -> str:
     """Equal for equal numbers, in float32 and in whatever float32 holds exactly."""
-    data: Any = value.detach().float().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+    # A copy: memory that numpy has seen cannot be resized any more, which FSDP2 does to what it has gathered.
+    copy = value.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+    data: Any = copy.view(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()
 
 
