@@ -212,3 +212,10 @@ def test_a_fingerprint_is_of_numbers_not_of_their_width(dtype: Dtype) -> None:
     value = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     assert fingerprint(value) == fingerprint(value.float()) == fingerprint(value.mT.contiguous().mT)
     assert fingerprint(value) != fingerprint(spoilt(value))
+
+
+def test_a_fingerprint_leaves_memory_as_it_is() -> None:
+    """FSDP2 frees what it has gathered by resizing it."""
+    value = torch.arange(6.0).view(2, 3)
+    assert fingerprint(value) == fingerprint(value.to(torch.bfloat16)) != fingerprint(value + 1)
+    value.untyped_storage().resize_(0)
