@@ -214,8 +214,8 @@ def test_a_fingerprint_is_of_numbers_not_of_their_width(dtype: Dtype) -> None:
     assert fingerprint(value) != fingerprint(spoilt(value))
 
 
-def test_a_fingerprint_leaves_memory_as_it_is() -> None:
+def test_a_fingerprint_leaves_memory_as_it_is(dtype: Dtype) -> None:
     """FSDP2 frees what it has gathered by resizing it."""
-    value = torch.arange(6.0).view(2, 3)
-    assert fingerprint(value) == fingerprint(value.to(torch.bfloat16)) != fingerprint(value + 1)
+    value = torch.ones(5, 7, dtype=getattr(torch, dtype))
+    fingerprint(value)
     value.untyped_storage().resize_(0)
