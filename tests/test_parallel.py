@@ -56,12 +56,16 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_curve(out: Path, reference: Path) -> None:
-    """Sums in another order: 1e-4 of the loss. A few steps in, a token drawn at a tie may tell two runs apart."""
+    """Sums in another order: 1e-4 of the loss, 1e-4 nats of a log-probability, whose mean comes near 0.
+
+    A few steps in, a token drawn at a tie may tell two runs apart.
+    """
+    bounds = {"grad_norm": {"rel": 1e-3}, "think.sampled_logprob": {"rel": 0.0, "abs": 1e-4}}
     ours, theirs = metrics(out), metrics(reference)
     assert len(ours) == len(theirs) == NUM_STEPS
     for a, b in zip(ours, theirs, strict=True):
         for key in ("loss", "grad_norm", "student_entropy", "think.sampled_logprob", "no_think.length", "length"):
-            assert a[key] == pytest.approx(b[key], rel=1e-3 if key == "grad_norm" else 1e-4), (a["step"], key)
+            assert a[key] == pytest.approx(b[key], **bounds.get(key, {"rel": 1e-4})), (a["stage"], a["step"], key)
         for key in ("num_tokens", "num_responses", "tokens.student_train"):
             assert a[key] == b[key], (a["step"], key)
         assert a["flops"] == pytest.approx(b["flops"])
