@@ -43,8 +43,9 @@ from students.router import RouterLoad, load_balancing
 class Felt:
     """What a stage's loss says of one batch.
 
-    ``total`` is a scalar, the *sum* over response tokens of weight times loss, differentiable in the student; the
-    student divides once, by the global token count. ``per_token_N`` are detached metrics, one value a token.
+    ``total`` is a scalar, the *sum* over response tokens of weight times loss, differentiable in the student. In the
+    weights that the student hands to a loss the division by the global token count is done. ``per_token_N`` are
+    detached metrics, one value a token.
     """
 
     total: Tensor
