@@ -128,6 +128,11 @@ class Rollout:
         return self.request.prompt_ids
 
     @property
+    def read_ids(self) -> tuple[int, ...]:
+        """What a model reads to predict every response token, P+R-1: the row of the last would predict what follows."""
+        return self.request.prompt_ids + self.response_ids[:-1]
+
+    @property
     def mode(self) -> Mode:
         return self.request.mode
 

@@ -17,7 +17,6 @@ from distill.types import (
     Advantage,
     Example,
     HiddenStates,
-    Rollout,
     SampledLogprobs,
     Signal,
     TopK,
@@ -66,11 +65,11 @@ class Batch:
 def collate(examples: Sequence[Example], device: torch.device) -> Batch:
     """One batch of all ``examples``, side by side."""
     rollouts = [example.rollout for example in examples]
-    widths = [_length(rollout) for rollout in rollouts]
+    widths = [len(rollout.read_ids) for rollout in rollouts]
     rows: list[int] = []
     start = 0
     for rollout, width in zip(rollouts, widths, strict=True):
-        rows.extend(range(start + len(rollout.prompt_ids) - 1, start + width - 1))
+        rows.extend(range(start + len(rollout.prompt_ids) - 1, start + width))
         start += width
 
     def per_token(dtype: torch.dtype, values: list[float] | list[int] | list[bool]) -> Tensor:
@@ -78,7 +77,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
 
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return Batch(
-        input_T=per_token(torch.long, [token for rollout in rollouts for token in _ids(rollout)]),
+        input_T=per_token(torch.long, [token for rollout in rollouts for token in rollout.read_ids]),
         position_T=per_token(torch.long, [place for width in widths for place in range(width)]),
         packing=Packing.of(widths, device),
         row_N=per_token(torch.long, rows),
@@ -173,8 +172,8 @@ def _filled(examples: Sequence[Example], max_tokens: int | None) -> list[list[Ex
         return [list(examples)]
     groups: list[list[Example]] = []
     room: list[int] = []
-    for example in sorted(examples, key=lambda example: -_length(example.rollout)):
-        length = _length(example.rollout)
+    for example in sorted(examples, key=lambda example: -len(example.rollout.read_ids)):
+        length = len(example.rollout.read_ids)
         place = next((place for place, left in enumerate(room) if length <= left), None)
         if place is None:
             groups.append([example])
@@ -183,11 +182,3 @@ def _filled(examples: Sequence[Example], max_tokens: int | None) -> list[list[Ex
             groups[place].append(example)
             room[place] -= length
     return groups
-
-
-def _ids(rollout: Rollout) -> tuple[int, ...]:
-    return rollout.prompt_ids + rollout.response_ids
-
-
-def _length(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.response_ids)

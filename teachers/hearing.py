@@ -36,8 +36,8 @@ class ScoringRequest:
 
     @property
     def inputs(self) -> list[list[int]]:
-        """The token ids that are sent: all but a response's last token, whose row would predict what comes after."""
-        return [[*rollout.prompt_ids, *rollout.response_ids[:-1]] for rollout in self.rollouts]
+        """The token ids that are sent."""
+        return [list(rollout.read_ids) for rollout in self.rollouts]
 
     @property
     def num_tokens(self) -> int:

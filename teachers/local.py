@@ -46,7 +46,7 @@ class LocalTeacher(DeafTeacher):
         body = cast(nn.Module, self.model.get_decoder())
         for places in self._batches(rollouts):
             interrupt.check()
-            sequences = [rollouts[place].prompt_ids + rollouts[place].response_ids for place in places]
+            sequences = [rollouts[place].read_ids for place in places]
             packing = Packing.of([len(ids) for ids in sequences], device)
             hidden_TD = body(
                 input_ids=torch.tensor([[token for ids in sequences for token in ids]], device=device),
@@ -67,7 +67,7 @@ class LocalTeacher(DeafTeacher):
         batches: list[list[int]] = []
         room = 0
         for place, rollout in enumerate(rollouts):
-            length = len(rollout.prompt_ids) + len(rollout.response_ids)
+            length = len(rollout.read_ids)
             if batches and length <= room:
                 batches[-1].append(place)
             else:

@@ -87,4 +87,4 @@ def test_the_balance_of_micro_batches_is_close_to_that_of_the_step(results: list
         ours = results[0][f"{engine}/0.01"]
         for name, tolerance in OFF_BY.items():
             assert_same(ours, expected, tolerance, name)
-        assert ours[0]["router.aux_loss"] != pytest.approx(expected[0]["router.aux_loss"], rel=1e-3)
+        assert ours[0]["router.aux_loss"] != pytest.approx(expected[0]["router.aux_loss"], rel=1e-4)

@@ -143,7 +143,7 @@ def test_packed_sequences_are_those_alone(make: Callable[[], PreTrainedModel], r
     """States and gradients of a packed row are those of each sequence alone, through transformers' own attention."""
     learner, plain = student(make(), replace_settings(gradient_checkpointing=recomputed)), make()
     batch = collate(EXAMPLES, torch.device("cpu"))
-    assert batch.input_T.numel() == sum(batch.packing.lengths) == 72
+    assert batch.input_T.numel() == sum(batch.packing.lengths) == 66
     rows, _ = learner.rows(batch)
     expected = []
     for example in EXAMPLES:
@@ -162,9 +162,9 @@ def test_packed_sequences_are_those_alone(make: Callable[[], PreTrainedModel], r
 
 def test_micro_batches_fill_the_budget() -> None:
     lengths = [100, 70, 60, 40, 30, 30, 10, 300]
-    examples = [Example(rollout(seed, 4, length - 4)) for seed, length in enumerate(lengths)]
+    examples = [Example(rollout(seed, 4, length - 3)) for seed, length in enumerate(lengths)]
     groups = micro_batches(examples, 110)
-    sizes = [sum(len(one.rollout.prompt_ids) + len(one.rollout.response_ids) for one in group) for group in groups]
+    sizes = [sum(len(one.rollout.read_ids) for one in group) for group in groups]
     assert sizes == [300, 110, 110, 90, 30]  # what is too long goes alone; the short fill up behind the long
     assert sorted(id(one) for group in groups for one in group) == sorted(map(id, examples))
     assert micro_batches(examples, None) == [examples]
@@ -267,7 +267,7 @@ def test_moe_student_feels_the_models_own_auxiliary_loss() -> None:
     batch = collate(EXAMPLES, torch.device("cpu"))
     _, router = learner.rows(batch)
     assert router is not None
-    sequences = [one.rollout.prompt_ids + one.rollout.response_ids for one in EXAMPLES]
+    sequences = [one.rollout.read_ids for one in EXAMPLES]
     width = max(map(len, sequences))
     mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])
     input_BT = torch.tensor([ids + (0,) * (width - len(ids)) for ids in sequences])
