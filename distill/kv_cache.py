@@ -183,15 +183,29 @@ class Decoding:
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         query_BHGd = query.reshape(self.num_rows, keys.shape[1], -1, keys.shape[3])
+        attend = _two_products if keys.device.type == "cpu" and keys.dtype == torch.float32 else _fused
         said = [
-            scaled_dot_product_attention(
+            attend(
                 query_BHGd[group.first : group.last],
                 keys[group.first : group.last, :, : group.width],
                 values[group.first : group.last, :, : group.width],
-                attn_mask=self.bias_BC[group.first : group.last, None, None, : group.width],
-                scale=scaling,
+                self.bias_BC[group.first : group.last, None, None, : group.width],
+                scaling,
             )
             for group in self.groups
         ]
         together = said[0] if len(said) == 1 else torch.cat(said)
         return together.reshape(self.num_rows, 1, -1, keys.shape[3])
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float | None) -> Tensor:
+    return scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scaling)
+
+
+def _two_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float | None) -> Tensor:
+    """The same in plain steps: torch's fused kernel shares few queries badly among a CPU's cores, and takes twice the
+    time of these on two for rows of a hundred tokens. In 16 bits its products are the faster ones by far."""
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    logits = (query * scaling) @ keys.transpose(-1, -2)
+    return logits.add_(bias).softmax(dim=-1) @ values
