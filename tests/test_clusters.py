@@ -25,12 +25,16 @@ from hypothesis import strategies as st
 from distill.clusters import LaunchSettings
 from distill.config import RunConfig
 from distill.errors import UserError
+from distill.hardware import load_devices, parse_pool
 from distill.jobs import ScheduleSettings, read_job
+from distill.memory import Memory
+from distill.server_memory import ServerMemory
 from pipelines.clusters import shell
-from pipelines.clusters.fleet import Fleet
+from pipelines.clusters.fleet import Fleet, _student
 from pipelines.clusters.order import Order, notes, order
 from pipelines.clusters.rendering import ENGINES
 from pipelines.clusters.slurm import _seconds
+from pipelines.layouts import SamplerLayout, StudentLayout
 from pipelines.processes import Machines, run_processes
 from pipelines.resolution import recipe_names
 
@@ -334,6 +338,23 @@ def test_no_more_gpus_are_asked_for_than_there_are(on: str, tmp_path: Path) -> N
             counts.add((len(one.fleet.servers), there - one.gpus))
     # Servers of both roles and none of them, with GPUs to spare and without, and what does not fit were all among them.
     assert {servers for servers, _ in counts} == {0, 2} and {0} < {left for _, left in counts} and refused
+
+
+@pytest.mark.parametrize("on", ENGINES)
+def test_the_vllm_that_speaks_for_the_student_has_a_gpu(on: str, tmp_path: Path) -> None:
+    """Whatever its number was where the job file was written: it is the one behind those of the processes."""
+    one = rendered(tmp_path, "beside", on, "sampler.backend=vllm", 'sampler.devices=["7"]')
+    student = one.fleet.student
+    assert asked_for(one, on) == one.gpus == one.fleet.plan.best.layout.gpus
+    assert (student.gpus, student.processes) == (3, 2)
+    assert """--set 'sampler.devices=["2"]'""" in one.text
+
+
+def test_a_vllm_beside_processes_on_several_machines_is_refused() -> None:
+    pool = parse_pool("3x8xH100", load_devices())
+    layout = StudentLayout(16, "sharded", Memory({}), SamplerLayout(ServerMemory({}, 0, 1), 1))
+    with pytest.raises(UserError, match="its own machine alone can reach, and a machine has 8"):
+        _student(layout, pool)
 
 
 @pytest.mark.parametrize(

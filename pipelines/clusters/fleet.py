@@ -9,8 +9,9 @@ else's and no part.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import yaml
 
@@ -23,7 +24,7 @@ from distill.model_config import TeacherSettings
 from distill.recipe import assign, parse_assignment, validate
 from distill.vllm.launch import Role
 from pipelines.clusters.shell import Read, joined
-from pipelines.layouts import Layout, TeacherLayout
+from pipelines.layouts import Layout, StudentLayout, TeacherLayout
 from pipelines.plan import Plan
 from pipelines.plan_document import PORTS
 
@@ -44,11 +45,19 @@ class Part:
     device: str
     """The GPUs' name in the table of devices."""
     has_gpus: bool
+    _: KW_ONLY
+    sampler_devices: int = 0
+    """Of the vLLM that speaks for the student, beside those of its processes."""
+
+    @property
+    def devices(self) -> int:
+        """Of one machine."""
+        return self.processes + self.sampler_devices
 
     @property
     def gpus(self) -> int:
         """Of one machine."""
-        return self.processes if self.has_gpus else 0
+        return self.devices if self.has_gpus else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +121,16 @@ class Fleet:
         return sum(part.machines * part.gpus for part in self.parts)
 
     def run_command(self, recipe: Read, *, hosts: Mapping[str, Sequence[Read]]) -> list[str]:
-        """The student's command; ``hosts`` are the machines of each server, by the part's name."""
-        urls = [word for server in self.servers for word in ("--set", server.urls(hosts[server.name]))]
-        return ["distill", "run", "--recipe", recipe, "--out", Read('"$run"'), *urls]
+        """The student's command; ``hosts`` are the machines of each server, by the part's name.
+
+        The student has the first of the job's GPUs on its machine, counted from 0, and its vLLM those behind them.
+        """
+        settings: list[str] = [server.urls(hosts[server.name]) for server in self.servers]
+        if self.student.has_gpus and self.student.sampler_devices:
+            gpus = range(self.student.processes, self.student.devices)
+            settings.append(f"sampler.devices={json.dumps([str(gpu) for gpu in gpus])}")
+        words = [word for setting in settings for word in ("--set", setting)]
+        return ["distill", "run", "--recipe", recipe, "--out", Read('"$run"'), *words]
 
     def needed(self, key: str, engine: str, *, example: str) -> str:
         """A setting of the launch block that an engine cannot do without."""
@@ -145,7 +161,7 @@ def make_fleet(name: str, plan: Plan, settings: LaunchSettings, schedule: Schedu
             f"({', '.join(layout.assignments)}); write that into the job file, or name more GPUs"
         )
     config, pool = _as_planned(layout), layout.student_pool
-    student = _student(layout.student.processes, pool)
+    student = _student(layout.student, pool)
     roles = () if layout.is_shared else roles_to_serve(config.teacher)
     if roles:
         _refuse_unserved(config)
@@ -175,14 +191,22 @@ def _as_planned(layout: Layout) -> RunConfig:
     return validate(tree, where="the configuration as it is planned")
 
 
-def _student(processes: int, pool: Pool) -> Part:
-    machines = -(-processes // pool.per_node)
+def _student(layout: StudentLayout, pool: Pool) -> Part:
+    processes, own = layout.processes, layout.devices - layout.processes
+    machines = -(-layout.devices // pool.per_node)
+    if own and machines > 1:
+        raise UserError(
+            f"the plan has {processes} processes for the student and {own} devices for the vLLM that speaks for it, "
+            f"which its own machine alone can reach, and a machine has {pool.per_node}; name larger machines, or set "
+            "sampler.backend to transformers"
+        )
     if processes % machines:
         raise UserError(
             f"the plan has {processes} processes for the student, which are not equally many on each of {machines} "
             f"machines of {pool.per_node}; name a pool of whole machines with launch.gpus_student, or fewer GPUs"
         )
-    return Part("student", machines, processes // machines, pool.name, pool.device.kind == "gpu")
+    on_gpu = pool.device.kind == "gpu"
+    return Part("student", machines, processes // machines, pool.name, on_gpu, sampler_devices=own)
 
 
 def roles_to_serve(teacher: TeacherSettings) -> tuple[Role, ...]:

@@ -73,7 +73,7 @@ def _refuse(fleet: Fleet) -> None:
         )
     machines = [part for part in fleet.servers if part.machines > 1]
     room = fleet.plan.best.layout.student_pool.per_node
-    needs = sum(part.processes for part in fleet.parts)
+    needs = sum(part.devices for part in fleet.parts)
     pools = {part.device for part in fleet.parts}
     if fleet.servers and (machines or fleet.student.machines > 1 or needs > room or len(pools) > 1):
         raise UserError(
@@ -213,9 +213,9 @@ def _resources(fleet: Fleet, part: Part) -> Object:
     settings = fleet.settings
     asked: Object = {}
     if settings.cpus_per_gpu is not None:
-        asked["cpu"] = str(settings.cpus_per_gpu * part.processes)
+        asked["cpu"] = str(settings.cpus_per_gpu * part.devices)
     if settings.memory_gb_per_gpu is not None:
-        asked["memory"] = f"{settings.memory_gb_per_gpu * part.processes}G"
+        asked["memory"] = f"{settings.memory_gb_per_gpu * part.devices}G"
     gpus = {settings.kubernetes.gpu_resource: str(part.gpus)} if part.has_gpus else {}
     # GPUs are asked for as a limit; the request follows from it.
     limits = {**gpus, **({"memory": asked["memory"]} if "memory" in asked else {})}

@@ -83,8 +83,8 @@ def _resources(fleet: Fleet, part: Part) -> Task:
     return {
         **({} if sky.infra is None else {"infra": sky.infra}),
         **({"accelerators": {_accelerator(part.device): part.gpus}} if part.has_gpus else {}),
-        **({} if cpus is None else {"cpus": f"{cpus * part.processes}+"}),
-        **({} if memory is None else {"memory": f"{memory * part.processes}+"}),
+        **({} if cpus is None else {"cpus": f"{cpus * part.devices}+"}),
+        **({} if memory is None else {"memory": f"{memory * part.devices}+"}),
         **({} if settings.image is None else {"image_id": f"docker:{settings.image}"}),
         **({} if sky.disk_size is None else {"disk_size": sky.disk_size}),
         **({"use_spot": True} if sky.use_spot else {}),

@@ -83,7 +83,7 @@ class _Place:
 def render(fleet: Fleet) -> str:
     """The batch script. Raises UserError for settings that are missing or that Slurm has no word for."""
     _refuse(fleet)
-    places, machines, processes = _placed(fleet)
+    places, machines, devices = _placed(fleet)
     settings, slurm = fleet.settings, fleet.settings.slurm
     out = fleet.needed("out", "Slurm", example="/shared/runs")
     nodes = 'mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")'
@@ -95,7 +95,7 @@ def render(fleet: Fleet) -> str:
     lines = [
         "#!/bin/bash",
         f"# {fleet.name}: made by `distill launch --on slurm`; change the job file, not this.",
-        *(f"#SBATCH {option}" for option in _options(fleet, machines, processes)),
+        *(f"#SBATCH {option}" for option in _options(fleet, machines, devices)),
         "",
         *opening(settings, joined(f"{out}/{fleet.name}")),
         *(f'{name}="$(cat -- {line([file])})" || exit 1; export {name}' for name, file in slurm.secret_files.items()),
@@ -115,14 +115,14 @@ def render(fleet: Fleet) -> str:
             machine = Read(str(number))
             command = server.command(host="0.0.0.0", machine=machine, first=hosts[server.name][0])
             lines += [
-                f"{_step(server, places[server.name], 1, processes=processes, command=command, machine=number)} &",
+                f"{_step(server, places[server.name], 1, devices=devices, command=command, machine=number)} &",
                 "servers+=($!)",
             ]
     tasks = fleet.student.machines * fleet.student.processes
     run = [*fleet.run_command(recipe, hosts=hosts), *(["--processes", "1"] if tasks == 1 else [])]
     meeting = f'MASTER_ADDR="${{nodes[0]}}" MASTER_PORT={STUDENT_PORT} '
     lines += [
-        meeting + _step(fleet.student, places["student"], tasks, processes=processes, command=run) + " &",
+        meeting + _step(fleet.student, places["student"], tasks, devices=devices, command=run) + " &",
         "student=$!",
         "",
     ]
@@ -131,8 +131,8 @@ def render(fleet: Fleet) -> str:
 
 def gpus(fleet: Fleet) -> int:
     """Of the whole allocation, those that no part uses included: its machines are equal."""
-    _, machines, processes = _placed(fleet)
-    return machines * processes if fleet.student.has_gpus else 0
+    _, machines, devices = _placed(fleet)
+    return machines * devices if fleet.student.has_gpus else 0
 
 
 def _refuse(fleet: Fleet) -> None:
@@ -159,23 +159,23 @@ def _refuse(fleet: Fleet) -> None:
 
 
 def _placed(fleet: Fleet) -> tuple[dict[str, _Place], int, int]:
-    """Where each part is; the machines there are; and the processes of the one that has most."""
+    """Where each part is; the machines there are; and the devices of the one that has most."""
     layout = fleet.plan.best.layout
     room = min(layout.teacher_pool.per_node, layout.student_pool.per_node)
     used: list[int] = []
     places: dict[str, _Place] = {}
     for part in fleet.parts:
-        free = [number for number, taken in enumerate(used) if taken + part.processes <= room]
+        free = [number for number, taken in enumerate(used) if taken + part.devices <= room]
         if part.machines == 1 and free:
             places[part.name] = _Place(free[0], used[free[0]])
-            used[free[0]] += part.processes
+            used[free[0]] += part.devices
         else:
             places[part.name] = _Place(len(used), 0)
-            used += [part.processes] * part.machines
+            used += [part.devices] * part.machines
     return places, len(used), max(used)
 
 
-def _options(fleet: Fleet, machines: int, processes: int) -> list[str]:
+def _options(fleet: Fleet, machines: int, devices: int) -> list[str]:
     settings, slurm = fleet.settings, fleet.settings.slurm
     grace = int(-(-fleet.schedule.termination_grace_period_seconds // 1))
     wall = fleet.needed("slurm.time", "Slurm", example="24:00:00")
@@ -192,10 +192,10 @@ def _options(fleet: Fleet, machines: int, processes: int) -> list[str]:
         *options,
         f"--time={wall}",
         f"--nodes={machines}",
-        f"--ntasks-per-node={processes}",
-        *([f"--gres={slurm.gres}:{processes}"] if has_gpus else []),
+        f"--ntasks-per-node={devices}",
+        *([f"--gres={slurm.gres}:{devices}"] if has_gpus else []),
         *([f"--cpus-per-task={settings.cpus_per_gpu}"] if settings.cpus_per_gpu else []),
-        *([f"--mem={settings.memory_gb_per_gpu * processes}G"] if settings.memory_gb_per_gpu else []),
+        *([f"--mem={settings.memory_gb_per_gpu * devices}G"] if settings.memory_gb_per_gpu else []),
         *(["--exclusive"] if slurm.exclusive else []),
         f"--output={_log(str(settings.out), fleet.name)}",
         "--open-mode=append",
@@ -229,7 +229,7 @@ def _node(number: int) -> Read:
 
 
 def _step(
-    part: Part, place: _Place, tasks: int, *, processes: int, command: list[str], machine: int | None = None
+    part: Part, place: _Place, tasks: int, *, devices: int, command: list[str], machine: int | None = None
 ) -> str:
     """A step's command: ``tasks`` tasks on the part's machines, or on one of them, with its GPUs of them."""
     first, machines = (place.first, part.machines) if machine is None else (place.first + machine, 1)
@@ -243,6 +243,6 @@ def _step(
     # Steps share the machines' processors and memory; their GPUs are told apart below.
     words += ["--overlap", "--cpu-bind=none", "--kill-on-bad-exit=0"]
     words += ["--nodelist", Read(f'"$(IFS=,; echo "${{nodes[*]:{first}:{machines}}}")"')]
-    if part.has_gpus and part.gpus < processes:
+    if part.has_gpus and part.gpus < devices:
         words += ["bash", "-c", _SOME_GPUS, "bash", str(place.first_gpu), str(part.gpus)]
     return line([*words, *command])
