@@ -11,7 +11,8 @@ Ours runs the loop that ``distill run`` runs. A step's seconds are the median ov
 tokens those of the responses. ``parts`` are generating, the teacher's forward pass and the student's forward and
 backward pass, each measured alone on the tokens of the last step; ``wall_over_parts`` is the step's time over their
 sum. TRL runs in its own environment (``--trl-python``; else null). The two take turns, each time in a new process, and
-the median of ``--rounds`` is printed: a machine's speed wanders.
+the median of ``--rounds`` is printed: a machine's speed wanders. ``speedup`` is ours over TRL's within a round: the
+median, the least and the most.
 
 On a GPU ``reached`` says what each part makes of it: model FLOP/s (scoring, training), bytes of weights and cache read
 a second (sampling), and both as shares of what a large product and a large copy reach there.
@@ -281,6 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.trl_python:
             rounds["trl"].append(trl(setting, args))
     results = {name: median(found) if found else None for name, found in rounds.items()}
+    if args.trl_python:
+        pairs = zip(rounds["ours"], rounds["trl"], strict=True)
+        ratios = [one["tokens_per_second"] / theirs["tokens_per_second"] for one, theirs in pairs]
+        results["speedup"] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
     if args.json:
         print(json.dumps(results))
         return
