@@ -48,9 +48,14 @@ class Pass(nn.Module):
 def replicated(whole: Pass) -> nn.Module:
     """DDP around it."""
     accelerator = _accelerator(on_cpu=not next(whole.parameters()).is_cuda)
-    ddp = cast(nn.parallel.DistributedDataParallel, accelerator.prepare_model(whole))
+    ddp = accelerator.prepare_model(whole)
+    # What accelerate takes to be one process, it gives back as it is.
+    assert isinstance(ddp, nn.parallel.DistributedDataParallel), (
+        "replicas need the launcher's variables, LOCAL_RANK too"
+    )
     if next(whole.parameters()).dtype != torch.float32:
-        ddp.register_comm_hook(None, _average_in_fp32)
+        # DDP takes no annotated function but one whose annotations are classes, which they are not in this file.
+        ddp.register_comm_hook(None, lambda state, bucket: _average_in_fp32(bucket))
     return ddp
 
 
@@ -59,7 +64,7 @@ def _accelerator(*, on_cpu: bool) -> Accelerator:
     return Accelerator(cpu=on_cpu, mixed_precision="no", dynamo_backend="no")
 
 
-def _average_in_fp32(state: None, bucket: Any) -> Any:
+def _average_in_fp32(bucket: dist.GradBucket) -> Any:
     wide = bucket.buffer().float().div_(dist.get_world_size())
     reduced: Any = dist.all_reduce(wide, async_op=True)
     return reduced.get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
@@ -74,7 +79,10 @@ def sharded(whole: Pass, model: PreTrainedModel, dtype: torch.dtype, device: tor
         fsdp_version=2,
         reshard_after_forward=True,
         cpu_offload=offload,
-        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        # The inputs are ids, and numbers for the loss, which does its arithmetic in fp32.
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
         auto_wrap_policy="TRANSFORMER_BASED_WRAP",
         transformer_cls_names_to_wrap=[type(cast(Any, model.get_decoder()).layers[0]).__name__],
         cpu_ram_efficient_loading=False,
