@@ -35,6 +35,7 @@ class MasterAdamW:
         eight_bit: bool = False,
     ) -> None:
         self.settings = settings
+        self._eight_bit = eight_bit
         self._with_masters = dtype != torch.float32
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
         assert self.parameters, "a model without trainable parameters cannot be trained"
@@ -116,9 +117,11 @@ class MasterAdamW:
                 if kind == "master":
                     master.copy_(slice_like(value, master))
                     self.parameters[name].copy_(master)
+                elif value.dim():
+                    self.adamw.state[master][kind] = slice_like(value, master).clone()
                 else:
-                    held = slice_like(value, master) if value.dim() else value
-                    self.adamw.state[master][kind] = held.clone()
+                    # How many steps: the fused AdamW reads it where the master is, bitsandbytes takes a number.
+                    self.adamw.state[master][kind] = int(value) if self._eight_bit else value.to(master.device).clone()
 
 
 def _adamw(parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:

@@ -50,9 +50,7 @@ def replicated(whole: Pass) -> nn.Module:
     accelerator = _accelerator(on_cpu=not next(whole.parameters()).is_cuda)
     ddp = accelerator.prepare_model(whole)
     # What accelerate takes to be one process, it gives back as it is.
-    assert isinstance(ddp, nn.parallel.DistributedDataParallel), (
-        "replicas need the launcher's variables, LOCAL_RANK too"
-    )
+    assert isinstance(ddp, nn.parallel.DistributedDataParallel), "replicas need the launcher's variables"
     if next(whole.parameters()).dtype != torch.float32:
         # DDP takes no annotated function but one whose annotations are classes, which they are not in this file.
         ddp.register_comm_hook(None, lambda state, bucket: _average_in_fp32(bucket))
@@ -64,7 +62,7 @@ def _accelerator(*, on_cpu: bool) -> Accelerator:
     return Accelerator(cpu=on_cpu, mixed_precision="no", dynamo_backend="no")
 
 
-def _average_in_fp32(bucket: dist.GradBucket) -> Any:
+def _average_in_fp32(bucket: Any) -> Any:
     wide = bucket.buffer().float().div_(dist.get_world_size())
     reduced: Any = dist.all_reduce(wide, async_op=True)
     return reduced.get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))

@@ -20,12 +20,10 @@ def rescore(student: Student, rollouts: Sequence[Rollout]) -> list[ActionLogprob
     The arithmetic is that of the policy gradient itself, so the first optimiser step finds ratios of 1 up to the
     rounding of a batch that is packed otherwise.
     """
-    training = student.model.training
-    student.model.eval()
     found: dict[int, ActionLogprobs] = {}
     examples = [Example(rollout) for rollout in rollouts]
     places = {id(example): place for place, example in enumerate(examples)}
-    try:
+    with student.evaluating():
         for group in micro_batches(examples, student.settings.micro_batch_tokens):
             interrupt.check()
             batch = collate(group, student.model.device)
@@ -42,6 +40,4 @@ def rescore(student: Student, rollouts: Sequence[Rollout]) -> list[ActionLogprob
                 group, scored.token_logprob.split(lengths), scored.action_logprob.split(lengths), strict=True
             ):
                 found[places[id(example)]] = ActionLogprobs(token_R, action_R)
-    finally:
-        student.model.train(training)
     return [found[place] for place in range(len(rollouts))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -122,8 +122,9 @@ class Student:
     def begin(self, settings: Optimiser) -> None:
         """Forget the last stage's moments; train on with these settings."""
         self._reading = None
-        if self.engine == "sharded":
-            # Its parameters are the masters; every engine starts a stage from what the student's own dtype holds.
+        if any(parameter.dtype != self.dtype for parameter in self.model.parameters() if parameter.requires_grad):
+            # Slices and adapters are masters themselves. A stage begins from what a checkpoint holds, in the student's
+            # own dtype, so that a run which is resumed there is the same run.
             self._round()
         self.optimiser = MasterAdamW(
             self.model.named_parameters(), settings, dtype=self.dtype, eight_bit=self.settings.adamw == "8bit"
@@ -138,6 +139,16 @@ class Student:
     def whole(self) -> AbstractContextManager[None]:
         """A block in which this process can use ``model`` at its own pace, to sample from it."""
         return gathered(self._pass)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A block without dropout, as the sampler has it."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
 
     @property
     def passes(self) -> int:
@@ -170,7 +181,7 @@ class Student:
         """The k ids [R, k] that the student holds most probable at each response token; the stop ids are among them."""
         found: dict[int, Tensor] = {}
         places = {id(rollout): place for place, rollout in enumerate(rollouts)}
-        with self.whole():
+        with self.whole(), self.evaluating():
             for group in micro_batches([Example(rollout) for rollout in rollouts], self.settings.micro_batch_tokens):
                 interrupt.check()
                 rows, _ = self.rows(collate(group, self.model.device))
@@ -183,13 +194,14 @@ class Student:
     def felt(self, examples: Sequence[Example], loss: Loss) -> list[dict[str, Tensor]]:
         """What ``loss`` says of each example's response tokens, [R] a metric; nothing is learnt."""
         found: dict[int, dict[str, Tensor]] = {}
-        for group in micro_batches(examples, self.settings.micro_batch_tokens) if examples else []:
-            interrupt.check()
-            rows, _ = self.rows(collate(group, self.model.device))
-            lengths = [len(example.rollout.response_ids) for example in group]
-            parts = {name: value_N.split(lengths) for name, value_N in loss(rows).per_token_N.items()}
-            for place, example in enumerate(group):
-                found[id(example)] = {name: split[place] for name, split in parts.items()}
+        with self.evaluating():
+            for group in micro_batches(examples, self.settings.micro_batch_tokens) if examples else []:
+                interrupt.check()
+                rows, _ = self.rows(collate(group, self.model.device))
+                lengths = [len(example.rollout.response_ids) for example in group]
+                parts = {name: value_N.split(lengths) for name, value_N in loss(rows).per_token_N.items()}
+                for place, example in enumerate(group):
+                    found[id(example)] = {name: split[place] for name, split in parts.items()}
         return [found[id(example)] for example in examples]
 
     def read(self, rollouts: Sequence[Rollout]) -> Span | None:

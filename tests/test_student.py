@@ -26,7 +26,9 @@ from distill.errors import NonFiniteError
 from distill.model_config import LoraSettings, StudentSettings
 from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
+from students import optimiser
 from students.batch import Batch, collate, micro_batches
+from students.optimiser import MasterAdamW
 from students.router import RouterLoad
 from students.student import Felt, Rows, Student
 from teachers.local import LocalTeacher
@@ -224,6 +226,42 @@ def test_resumed_optimiser_goes_on_exactly(tmp_path: Path) -> None:
             step(second, at=at)
         for name, value in straight.weights().items():
             assert torch.equal(value, second.weights()[name]), (dtype, name)
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_count_of_steps_goes_where_it_is_read(monkeypatch: pytest.MonkeyPatch, *, eight_bit: bool) -> None:
+    """The meta device stands for a GPU, whose fused AdamW would read the count there."""
+    monkeypatch.setattr(optimiser, "_eight_bit_adamw", optimiser._adamw)
+    first, second = (torch.nn.Parameter(torch.ones(2, 2, device=device)) for device in ("cpu", "meta"))
+    saved = MasterAdamW([("weight", first)], Optimiser(learning_rate=1e-3), eight_bit=eight_bit)
+    first.grad = torch.ones(2, 2)
+    saved.step(1e-3, where="a test")
+    resumed = MasterAdamW([("weight", second)], Optimiser(learning_rate=1e-3), eight_bit=eight_bit)
+    resumed.load_state(saved.state())
+    step = resumed.adamw.state[second]["step"]
+    assert step == 1 and type(step) is int if eight_bit else step.is_meta
+
+
+def test_a_stage_begins_from_what_a_checkpoint_holds() -> None:
+    """Adapters are held in fp32, and kept in the student's own bf16."""
+    lora = LoraSettings(rank=4, alpha=8.0)
+    unbroken, resumed = (student(dense().bfloat16(), replace_settings(dtype="bfloat16", lora=lora)) for _ in range(2))
+    step(unbroken)
+    resumed.load_weights(unbroken.weights())
+    for one in (unbroken, resumed):
+        one.begin(Optimiser(learning_rate=1e-2, warmup_steps=0))
+        step(one)
+    for name, parameter in unbroken.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+def test_what_is_learnt_nothing_from_is_read_without_dropout() -> None:
+    learner = student(dense(), replace_settings(lora=LoraSettings(rank=4, alpha=64.0, dropout=0.5)))
+    step(learner)
+    once, again = (learner.felt(EXAMPLES, cross_entropy) for _ in range(2))
+    for a, b in zip(once, again, strict=True):
+        assert torch.equal(a["sampled_logprob"], b["sampled_logprob"])
+    assert learner.model.training
 
 
 def test_not_a_number_stops_before_the_step() -> None:
