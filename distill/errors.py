@@ -12,6 +12,8 @@ class DistillError(Exception):
     """Something failed that is no fault of the configuration (exit code 1)."""
 
     exit_code = 1
+    place: str | None = None
+    """Where in a run it happened, once that was said of it."""
 
 
 class UserError(DistillError, ValueError):
@@ -42,3 +44,15 @@ class StoppedError(DistillError):
 
 class PeerError(DistillError):
     """Another process of the same run failed; that one says why, this one only ends with it."""
+
+
+def name_place(error: Exception, place: str) -> None:
+    """Says of an error where in a run it happened, once: who caught it first knows best.
+
+    What is no DistillError is a bug or a device that failed: it keeps its own words, and a note goes with it.
+    """
+    if not isinstance(error, DistillError):
+        if not getattr(error, "__notes__", None):
+            error.add_note(f"in {place}")
+    elif error.place is None:
+        error.place, error.args = place, (f"{place}: {error}",)

@@ -2,14 +2,15 @@
 
 A signal only leaves a note. Long work calls ``check`` between two tokens, passes or files; it raises there, never in
 the middle of an optimiser step or a write, so the state on disk and in memory is that of the last finished step.
-Work in a thread of its own can be called off besides, by whoever started it.
+Work in a thread of its own can be called off besides, by whoever started it, and what goes wrong there can be raised by
+``check`` in the thread that waits for it.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,6 +26,7 @@ class _Here(threading.local):
     """What ends the work of this thread alone."""
 
     called_off: threading.Event | None = None
+    watch: Callable[[], None] | None = None
 
 
 _here = _Here()
@@ -35,11 +37,18 @@ class CalledOffError(Exception):
 
 
 def check() -> None:
-    """Raise StoppedError if a signal has asked this process to stop, CalledOffError if this thread's work is."""
+    """Raise StoppedError if a signal asked this process to stop, CalledOffError if this thread's work is not wanted.
+
+    Within a ``watching`` block also what its watch raises.
+    """
     if _here.called_off is not None and _here.called_off.is_set():
         raise CalledOffError
-    if _received is not None and not _deferred:
+    if _deferred:
+        return
+    if _received is not None:
         raise stopped(_received)
+    if _here.watch is not None:
+        _here.watch()
 
 
 def received() -> signal.Signals | None:
@@ -60,6 +69,16 @@ def until(called_off: threading.Event) -> Iterator[None]:
         yield
     finally:
         _here.called_off = None
+
+
+@contextmanager
+def watching(watch: Callable[[], None]) -> Iterator[None]:
+    """Within the block ``check`` calls ``watch`` in this thread, which raises what has gone wrong elsewhere."""
+    _here.watch = watch
+    try:
+        yield
+    finally:
+        _here.watch = None
 
 
 @contextmanager

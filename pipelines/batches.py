@@ -25,7 +25,7 @@ from typing import Protocol, Self, cast
 
 from distill import interrupt
 from distill.costs import CostAccount
-from distill.errors import DistillError
+from distill.errors import DistillError, name_place
 from distill.sampler import IndependentSampler
 from distill.spans import Span, length
 from distill.types import Rollout
@@ -137,7 +137,7 @@ class Ahead:
         self._sampler = cast(IndependentSampler, crew.student_sampler)
         self._called_off = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{stage.name} sampling")
-        self._keeping = ExitStack()
+        self._keeping, self._watching = ExitStack(), ExitStack()
         self._under_way: tuple[int, Future[_Spoken]] | None = None
         self._ready: _Spoken | None = None
         self._sent: Span = (0.0, 0.0)
@@ -145,9 +145,11 @@ class Ahead:
         self._rested = 0.0
 
     def __enter__(self) -> Self:
+        self._watching.enter_context(interrupt.watching(self._look))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._watching.close()
         self._called_off.set()
         self._thread.shutdown(cancel_futures=True)
         self._keeping.close()
@@ -184,8 +186,6 @@ class Ahead:
         synced = time.perf_counter()
         with crew.student.whole(), _naming(stage, crew, step, "scoring"):
             judged, spans = _judged(stage, crew, spoken.rollouts)
-        if self._under_way is not None and self._under_way[1].done():
-            self.rest()  # what went wrong there is not kept until this batch has been trained on
         scored = time.perf_counter()
         read = [] if judged.read is None else [judged.read]
         return Batch(
@@ -200,6 +200,11 @@ class Ahead:
             weights=spoken.weights,
             rested=already,
         )
+
+    def _look(self) -> None:
+        """What went wrong with the batch under way is not kept until the one before it is judged and trained on."""
+        if self._under_way is not None and (future := self._under_way[1]).done() and future.exception() is not None:
+            self.rest()
 
     def _begin(self, step: int) -> None:
         began = time.perf_counter()
@@ -232,17 +237,12 @@ def _judged(stage: Stage, crew: Crew, rollouts: Sequence[Rollout]) -> tuple[Judg
 
 @contextmanager
 def _naming(stage: Stage, crew: Crew, step: int, phase: str) -> Iterator[None]:
-    """Says of an error where it happened; a request to stop has no place.
-
-    What is no DistillError is a bug or a device that failed: it keeps its own words, and a note goes with it.
-    """
+    """Says of an error where it happened, unless that is known."""
     try:
         yield
     except Exception as error:
         # A judge that hears of a response while others are still being spoken fails in the midst of sampling.
-        where = f"{stage.name}, {'scoring' if error is crew.teachers.failure else phase} step {step}"
-        if not isinstance(error, DistillError):
-            error.add_note(f"in {where}")
-        elif interrupt.received() is None:
-            error.args = (f"{where}: {error}",)
+        # Of a run that was asked to stop, an error is how it stops.
+        if interrupt.received() is None or not isinstance(error, DistillError):
+            name_place(error, f"{stage.name}, {'scoring' if error is crew.teachers.failure else phase} step {step}")
         raise

@@ -13,7 +13,7 @@ import torch
 from distill import interrupt
 from distill.costs import Cost, rollout_flops
 from distill.encode import Encoder
-from distill.errors import DistillError, GuardError, NonFiniteError, StoppedError
+from distill.errors import DistillError, GuardError, NonFiniteError, StoppedError, name_place
 from distill.journal import Journal
 from distill.progress import track
 from distill.repetition import repetition
@@ -155,7 +155,7 @@ def _learn(
                 raise DistillError(f"{error}; the step had begun, so the run stands at its last checkpoint") from error
             except Exception as error:
                 if not isinstance(error, DistillError):
-                    error.add_note(f"in {stage.name}, training step {step}")
+                    name_place(error, f"{stage.name}, training step {step}")
                 raise
         learned.append(metrics)
     return _together(learned)
