@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -171,6 +171,28 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 )
 def test_a_student_learns_as_on_a_cpu(reference: list[float], changes: dict[str, Any], tolerance: float) -> None:
     assert curve(StudentSettings(**changes), GPU) == pytest.approx(reference, rel=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_optimiser_goes_on(dtype: Literal["float32", "bfloat16"]) -> None:
+    settings = StudentSettings(dtype=dtype)
+    straight, resumed = (
+        Student(dense().to(device=GPU, dtype=getattr(torch, dtype)), settings, stop_ids=(48, 49)) for _ in range(2)
+    )
+    whole = losses(straight)
+    resumed.begin(Optimiser(learning_rate=1e-2, warmup_steps=0))
+    for number in range(3):
+        resumed.step(EXAMPLES, cross_entropy, step=number, num_steps=6, where="a test")
+    assert resumed.optimiser is not None
+    weights, moments = resumed.weights(), resumed.optimiser.state()
+    # As they come out of a file.
+    weights, moments = ({name: value.cpu().clone() for name, value in part.items()} for part in (weights, moments))
+    resumed.begin(Optimiser(learning_rate=1e-2, warmup_steps=0))
+    resumed.load_weights(weights)
+    resumed.optimiser.load_state(moments)
+    for number in range(3, 6):
+        metrics = resumed.step(EXAMPLES, cross_entropy, step=number, num_steps=6, where="a test")
+        assert metrics["loss"] == pytest.approx(whole[number], rel=1e-3)
 
 
 def sharded_curve(rank: int, folder: str, offload: bool) -> None:
