@@ -262,7 +262,7 @@ def linear_divergence(
     teacher_hidden: Tensor,
     teacher_head: Tensor,
     *,
-    kind: str,
+    kind: str = "reverse_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     weights: Tensor | None = None,
