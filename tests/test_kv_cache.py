@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from distill import kv_cache
 from distill.kv_cache import Decoding, Group, SlotCache, arranged, groups_of
 
 
@@ -51,14 +53,20 @@ def test_a_slot_holds_its_own_row_through_growth_moves_and_shared_prompts() -> N
         assert torch.equal(cache.values[0][slot, :, : len(row)], -expected)
 
 
-def test_a_token_attends_to_its_own_places_alone() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "many_rows"), [(torch.float32, 1), (torch.float32, 3), (torch.float32, 99), (torch.float64, 1)]
+)
+def test_a_token_attends_to_its_own_places_alone(
+    dtype: torch.dtype, many_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against attention in float64, row by row; what lies behind a row's length is another row's."""
+    monkeypatch.setattr(kv_cache, "MANY_ROWS", many_rows)
     torch.manual_seed(1)
     cache, lengths = SlotCache(), [9, 8, 3, 3]
     cache.reserve(4, 9, most_places=9)
-    cache.keys, cache.values = [torch.randn(4, 2, 9, 8)], [torch.randn(4, 2, 9, 8)]
-    query = torch.randn(4, 6, 1, 8)
-    decoding = Decoding.of(cache, groups_of(lengths, cache.worth()), torch.tensor(lengths) - 1, torch.float32)
+    cache.keys, cache.values = [torch.randn(4, 2, 9, 8, dtype=dtype)], [torch.randn(4, 2, 9, 8, dtype=dtype)]
+    query = torch.randn(4, 6, 1, 8, dtype=dtype)
+    decoding = Decoding.of(cache, groups_of(lengths, cache.worth()), torch.tensor(lengths) - 1, dtype)
     assert decoding.groups == [Group(0, 4, 9)]  # too small a cache for groups
     apart = Decoding(cache, 4, groups_of(lengths, worth=1), decoding.bias_BC)
     assert len(apart.groups) == 2
