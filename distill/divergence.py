@@ -30,6 +30,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.loss_arguments import check_groups, check_ids, check_linear, weights_of
 from distill.tiles import tiled_total
+from distill.types import COLDEST
 
 LOG_ZERO = -1e4
 """The log-probability of what has no probability: finite, so that 0 * LOG_ZERO is 0, and exp(LOG_ZERO) is 0."""
@@ -239,8 +240,10 @@ def check_choices(kind: str, beta: float, temperature: float) -> None:
             f"beta is {beta} and must lie between 0 and 1, and not so near 0 that 1 - beta is 1; its limits are the"
             " kinds forward and reverse_kl."
         )
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature is {temperature} and must be a positive number; 1 is the model's own.")
+    if not COLDEST <= temperature < math.inf:
+        raise UserError(
+            f"temperature is {temperature} and must be finite and at least {COLDEST}; 1 is the model's own."
+        )
 
 
 # --- The public function ----------------------------------------------------------------------------------------------

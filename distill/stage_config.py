@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from distill.settings import LARGEST, Count, PositiveFloat, PositiveInt, Settings, Share
-from distill.types import Mode, Sampling
+from distill.types import COLDEST, Mode, Sampling
 
-COLDEST = 1e-6
-"""The lowest temperature. The most probable token is certain there; logits divided by much less overflow."""
+Temperature = Annotated[float, Field(ge=COLDEST)]
 
 
 class SamplingSettings(Settings):
@@ -18,7 +17,7 @@ class SamplingSettings(Settings):
 
     max_new_tokens: PositiveInt = 4096
     """Longest response, in tokens; a response that reaches it is truncated."""
-    temperature: Annotated[float, Field(ge=COLDEST)] = 1.0
+    temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Count = 0
     """Keep the k most probable tokens; 0 keeps all."""
@@ -102,7 +101,7 @@ class DivergenceSettings(Settings):
     kind: Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"] = "reverse_kl"
     beta: Annotated[float, Field(ge=1e-6, lt=1.0)] = 0.5
     """Mixture weight of the Jensen-Shannon and the skewed divergences. What a smaller one adds, float32 rounds off."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     estimator: Literal["k1", "k3"] = "k1"
     """How the reverse KL is estimated where the teacher's signal is the sampled token: as log p - log q, or as
     q/p - 1 - log q/p, which is never negative. The gradient is the same."""

@@ -31,6 +31,9 @@ FinishReason = Literal["stop", "length"]
 
 MODES: tuple[Mode, ...] = ("think", "no_think")
 
+COLDEST = 1e-6
+"""The lowest temperature. The most probable token is certain there; logits divided by much less overflow."""
+
 Message = Mapping[str, Any]
 """One turn of a conversation, as chat templates take it: at least ``role`` and ``content``."""
 

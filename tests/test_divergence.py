@@ -19,6 +19,7 @@ from distill.cross_entropy import linear_cross_entropy, linear_logprobs
 from distill.divergence import KINDS, Divergence, linear_divergence
 from distill.errors import UserError
 from distill.stage_config import DivergenceSettings
+from distill.types import COLDEST
 
 N, V, D, E = 7, 23, 5, 6
 GROUPS = ((3, 17), (4, 20, 9))
@@ -458,6 +459,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"kind": "revers_kl"}, "did you mean 'reverse_kl'"),
     ({"kind": "skewed_forward"}, "did you mean 'skew_forward_kl'"),
     ({"temperature": 0.0}, "temperature is 0.0"),
+    ({"temperature": 9e-7}, "temperature is 9e-07 and must be finite and at least 1e-06"),
+    ({"temperature": float("inf")}, "temperature is inf"),
     ({"temperature": float("nan")}, "temperature is nan"),
     ({"beta": 1.0}, "beta is 1.0"),
     ({"beta": 1e-17}, "beta is 1e-17"),  # 1 - beta is 1 in floating point
@@ -491,9 +494,19 @@ def test_a_mixture_may_be_as_uneven_as_a_number_can_say(kind: str) -> None:
         assert_close(ours.values, spec["values"], 1e-10)
 
 
-def test_a_recipe_names_no_mixture_below_rounding() -> None:
-    with pytest.raises(ValueError, match=r"greater than or equal to 0\.000001"):
-        DivergenceSettings(beta=1e-17)  # refused before anything is sampled
+def test_a_recipe_names_no_mixture_below_rounding_and_no_temperature_that_overflows() -> None:
+    for below in ({"beta": 1e-17}, {"temperature": 1e-38}):
+        with pytest.raises(ValueError, match=r"greater than or equal to 0\.000001"):
+            DivergenceSettings(**below)  # refused before anything is sampled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lowest_temperature_is_finite_in_float32(kind: str) -> None:
+    options: dict[str, Any] = {"kind": kind, "temperature": COLDEST, "merged_ids": ((3, 5),)}
+    inputs = [(10 * x).detach().requires_grad_() for x in make(dtype=torch.float32)]
+    ours, exact = linear_divergence(*inputs, **options), linear_divergence(*(x.double() for x in inputs), **options)
+    assert_close(ours.values, exact.values, 1e-5)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(ours.total, inputs))
 
 
 def test_padded_rows_take_part_and_slicing_takes_them_out() -> None:

@@ -11,8 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from distill.draw import Draw, inverse_transform
 from distill.kv_cache import SlotCache
 from distill.sampler import TransformersSampler
-from distill.stage_config import COLDEST, SamplingSettings
-from distill.types import Prompt, Request, Sampling
+from distill.stage_config import SamplingSettings
+from distill.types import COLDEST, Prompt, Request, Sampling
 
 VOCABULARY, STOP, OPEN, CLOSE = 40, 37, 38, 39
 EARLY_STOP = (30, 31, CLOSE, 32)
