@@ -286,6 +286,7 @@ def linear_divergence(
     ``chunk_rows`` rows are projected at a time (default: what fits a memory budget); results do not depend on it.
 
     Arithmetic is in float32, in float64 for float64 inputs; gradients are summed so and come in the inputs' dtype.
+    In float16 small ones underflow: keep weights near 1 there, and divide in ``scaler.scale(total / num_tokens)``.
     A head sharded by FSDP2 is gathered once by the caller; a ``DTensor`` is refused.
 
     Raises ``UserError`` for an unknown kind, a parameter out of range or shapes that do not fit together.

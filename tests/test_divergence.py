@@ -494,6 +494,23 @@ def test_a_mixture_may_be_as_uneven_as_a_number_can_say(kind: str) -> None:
         assert_close(ours.values, spec["values"], 1e-10)
 
 
+def test_a_float16_gradient_keeps_its_digits_with_weights_of_one_and_the_division_in_the_scaled_total() -> None:
+    """What docs/divergence.md advises: a float16 number below 6e-5 loses digits, and gradients are formed with the
+    weights, before a scale reaches them."""
+    inputs, exact = make(torch.float16, scale=0.5), [x.detach().double() for x in make(torch.float16, scale=0.5)]
+    exact = [x.requires_grad_(i < 2) for i, x in enumerate(exact)]
+    scale, num_tokens = 65536.0, 50_000
+
+    def error(weight: float, factor: float) -> float:
+        ours = linear_divergence(*inputs, kind="reverse_kl", weights=torch.full((N,), weight))
+        spec = gradients(naive(*exact)["total"] * weight * factor, exact)
+        pairs = zip(gradients(ours.total * factor, inputs), spec, strict=True)
+        return max(float((mine.double() - theirs).norm() / theirs.norm()) for mine, theirs in pairs)
+
+    assert error(1.0, scale / num_tokens) < 3e-3
+    assert error(1 / num_tokens, 1.0) > 1e-2
+
+
 def test_a_recipe_names_no_mixture_below_rounding_and_no_temperature_that_overflows() -> None:
     for below in ({"beta": 1e-17}, {"temperature": 1e-38}):
         with pytest.raises(ValueError, match=r"greater than or equal to 0\.000001"):
