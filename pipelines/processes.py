@@ -25,7 +25,7 @@ from distill.config import RunConfig
 from distill.errors import UserError
 from distill.family import Shape
 from distill.interrupt import EXIT_CODES
-from distill.memory import student_memory
+from distill.memory import hold_student
 from distill.progress import say
 from students.parallel import Engine
 from students.ranks import Ranks, place_in
@@ -154,8 +154,9 @@ def choose_engine(config: RunConfig, student: Shape, ranks: Ranks, teacher: Shap
     if ranks.count == 1:
         return "alone"
     if kind == "auto" and on_gpu:
-        whole = student_memory(config, student, teacher, processes=ranks.count, engine="replicated").total
-        kind = "replicated" if whole <= torch.cuda.get_device_properties(ranks.device).total_memory else "sharded"
+        has = torch.cuda.get_device_properties(ranks.device).total_memory
+        held = hold_student(config, student, teacher, gpu_bytes=has, processes=ranks.count)
+        kind = "replicated" if held.fits and held.engine == "replicated" else "sharded"
     if kind != "sharded":
         return "replicated"
     for key, is_set in (("lora", settings.lora is not None), ("adamw=8bit", settings.adamw == "8bit")):

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from distill.config import RunConfig
-from distill.family import shape_of
+from distill.errors import UserError
+from distill.family import SIZES, shape_of
 from distill.hardware import load_devices
 from distill.journal import Journal, write_json
+from distill.memory import RESERVED_BYTES, hold_student, student_memory
 from distill.recipe import dump_yaml
 from pipelines import comparison
 from pipelines.forecast import announce, forecast, left, named_pair
@@ -25,6 +27,7 @@ from pipelines.layouts import Pair
 from pipelines.plan_document import PORTS
 from pipelines.plan_lines import short_lines
 from pipelines.planning import planned
+from pipelines.processes import choose_engine
 from pipelines.resolution import resolve_comparison, resolve_run
 from pipelines.workload import workload
 from students.ranks import ALONE, Ranks
@@ -152,6 +155,24 @@ def test_a_run_on_gpus_has_the_layout_that_it_is_configured_with() -> None:
     assert plan.best.gpu_hours == pytest.approx(7 * plan.best.seconds / 3600)
     text = "\n".join(short_lines(plan))
     assert "of 85.00 GB" in text and "3 vLLM servers, tp 2, bf16" in text and "not its own" not in text
+
+
+@pytest.mark.usefixtures("eight_h100")
+def test_a_run_replicates_what_its_dry_run_says_is_replicated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one rule: what the formula leaves out of a GPU's memory is not there for either."""
+    config = resolve_run(teacher="32B", student="1.7B")
+    pair, ranks = pair_of(config), Ranks(0, 2)
+    whole = student_memory(config, pair.student, pair.teacher, processes=2, engine="replicated").total
+    for spare, expected in ((0, "replicated"), (-1, "sharded"), (1 - RESERVED_BYTES, "sharded")):
+        has = whole + RESERVED_BYTES + spare
+        properties = SimpleNamespace(total_memory=has)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        said = hold_student(config, pair.student, pair.teacher, gpu_bytes=has, processes=2)
+        assert (said.engine, choose_engine(config, pair.student, ranks, pair.teacher)) == (expected, expected)
+    # Adapters cannot be cut: a run that does not fit with them is refused, as it was.
+    adapted = resolve_run(teacher="32B", student="4B", assignments=["student.lora.rank=8"])
+    with pytest.raises(UserError, match="wants a student that every process holds whole"):
+        choose_engine(adapted, SIZES["14B"], ranks, pair.teacher)
 
 
 @pytest.mark.usefixtures("eight_h100")
