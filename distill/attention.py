@@ -75,6 +75,8 @@ def packed_attention(
 
     With ``decoding`` each token is a row: [T, heads, 1, d] to [T, 1, heads, d].
     """
+    own = decoding is not None or packing is not None
+    assert not own or others.get("sliding_window") is None, "a window is refused where a checkpoint's shape is read"
     if decoding is not None:
         num_rows, layer = decoding.num_rows, module.layer_idx
         assert isinstance(layer, int)

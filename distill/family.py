@@ -64,11 +64,14 @@ class Shape:
     def from_config(cls, config: Mapping[str, Any]) -> Shape:
         """The shape that a transformers ``config.json`` of a Qwen3 or Qwen3-MoE model describes.
 
-        Raises UserError for any other architecture.
+        Raises UserError for any other architecture, and for attention that is not ``distill.attention``'s.
         """
         kind = config.get("model_type")
         if kind not in ("qwen3", "qwen3_moe"):
-            raise UserError(f"the model is of type {kind!r}; this toolkit distils qwen3 and qwen3_moe models")
+            raise UserError(
+                f"the model is of type {kind!r}; this toolkit distils qwen3 and qwen3_moe models; name another model"
+            )
+        _check_attention(config)
         moe = kind == "qwen3_moe"
         return cls(
             num_layers=config["num_hidden_layers"],
@@ -85,6 +88,28 @@ class Shape:
         )
 
 
+def _check_attention(config: Mapping[str, Any]) -> None:
+    """``distill.attention`` lets every token see all that came before it, in training too. Published Qwen3 files name a
+    ``sliding_window`` that ``use_sliding_window`` leaves unused."""
+    unlike = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
+    if unlike:
+        raise UserError(
+            f"layer_types has {unlike[0]!r}, and a layer of this toolkit sees the whole sequence; name another model"
+        )
+    window = config.get("sliding_window", "the default size")
+    if config.get("use_sliding_window") and window is not None:
+        raise UserError(
+            f"use_sliding_window is {config['use_sliding_window']!r} with a sliding_window of {window}, and a layer of "
+            f"this toolkit sees the whole sequence; name a copy with false if the model was trained without a window, "
+            f"else another model"
+        )
+    dropout = config.get("attention_dropout")
+    if dropout:
+        raise UserError(
+            f"attention_dropout is {dropout!r}, and this toolkit trains without; name a copy of the model with 0"
+        )
+
+
 def shape_in(config: Any, where: object) -> Shape:
     """The shape that ``config``, read from the file ``where``, describes. Raises UserError for one that has none."""
     if not isinstance(config, Mapping):
@@ -92,7 +117,7 @@ def shape_in(config: Any, where: object) -> Shape:
     try:
         shape = Shape.from_config(config)
     except UserError as error:
-        raise UserError(f"{where}: {error}; name another model") from None
+        raise UserError(f"{where}: {error}") from None
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{where} does not describe a whole model: {error} is missing") from None
     for field in fields(Shape):

@@ -6,6 +6,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,6 +223,18 @@ def shift_data(folder: Path) -> None:
         (write("config.json", b'{"model_type": "qwen3"}'), r"config\.json .*'num_hidden_layers' is missing"),
         (edit_json("config.json", model_type="llama"), r"config\.json: .*type 'llama'.*qwen3.*another model"),
         (edit_json("config.json", hidden_size="16"), r"'16' for the model's width"),
+        (
+            edit_json("config.json", use_sliding_window=True, sliding_window=32),
+            r"config\.json: use_sliding_window is True with a sliding_window of 32, .*copy with false if",
+        ),
+        (
+            edit_json("config.json", layer_types=["full_attention", "sliding_attention"]),
+            r"config\.json: layer_types has 'sliding_attention', .*another model",
+        ),
+        (
+            edit_json("config.json", attention_dropout=0.1),
+            r"config\.json: attention_dropout is 0\.1, .*copy of the model with 0",
+        ),
         (edit_json("config.json", max_position_embeddings=None), r"None for max_position_embeddings"),
         (edit_json("generation_config.json", eos_token_id="x"), r"'x' as eos_token_id"),
         (edit_json("model.safetensors.index.json", weight_map={}), r"no weight_map"),
@@ -235,6 +248,28 @@ def test_a_broken_folder_is_refused(sharded: Path, damage: Callable[[Path], None
     damage(sharded)
     with pytest.raises(UserError, match=sentence):
         open_checkpoint(source(sharded))
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},  # as Qwen3 is published
+        {"use_sliding_window": True, "sliding_window": None},  # no layer of transformers' has a window then
+    ],
+)
+def test_a_window_that_is_not_used_is_no_window(tmp_path: Path, given: dict[str, Any], moe: bool) -> None:
+    folder = save(tmp_path / "model", moe=moe)
+    changed = json.loads((folder / "config.json").read_text())
+    del changed["sliding_window"]
+    changed.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps({**changed, **given}))
+    model = load_model(open_checkpoint(source(folder)), torch.float32, "cpu")
+    assert model.config.sliding_window is None
+    # Where the file says nothing of its size, the window has the one that transformers gives it.
+    (folder / "config.json").write_text(json.dumps({**changed, "use_sliding_window": True}))
+    with pytest.raises(UserError, match="use_sliding_window is True"):
+        open_checkpoint(source(folder))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -162,6 +162,12 @@ def test_packed_sequences_are_those_alone(make: Callable[[], PreTrainedModel], r
             torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
+def test_a_window_is_not_silently_ignored() -> None:
+    """Whoever reads a checkpoint's shape refuses it; a model that comes otherwise stops at its first pass."""
+    with pytest.raises(AssertionError, match="window"):
+        step(student(dense(use_sliding_window=True, sliding_window=4, max_window_layers=1)))
+
+
 def test_micro_batches_fill_the_budget() -> None:
     lengths = [100, 70, 60, 40, 30, 30, 10, 300]
     examples = [Example(rollout(seed, 4, length - 3)) for seed, length in enumerate(lengths)]
