@@ -2,7 +2,8 @@
 
 Names are looked up, and files of the user's read: prompts, questions, the configuration and the headers of model
 folders, what lies where the run and its responses would. Nothing is made, no hub and no server is asked, and no torch
-is imported. So prompts are not measured against ``max_prompt_tokens``, which takes a tokenizer.
+is imported. So prompts are not measured against ``max_prompt_tokens``, which takes a tokenizer, and devices are not
+asked for what the student's optimiser needs: the run may be planned for others.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ from pipelines.specimens import Specimens
 from pipelines.stages import STAGES
 from pipelines.student_sampling import check_sampler, student_sampler
 from pipelines.tracker import TrackedRun, check_tracker, tracking
+from students.optimiser import eight_bit_adamw
 from students.ranks import ALONE, Ranks
 from students.shared_sampler import with_all_samplers
 from students.student import Student
@@ -91,6 +92,9 @@ class _Run:
         hosts = ranks.hosts()
         with ranks.together():
             config.check_processes(ranks.count)
+            if config.student.adamw == "8bit":
+                # It is made when everything has been examined and sampled: too late to learn that there is none.
+                eight_bit_adamw(ranks.device)
             named = named_pair(config)
             if named is not None and ranks.is_main:
                 announce(config, named, journal, ranks, hosts)

@@ -8,7 +8,7 @@ parameters are fp32 (an fp32 model, or a sharded one, which is gathered in bf16)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,8 +43,9 @@ class MasterAdamW:
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float().clone()
             for name, parameter in self.parameters.items()
         }
-        self.adamw = (_eight_bit_adamw if eight_bit else _adamw)(
-            list(self.masters.values()),
+        masters = list(self.masters.values())
+        self.adamw: torch.optim.Optimizer = (eight_bit_adamw(masters[0].device) if eight_bit else _adamw)(
+            masters,
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
@@ -128,8 +129,9 @@ def _adamw(parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, fused=True, **options)
 
 
-def _eight_bit_adamw(parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
-    if not parameters[0].is_cuda:
+def eight_bit_adamw(device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    """The optimiser's class. Raises UserError where ``device`` or this installation has none."""
+    if device.type != "cuda":
         raise UserError("student.adamw is 8bit, and 8-bit AdamW runs on NVIDIA GPUs only; take fp32 here")
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -137,5 +139,5 @@ def _eight_bit_adamw(parameters: list[Tensor], **options: Any) -> torch.optim.Op
         raise UserError(
             "student.adamw is 8bit, and its package bitsandbytes is not installed; pip install it, or take fp32"
         ) from None
-    made: torch.optim.Optimizer = AdamW8bit(parameters, **options)
+    made: Callable[..., torch.optim.Optimizer] = AdamW8bit
     return made

@@ -9,10 +9,12 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distill.cli.options import one_of_many
 from distill.embedded import checkpoint_dir
@@ -21,6 +23,7 @@ from distill.interrupt import deferred_signals
 from distill.recipe import dump_yaml
 from eval.tasks import load_task
 from pipelines.resolution import resolve_run
+from students.ranks import Ranks
 
 
 def test_an_examination_is_one_json_document(typed: Any, tmp_path: Path) -> None:
@@ -141,6 +144,25 @@ def test_a_dry_run_refuses_what_the_run_would(typed: Any, tmp_path: Path, monkey
     assert (code, out) == (2, "") and "cannot be shared among 2 processes" in err
     assert typed("run", "--dry-run", "--prompts", "good.jsonl", "--out", "new/deep")[0] == 0
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [("cpu", "8-bit AdamW runs on NVIDIA GPUs only; take fp32 here"), ("cuda", "bitsandbytes is not installed; pip ")],
+)
+def test_moments_that_cannot_be_had_are_refused_before_anything_begins(
+    typed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, sentence: str
+) -> None:
+    """The optimiser is made after the teacher has answered everything: too late to find out."""
+    monkeypatch.setattr(Ranks, "device", torch.device(device))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    store = tmp_path / "store"
+    words = ("--out", str(tmp_path / "run"), "--store", str(store), "--set", "student.adamw=8bit")
+    code, out, err = typed("run", *words)
+    assert (code, out) == (2, "") and "student.adamw is 8bit" in err and sentence in err, err
+    assert len(err.splitlines()) == 1 and not store.exists()
+    assert typed("run", "--dry-run", *words)[0] == 0  # its plan may be for another machine
 
 
 def test_a_dry_run_says_what_the_names_mean(typed: Any) -> None:
