@@ -237,7 +237,7 @@ def test_resumed_optimiser_goes_on_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_a_count_of_steps_goes_where_it_is_read(monkeypatch: pytest.MonkeyPatch, *, eight_bit: bool) -> None:
     """The meta device stands for a GPU, whose fused AdamW would read the count there."""
-    monkeypatch.setattr(optimiser, "_eight_bit_adamw", optimiser._adamw)
+    monkeypatch.setattr(optimiser, "eight_bit_adamw", lambda device: optimiser._adamw)
     first, second = (torch.nn.Parameter(torch.ones(2, 2, device=device)) for device in ("cpu", "meta"))
     saved = MasterAdamW([("weight", first)], Optimiser(learning_rate=1e-3), eight_bit=eight_bit)
     first.grad = torch.ones(2, 2)
