@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,11 @@ Item = TypeVar("Item")
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: they may be examining, or waiting for a teacher. Who fails ends them."""
+
+RENDEZVOUS_PATIENCE = timedelta(minutes=15)
+"""How long a process waits for all to come: a cluster starts machines minutes apart. Nobody has begun anything yet."""
+
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +147,7 @@ LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_")
 """How the names of the variables begin in which ``accelerate launch`` says how to train."""
 
 has_joined = False
-"""Whether this process has been one of several."""
+"""Whether this process has been one of several, or has waited to be."""
 
 
 @contextmanager
@@ -150,7 +157,6 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
     Understands what torchrun and Kubernetes' training operators set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
     MASTER_PORT), which is also what ``distill run --processes`` sets, and srun's own variables.
     """
-    global has_joined
     place = place_in(environment)
     if place is None:
         yield ALONE
@@ -164,22 +170,65 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
         del os.environ[name]
     # accelerate reads this one to find the process's device.
     os.environ["LOCAL_RANK"] = str(local)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        rank=number,
-        world_size=count,
-        timeout=PATIENCE,
-    )
-    has_joined = True
+    _meet(number, count, local, where=f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}")
     try:
         yield Ranks(number, count)
     except RuntimeError as error:
         # Whoever talks to a process that is gone hears of a connection: that one, or who started it, says why.
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if _is_of_the_group(error):
             raise PeerError("another process of this run has ended") from error
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _meet(number: int, count: int, local: int, *, where: str) -> None:
+    """Wait until all processes have come, at most ``RENDEZVOUS_PATIENCE``.
+
+    Raises DistillError if they have not or cannot meet, StoppedError if this one is asked to stop.
+    """
+    global has_joined
+    ended: list[Exception] = []
+
+    def join() -> None:
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(local)  # every thread has a current device of its own
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                rank=number,
+                world_size=count,
+                timeout=PATIENCE,
+            )
+        except Exception as error:
+            ended.append(error)
+
+    # torch looks up names, connects and waits in C++, where no signal is heard. So a thread does it, which is left to
+    # itself when nobody waits for it any more.
+    has_joined = True
+    joining = threading.Thread(target=join, name="rendezvous", daemon=True)
+    joining.start()
+    deadline = time.monotonic() + RENDEZVOUS_PATIENCE.total_seconds()
+    while joining.is_alive():
+        interrupt.check()
+        if time.monotonic() > deadline:
+            raise DistillError(
+                f"process {number} has waited {RENDEZVOUS_PATIENCE.total_seconds() / 60:g} minutes at {where} for all "
+                f"{count} processes of the run to come; see that each of them has been started, with a number of its "
+                "own and with this MASTER_ADDR and MASTER_PORT, and that it reaches that address; then start them again"
+            )
+        joining.join(POLL_SECONDS)
+    for error in ended:
+        interrupt.check()  # whoever was asked to stop may have left first
+        if not _is_of_the_group(error):
+            raise error
+        reason = str(error).partition("\n")[0]
+        raise DistillError(f"process {number} cannot meet the run's other processes at {where}: {reason}") from error
+
+
+def _is_of_the_group(error: Exception) -> bool:
+    """Whether it is about the connections between the processes, and no error of what they do."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def place_in(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
