@@ -232,16 +232,53 @@ def _is_of_the_group(error: Exception) -> bool:
 
 
 def place_in(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
-    """Number, count and number on this machine; None for a process that is alone. Raises UserError for half of it."""
-    slurm = "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    """Number, count and number on this machine; None for a process that is alone.
+
+    Raises UserError for half of it (a number and no count, or a count and nowhere to meet), and for what cannot be. An
+    address alone is no half: a batch script exports it for its srun, and has other commands too.
+    """
+    slurm = "RANK" not in environment and _whole(environment, "SLURM_STEP_NUM_TASKS", 1, least=1) > 1
     names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID") if slurm else ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if int(environment.get(names[1], "1")) == 1:
-        return None
-    missing = [name for name in (*names[:2], "MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
+    if names[0] in environment and names[1] not in environment:
         raise UserError(
-            f"the environment says that this is one of {environment[names[1]]} processes ({names[1]}) and lacks "
+            f"{names[0]} is {environment[names[0]]!r} and {names[1]} is not set, so how many processes the run has is "
+            f"not known; set {names[1]} as well, or unset {names[0]} if this is the only one"
+        )
+    count = _whole(environment, names[1], 1, least=1)
+    missing = [name for name in (names[0], "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if count > 1 and missing:
+        raise UserError(
+            f"the environment says that this is one of {count} processes ({names[1]}) and lacks "
             f"{', '.join(missing)}; start it with torchrun, or set them (MASTER_ADDR is the first machine's name, for "
             'srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500)'
         )
-    return int(environment[names[0]]), int(environment[names[1]]), int(environment.get(names[2], "0"))
+    number = _whole(environment, names[0], 0)
+    if number >= count:
+        raise UserError(
+            f"{names[0]} is {number} and {names[1]} is {count}: the processes of a run are numbered from 0 to "
+            f"{count - 1}; give each its own of these, or unset both for a run of one process"
+        )
+    if count == 1:
+        return None
+    _whole(environment, "MASTER_PORT", least=1, most=65535)
+    return number, count, _whole(environment, names[2], 0)
+
+
+def _whole(
+    environment: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0, most: int | None = None
+) -> int:
+    """The number that a variable holds, ``default`` where it is not set."""
+    if default is not None and name not in environment:
+        return default
+    text = environment[name]
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least or (most is not None and value > most):
+        room = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise UserError(
+            f"{name} is {text!r}, no whole number {room}; set it as torchrun or srun would (a run of one process needs "
+            "no such variable)"
+        )
+    return value

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from distill.errors import UserError
 from distill.vllm.service import free_port
+from pipelines.processes import processes_to_start
 from students.ranks import Ranks, place_in
 
 SMALL = {
@@ -212,3 +213,54 @@ def test_a_place_among_others_is_read_from_the_environment() -> None:
     assert place_in({**slurm, **master}) == (9, 16, 1)
     with pytest.raises(UserError, match="lacks MASTER_ADDR, MASTER_PORT"):
         place_in(slurm)
+
+
+MASTER = {"MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', no whole number from 1 on"),
+        ({"WORLD_SIZE": "1"}, "RANK is 1 and WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": None}, "RANK is '1' and WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": None, "MASTER_ADDR": None, "MASTER_PORT": None}, "RANK is '1' and WORLD_SIZE is not set"),
+        ({"RANK": None}, "lacks RANK;"),
+        ({"RANK": "one"}, "RANK is 'one', no whole number from 0 on"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE is 2: .* 0 to 1"),
+        ({"LOCAL_RANK": "a"}, "LOCAL_RANK is 'a'"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc', no whole number from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({"MASTER_PORT": None}, "lacks MASTER_PORT"),
+        ({"MASTER_ADDR": ""}, "lacks MASTER_ADDR"),
+    ],
+)
+def test_half_a_place_and_one_that_cannot_be_are_refused(changes: dict[str, str | None], sentence: str) -> None:
+    changed = {"RANK": "1", "WORLD_SIZE": "2", **MASTER, **changes}
+    environment = {name: value for name, value in changed.items() if value is not None}
+    for read in (place_in, lambda environment: processes_to_start(None, environment)):
+        with pytest.raises(UserError, match=sentence):
+            read(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "2", **MASTER}, "SLURM_PROCID is 2 and SLURM_STEP_NUM"),
+        # Each of the step's tasks would take itself for the whole run.
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "RANK": "0", **MASTER}, "WORLD_SIZE is not set"),
+    ],
+)
+def test_places_that_srun_cannot_have_given_are_refused(environment: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        place_in(environment)
+
+
+def test_where_others_would_meet_says_nothing_of_how_many_there_are() -> None:
+    """A batch script exports it for its srun, and may call other commands besides."""
+    assert place_in({**MASTER, "LOCAL_RANK": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) is None
+    assert place_in({**MASTER, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None
+    torchrun_of_one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MASTER}
+    assert place_in(torchrun_of_one) is None and processes_to_start(None, torchrun_of_one) == 1

@@ -43,7 +43,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts Python as process ``rank`` of two; who still waits at the end of a test is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(words: Sequence[str], *, rank: int, port: int) -> subprocess.Popen[str]:
+    def begin(words: Sequence[str], *, rank: int, port: int | str) -> subprocess.Popen[str]:
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": HOST, "MASTER_PORT": str(port)}
         environment = {**os.environ, **place, "DISTILL_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -71,10 +71,10 @@ def ended_by(process: subprocess.Popen[str], number: signal.Signals) -> tuple[in
     return process.returncode, stderr, time.monotonic() - asked
 
 
-def failed(process: subprocess.Popen[str]) -> str:
+def failed(process: subprocess.Popen[str], code: int = 1) -> str:
     """What it said that failed."""
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1, stderr
+    assert process.returncode == code, stderr
     return stderr
 
 
@@ -138,3 +138,9 @@ def test_who_has_met_waits_longer_than_for_the_meeting(start: Start) -> None:
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 0, stderr
         assert stdout == "[0, 1]\n"
+
+
+@pytest.mark.parametrize(("rank", "port", "variable"), [(2, 29500, "RANK is 2"), (0, "abc", "MASTER_PORT is 'abc'")])
+def test_nobody_waits_at_a_place_that_cannot_be(start: Start, rank: int, port: int | str, variable: str) -> None:
+    said = failed(start(["-c", MEET, "meet"], rank=rank, port=port), code=2)
+    assert variable in said and "Traceback" not in said
