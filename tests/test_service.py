@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from distill.checkpoint import open_checkpoint
-from distill.errors import DistillError, UserError
+from distill.errors import DistillError, GoneError, UserError
 from distill.family import resolve
 from distill.vllm.cuts import needs_expert_parallel
 from distill.vllm.launch import Launch, Nodes, replicas
@@ -24,7 +24,7 @@ from distill.vllm.served import is_healthy
 from distill.vllm.service import Service
 
 FAKE = """#!{python}
-import http.server, os, signal, subprocess, sys
+import http.server, os, signal, subprocess, sys, threading, time
 if {fails}:
     sys.exit("the weights are too large for this toy")
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has to be killed, and so does its engine
@@ -33,7 +33,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler)
+signal.signal(signal.SIGUSR1, lambda *_: threading.Thread(target=server.shutdown).start())
+server.serve_forever()
+server.server_close()  # as vLLM does when its engine has died, where a request is still open
+time.sleep(600)
 """
 
 
@@ -96,6 +100,51 @@ def test_a_server_that_was_healthy_is_started_again_at_the_same_url(tmp_path: Pa
         assert is_healthy(service.url) and service.group != first
         service.check()
     assert alive(service.group) == []
+
+
+@pytest.fixture
+def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.vllm.service.PROBE_SECONDS", 0.3)
+    monkeypatch.setattr("distill.vllm.service._CANARY_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("short_probes")
+def test_a_server_that_takes_no_connections_any_more_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Service(replace(launch(tmp_path), max_restarts=1), log=tmp_path / "log") as service:
+        service.wait()
+        first = service.group
+        os.kill(sorted(alive(first))[1], signal.SIGUSR1)
+        wait_until_gone(first, 10)
+        deadline = time.monotonic() + 20
+        while not is_healthy(service.url) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        service.check()
+        assert service.group != first
+    assert "(score) ended unexpectedly: it takes no connections any more; starting it again" in capsys.readouterr().err
+    with Service(replace(launch(tmp_path), max_restarts=0), log=tmp_path / "log") as service:
+        service.wait()
+        os.kill(sorted(alive(service.group))[1], signal.SIGUSR1)
+        wait_until_gone(service.group, 10)
+        with pytest.raises(GoneError, match=r"ended unexpectedly: it takes no connections any more; the last lines of"):
+            while True:
+                service.check()
+                time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("short_probes")
+def test_a_server_that_is_stopped_for_a_while_has_not_ended(tmp_path: Path) -> None:
+    with Service(replace(launch(tmp_path), max_restarts=0), log=tmp_path / "log") as service:
+        service.wait()
+        group = service.group
+        server = sorted(alive(group))[1]
+        os.kill(server, signal.SIGSTOP)
+        time.sleep(6)  # ten probes: more than the connections that may wait for one that takes none
+        service.check()
+        assert len(alive(group)) == 3
+        os.kill(server, signal.SIGCONT)
+        assert is_healthy(service.url)
 
 
 def test_a_server_that_does_not_start_is_a_sentence_with_its_last_words(tmp_path: Path) -> None:

@@ -40,9 +40,10 @@ class Service:
     """A server process with its supervisor.
 
     ``start`` returns at once; ``wait`` when the server answers. A server that was healthy and ends is started again
-    on the same port, at most ``max_restarts`` times; clients wait for it. So is one that has hung: between two probes
-    nothing of its engine moved, and it does not answer a request of one token either. ``check`` raises once the server
-    is gone for good. It ends with ``stop``, and also when this process ends in any way, SIGKILL included.
+    on the same port, at most ``max_restarts`` times; clients wait for it. So is one that takes no connections any more,
+    and one that has hung: between two probes nothing of its engine moved, and it does not answer a request of one token
+    either. ``check`` raises once the server is gone for good. It ends with ``stop``, and also when this process ends in
+    any way, SIGKILL included.
     A part of a server that has no URL (another node's) counts as ready once it is started.
     """
 
@@ -160,11 +161,11 @@ class Service:
             self._process = self._spawn()
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str | None:
-        """Until the server ends, or is ended because it has hung: what happened. None where it is to stop."""
+        """Until the server ends, or is ended because it is of no use: what happened. None where it is to stop."""
         self._healthy_since = None
         pulse, next_probe = Pulse(), 0.0
         while not self._stopping.wait(_POLL_SECONDS):
-            has_hung = False
+            trouble = None
             if process.poll() is None and not self._healthy.is_set():
                 if not self.launch.answers or is_healthy(self.url):
                     self._healthy_since = time.monotonic()
@@ -172,25 +173,42 @@ class Service:
                     pulse.beat()
             elif self.launch.answers and time.monotonic() >= next_probe:
                 next_probe = time.monotonic() + PROBE_SECONDS
-                has_hung = self._has_hung(pulse)
-            if has_hung or process.poll() is not None:
+                trouble = self._trouble(pulse)
+            if trouble is not None or process.poll() is not None:
                 # A watcher that was killed itself could not end the others, and one whose server hangs need not wait.
                 _kill_group(process)
                 process.wait()
                 assert process.stdin is not None
                 process.stdin.close()
-                return f"has hung for {pulse.silence:.0f} s" if has_hung else "ended unexpectedly"
+                return trouble or "ended unexpectedly"
         return None
 
-    def _has_hung(self, pulse: Pulse) -> bool:
-        """Whether the server has shown no sign of life for too long; one that merely rests is asked for one."""
+    def _trouble(self, pulse: Pulse) -> str | None:
+        """What is the matter with a server that was healthy: nobody listens, or no sign of life for too long.
+
+        One that merely rests is asked for a sign.
+        """
         try:
             pulse.note(self._ask("GET", "/metrics", None).text)
             if pulse.silence > STALL_SECONDS / 4 and (self._sleeps() or self._answers()):
                 pulse.beat()
+        except httpx.ConnectError:
+            # Where its engine has died, vLLM stops listening and then waits, for ever, for the requests it has taken.
+            if self._refuses():
+                return "ended unexpectedly: it takes no connections any more"
         except httpx.TransportError:
             pass
-        return pulse.silence > STALL_SECONDS
+        return f"has hung for {pulse.silence:.0f} s" if pulse.silence > STALL_SECONDS else None
+
+    def _refuses(self) -> bool:
+        """Whether nobody listens on its port; a process that is stopped still does."""
+        try:
+            with socket.create_connection((httpx.URL(self.url).host, self.port), timeout=_CANARY_SECONDS):
+                return False
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
 
     def _sleeps(self) -> bool:
         """Whether its engine says that it sleeps; it then works on no request."""
