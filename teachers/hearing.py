@@ -81,9 +81,12 @@ class Hearing(Generic[R]):
     def hear(self, rollout: Rollout) -> None:
         """Start judging ``rollout`` in the background, with others that end while the servers are busy.
 
-        Raises what went wrong with those of its batch that were heard before.
+        Raises what went wrong with those of its batch that were heard before, and what the client's ``check`` raises
+        while something is under way: a server that is gone for good answers none of it, and nobody waits for it yet.
         """
         with self._lock:
+            if not self._is_idle():  # else no server is needed yet, and those of another role may be on duty
+                self.client.check()
             for asked in self._open:
                 if asked.future.done():
                     asked.future.result()

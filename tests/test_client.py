@@ -16,7 +16,7 @@ import torch
 
 from distill.checkpoint import final_norm, lm_head, load_tokenizer, open_checkpoint
 from distill.encode import Encoder
-from distill.errors import DistillError, StoppedError, UserError
+from distill.errors import DistillError, GoneError, StoppedError, UserError
 from distill.family import resolve
 from distill.types import Prompt, Request, Rollout, Sampling
 from distill.vllm.client import Client, Job
@@ -569,6 +569,27 @@ def test_a_lie_about_what_was_heard_is_noticed_at_the_next_word() -> None:
             for number in range(1000):
                 teacher.hear(rollout(number))
                 time.sleep(0.01)
+
+
+def test_a_teacher_that_is_gone_for_good_is_noticed_while_others_still_speak() -> None:
+    gone = [False]
+
+    def check() -> None:
+        if gone[0]:
+            raise GoneError("the server has ended")
+
+    with Client([f"http://127.0.0.1:{free_port('127.0.0.1')}"], width=1000, check=check) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        teacher.hear(rollout(1))
+        teacher.hear(rollout(2))
+        gone[0] = True
+        with pytest.raises(GoneError, match="has ended"):
+            teacher.hear(rollout(3))
+        teacher.forget()
+        until(teacher._hearing._is_idle)
+        # Nothing is under way: those on duty may be of another role, and the next request has its own started.
+        teacher.hear(rollout(4))
+        teacher.forget()
 
 
 ENGINE = 'vllm:num_requests_running{{engine="0"}} 3.0\nvllm:generation_tokens_total{{engine="0"}} {count}\n'
