@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 from test_service import alive, wait_until_gone
 
 from distill.checkpoint import open_checkpoint
+from distill.errors import GoneError
 from distill.family import resolve
 from distill.vllm.launch import Launch, Role
 from distill.vllm.served import is_healthy
@@ -197,3 +200,26 @@ def test_an_engine_that_is_stopped_is_noticed_and_replaced(tmp_path: Path, monke
         assert httpx.post(f"{scorer.url}/pooling", json={"model": "tiny", "input": [[1, 2]]}, timeout=60).is_success
     finally:
         scorer.stop()
+
+
+def test_an_engine_that_is_killed_alone_is_noticed_though_a_request_waits_for_it(tmp_path: Path) -> None:
+    teacher = open_checkpoint(resolve("tiny", role="teacher"))
+    launch = Launch(teacher, "generate", dtype="float32", max_model_len=512, on_gpu=False, max_restarts=0)
+    launch = replace(launch, variables=(("VLLM_SERVER_DEV_MODE", "1"),))
+    with Service(launch, log=tmp_path / "log") as service, ThreadPoolExecutor(1) as aside:
+        service.wait()
+        (engine,) = (
+            pid for pid in alive(service.group) if Path(f"/proc/{pid}/comm").read_text().startswith("VLLM::Engine")
+        )
+        os.kill(engine, signal.SIGSTOP)
+        # vLLM fails what it has to generate when its engine dies. This it waits for, and with it the whole server.
+        waiting = aside.submit(httpx.post, f"{service.url}/reset_prefix_cache", timeout=None)
+        time.sleep(1)
+        os.kill(engine, signal.SIGKILL)
+        wait_until_gone(service.group, 15)
+        assert isinstance(waiting.exception(5), httpx.TransportError)
+        time.sleep(0.5)
+        with pytest.raises(
+            GoneError, match=r"\(generate\) ended unexpectedly: it takes no connections any more; the last"
+        ):
+            service.check()
