@@ -13,7 +13,7 @@ import torch
 from distill import interrupt
 from distill.costs import Cost, rollout_flops
 from distill.encode import Encoder
-from distill.errors import DistillError, GuardError, NonFiniteError, StoppedError, name_place
+from distill.errors import DistillError, GoneError, GuardError, NonFiniteError, StoppedError, name_place
 from distill.journal import Journal
 from distill.progress import track
 from distill.repetition import repetition
@@ -55,8 +55,9 @@ def run_stage(
     A step that is interrupted leaves no trace; see ``interrupt``.
 
     ``batches`` is where the stage's batches come from, ``clock`` keeps when its phases worked.
-    ``global_step`` counts the run's finished steps before ``first_step``. A stop on request or by a guard, or a loss
-    that is not finite, writes a checkpoint of the last finished step on its way out, with the costs of that step.
+    ``global_step`` counts the run's finished steps before ``first_step``. A stop on request or by a guard, a loss that
+    is not finite, or a server that is gone for good writes a checkpoint of the last finished step on its way out, with
+    the costs of that step. Several processes do not for a server: who started it alone hears of its end.
     """
     done, spent = first_step, crew.meter.account.of_stage(stage.name)
     try:
@@ -76,9 +77,10 @@ def run_stage(
                     checkpoint(done, False)
             else:
                 examine(done)
-    except (StoppedError, NonFiniteError, GuardError):
+    except (StoppedError, NonFiniteError, GuardError, GoneError) as error:
         # All are raised between steps, or before one changes anything: the weights are those of the last finished step.
-        if done > first_step:
+        # A checkpoint takes every process.
+        if done > first_step and (crew.ranks.count == 1 or not isinstance(error, GoneError)):
             crew.meter.account.put_back(stage.name, spent)
             checkpoint(done, False)
         raise

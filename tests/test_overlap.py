@@ -28,7 +28,7 @@ from benchmarks.simulated import SimulatedSampler, SimulatedTeacher, simulated_c
 from distill import interrupt
 from distill.checkpoint import load_model, open_checkpoint
 from distill.costs import CostAccount
-from distill.errors import DistillError, NonFiniteError, StoppedError, UserError
+from distill.errors import DistillError, GoneError, NonFiniteError, StoppedError, UserError
 from distill.family import resolve
 from distill.model_config import StudentSettings
 from distill.sampler import OnFinished, TransformersSampler
@@ -36,12 +36,13 @@ from distill.spans import after, length, united
 from distill.stage_config import GrpoStage, ModeSampling, Optimiser, SamplingSettings
 from distill.types import MODES, Request, Rollout
 from pipelines.batches import Ahead, AtOnce, batches_of
-from pipelines.crew import Crew
+from pipelines.crew import Crew, Judged
 from pipelines.faculty import Faculty, find_teachers, hired_faculty
 from pipelines.grpo import Grpo
 from pipelines.phases import Clock, devices_of, reproducible
 from pipelines.resolution import resolve_run
 from pipelines.stages import OnPolicy
+from students.ranks import Ranks
 from students.rescoring import rescore
 from students.student import Student
 from students.vllm_sampler import Keeping, VllmSampler
@@ -323,6 +324,58 @@ def test_numbers_that_are_not_finite_end_the_batch_under_way(tmp_path: Path) -> 
     assert time.perf_counter() - began < 2
     assert kept == [1]
     assert not sampler_of(crew)._keeps  # the next stage sends its weights again
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("who", ["speaks", "judges"])
+def test_a_server_that_is_gone_costs_no_finished_step(who: str, staleness: int) -> None:
+    crew = simulated_crew(sample=0.02, score=0.02, train=0.02)
+    stage, kept = stage_of(crew, 5), list[tuple[int, bool, int]]()
+    sample, signal, trained = stage.sample, stage.signal, list[str]()
+    step = crew.student.step
+
+    def speaking(number: int) -> list[Rollout]:
+        if who == "speaks" and number == 3:
+            raise GoneError("the server ended unexpectedly")
+        return sample(number)
+
+    def judging(rollouts: Sequence[Rollout]) -> Judged:
+        if who == "judges" and len(trained) == 3:
+            raise GoneError("the server ended unexpectedly")
+        return signal(rollouts)
+
+    def learning(*arguments: Any, **options: Any) -> dict[str, Any]:
+        trained.append(options["where"])
+        return step(*arguments, **options)
+
+    stage.sample, stage.signal = speaking, judging  # type: ignore[method-assign]
+    crew.student.step = learning  # type: ignore[method-assign]
+    with pytest.raises(GoneError, match=r"^on_policy, (sampling|scoring) step 3: the server ended"):
+        metrics_of(
+            stage,
+            crew,
+            batches_of(stage, crew, staleness=staleness),
+            checkpoint=lambda done, ended: kept.append((done, ended, len(trained))),
+        )
+    # The batch ahead may fail before the one that is wanted is trained on.
+    done = 2 if (who, staleness) == ("speaks", 1) and len(trained) == 2 else 3
+    assert kept == [(done, False, done)]
+
+
+def test_one_process_of_several_writes_no_checkpoint_alone() -> None:
+    crew = simulated_crew(sample=0, score=0, train=0)
+    kept: list[int] = []
+
+    def examine(done: int) -> bool:
+        if done == 2:
+            object.__setattr__(crew, "ranks", Ranks(0, 2))
+            raise GoneError("the server ended unexpectedly")
+        return False
+
+    stage = stage_of(crew, 5)
+    with pytest.raises(GoneError):
+        metrics_of(stage, crew, AtOnce(stage, crew), examine=examine, checkpoint=lambda done, ended: kept.append(done))
+    assert not kept
 
 
 @pytest.mark.parametrize("during", ["sampling", "training"])
