@@ -17,7 +17,7 @@ from test_service import alive, wait_until_gone
 
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
 from distill.encode import Encoder
-from distill.errors import DistillError, UserError
+from distill.errors import UserError
 from distill.family import resolve
 from distill.sampler import TransformersSampler
 from distill.types import MODES, HiddenStates, Prompt, Request, Rollout, Sampling
@@ -220,10 +220,10 @@ def test_kill_9_of_the_parent_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
-    sentence = r"(?s)ended before it was ready.*--no-such-flag"
+    sentence = r"(?s)does not take its arguments and ended before it was ready.*--no-such-flag"
     with (
         Service(launch("score", extra=("--no-such-flag",)), log=tmp_path / "log") as service,
-        pytest.raises(DistillError, match=sentence),
+        pytest.raises(UserError, match=sentence),
     ):
         service.wait()
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from distill.checkpoint import open_checkpoint
-from distill.errors import DistillError, GoneError, UserError
+from distill.errors import GoneError, UserError
 from distill.family import resolve
 from distill.vllm.cuts import needs_expert_parallel
 from distill.vllm.launch import Launch, Nodes, replicas
@@ -26,7 +26,8 @@ from distill.vllm.service import Service
 FAKE = """#!{python}
 import http.server, os, signal, subprocess, sys, threading, time
 if {fails}:
-    sys.exit("the weights are too large for this toy")
+    print("the weights are too large for this toy", file=sys.stderr)
+    sys.exit({fails})
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has to be killed, and so does its engine
 subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"])
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -46,7 +47,7 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.vllm.service.GRACE_SECONDS", 0.5)
 
 
-def launch(folder: Path, *, fails: bool = False) -> Launch:
+def launch(folder: Path, *, fails: int = 0) -> Launch:
     program = folder / "fake"
     program.write_text(FAKE.format(python=sys.executable, fails=fails))
     program.chmod(0o755)
@@ -150,11 +151,21 @@ def test_a_server_that_is_stopped_for_a_while_has_not_ended(tmp_path: Path) -> N
 def test_a_server_that_does_not_start_is_a_sentence_with_its_last_words(tmp_path: Path) -> None:
     sentence = r"ended before it was ready.*\n.*too large for this toy"
     with (
-        Service(launch(tmp_path, fails=True), log=tmp_path / "log") as service,
-        pytest.raises(DistillError, match=sentence),
+        Service(launch(tmp_path, fails=1), log=tmp_path / "log") as service,
+        pytest.raises(GoneError, match=sentence),
     ):
         service.wait()
     assert alive(service.group) == []
+
+
+def test_arguments_that_a_server_does_not_take_are_a_fault_of_the_configuration(tmp_path: Path) -> None:
+    sentence = r"does not take its arguments and ended before it was ready; .*server_args.*\n.*too large for this toy"
+    for code, kind in ((2, UserError), (1, GoneError)):  # in the same log: the line of the first does not count twice
+        with (
+            Service(launch(tmp_path, fails=code), log=tmp_path / "log") as service,
+            pytest.raises(kind, match=sentence if code == 2 else "ended before it was ready"),
+        ):
+            service.wait()
 
 
 def test_sigkill_of_the_parent_ends_the_server(tmp_path: Path) -> None:

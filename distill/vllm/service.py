@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,18 +17,20 @@ from typing import Any
 import httpx
 
 from distill import interrupt
-from distill.errors import GoneError
+from distill.errors import DistillError, GoneError, UserError
 from distill.progress import PLAIN_SECONDS, say
 from distill.vllm import watch
 from distill.vllm.launch import Launch, Role
 from distill.vllm.pulse import PROBE_SECONDS, STALL_SECONDS, Pulse
 from distill.vllm.served import is_healthy
+from distill.vllm.watch import ENDED
 
 GRACE_SECONDS = 10.0
 """Time between TERM and KILL when a server is ended."""
 STEADY_SECONDS = 600.0
 """A server that was healthy for so long begins a new row."""
 _POLL_SECONDS = 0.2
+_USAGE = 2  # exit code of a program that does not understand its arguments
 _CANARY_SECONDS = 5.0  # longest wait for an answer to the supervisor's own questions
 _CANARY: dict[Role, tuple[str, dict[str, Any]]] = {
     "generate": ("/v1/completions", {"prompt": [0], "max_tokens": 1}),
@@ -50,10 +53,12 @@ class Service:
     def __init__(self, launch: Launch, *, log: Path) -> None:
         self.launch, self.log = launch, log
         self.port = launch.port or free_port(launch.host)
+        self._log_begins = 0
+        """Where in the log the process that runs now began."""
         self._stopping = threading.Event()
         self._healthy = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._failure: GoneError | None = None
+        self._failure: DistillError | None = None
         self._healthy_since: float | None = None
         self._thread = threading.Thread(target=self._supervise, name=f"{launch.whose} {launch.role}", daemon=True)
 
@@ -81,7 +86,7 @@ class Service:
             self.wait()
 
     def wait(self) -> None:
-        """Until the server answers. Raises GoneError with the log's last lines where it ends instead."""
+        """Until the server answers. Raises what ``check`` raises where it ends instead."""
         name, role = f"{self.launch.whose} {self.launch.checkpoint.name}", self.launch.role
         say(f"{name}: starting vLLM to {role}, log in {self.log}")
         started = last = time.monotonic()
@@ -96,7 +101,10 @@ class Service:
         say(f"{name}: ready to {role} {where} after {time.monotonic() - started:.0f} s")
 
     def check(self) -> None:
-        """Raise GoneError if the server is gone for good."""
+        """Raise GoneError with the log's last lines if the server is gone for good.
+
+        UserError where vLLM did not take what it was started with.
+        """
         if self._failure is not None:
             raise self._failure
 
@@ -117,6 +125,7 @@ class Service:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
+            self._log_begins = log.tell()
             return subprocess.Popen(
                 # -I: neither the current folder nor the user's variables change what the watcher runs.
                 [
@@ -147,11 +156,7 @@ class Service:
             self._healthy.clear()
             num_restarts = 0 if steady else num_restarts
             if not was_healthy or num_restarts == self.launch.max_restarts:
-                self._failure = GoneError(
-                    f"the {self.launch.whose}'s vLLM server ({self.launch.role}) "
-                    + ("ended again and again" if num_restarts else end if was_healthy else "ended before it was ready")
-                    + f"; the last lines of {self.log}:\n{_last_lines(self.log)}"
-                )
+                self._failure = self._farewell("ended again and again" if num_restarts else end, was_healthy)
                 return
             num_restarts += 1
             say(
@@ -159,6 +164,19 @@ class Service:
                 f"({num_restarts} of {self.launch.max_restarts}), log in {self.log}"
             )
             self._process = self._spawn()
+
+    def _farewell(self, end: str, was_healthy: bool) -> DistillError:
+        """What is said of a server that is gone for good."""
+        who = f"the {self.launch.whose}'s vLLM server ({self.launch.role})"
+        said = _last_lines(self.log, self._log_begins)
+        if was_healthy:
+            return GoneError(f"{who} {end}; the last lines of {self.log}:\n{said}")
+        if re.search(rf"^  {ENDED} {_USAGE}$", said, re.MULTILINE):
+            return UserError(
+                f"{who} does not take its arguments and ended before it was ready; correct those that the run gives "
+                f"it beside its own (server_args); the last lines of {self.log}:\n{said}"
+            )
+        return GoneError(f"{who} ended before it was ready; the last lines of {self.log}:\n{said}")
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str | None:
         """Until the server ends, or is ended because it is of no use: what happened. None where it is to stop."""
@@ -253,9 +271,9 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _last_lines(log: Path, num: int = 12) -> str:
-    """The end of a log; where a Python traceback is in it, vLLM's own last words come after it."""
+def _last_lines(log: Path, begin: int, num: int = 12) -> str:
+    """The end of a log behind ``begin``; where a Python traceback is in it, vLLM's own last words come after it."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 8192))
+        file.seek(max(begin, log.stat().st_size - 8192))
         lines = file.read().decode(errors="replace").splitlines()
     return "\n".join(f"  {line[:300]}" for line in lines[-num:])

@@ -18,6 +18,8 @@ import sys
 import time
 
 POLL_SECONDS = 0.2
+ENDED = "watch: the server ended by itself with exit code"
+"""How the log's line begins that says so; the code itself is lost with this process, which is killed last."""
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
         if readable and not os.read(0, 1024):
             break
     if server.poll() is not None:
-        print(f"watch: the server ended by itself with exit code {server.returncode}", flush=True)
+        print(ENDED, server.returncode, flush=True)
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + grace
     while server.poll() is None and time.monotonic() < deadline:
