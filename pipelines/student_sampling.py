@@ -8,7 +8,7 @@ server, which the main one starts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from distill.vllm.engine_sampler import EngineSampler
 from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
+from pipelines.hiring import devices_here
 from students.engine_sync import EngineSync
 from students.ranks import Ranks
 from students.sleep import Sleep, SleepingServer, check_sleep, level_for
@@ -108,7 +109,28 @@ def check_sampler(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> No
     if config.sampler.backend == "vllm":
         if config.sampler.place == "in_process":
             check_installed()
-        _launch(config, checkpoint, _way(config, checkpoint, ranks), on_gpu=ranks.device.type == "cuda").check()
+        on_gpu = ranks.device.type == "cuda"
+        _launch(config, checkpoint, _way(config, checkpoint, ranks), on_gpu=on_gpu).check()
+        _check_devices(config.sampler.devices, on_gpu=on_gpu)
+
+
+def _check_devices(devices: Sequence[str], *, on_gpu: bool) -> None:
+    """Raise UserError for devices that are not here: CUDA hides all behind one, vLLM on a CPU binds to nothing."""
+    here = devices_here()
+    kind, one = ("GPUs", "GPU") if on_gpu else ("CPU cores", "core")
+    for device in devices:
+        if device in here or (on_gpu and _may_be_gpu(device)):
+            continue
+        raise UserError(
+            f"sampler.devices has {device!r}, and the {kind} that this run may use are {', '.join(here)}; give each "
+            f"{one} of the server's own by its number{' or its UUID' if on_gpu else ''}, or leave it empty"
+        )
+
+
+def _may_be_gpu(device: str) -> bool:
+    """Whether CUDA may know the device, though it is none of those that this process sees."""
+    # The trainer's own GPUs may be all that it sees, with the server's beside them.
+    return device.startswith(("GPU-", "MIG-")) or (device.isdecimal() and "CUDA_VISIBLE_DEVICES" in os.environ)
 
 
 def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:

@@ -166,6 +166,39 @@ def test_the_way_within_a_process() -> None:
         choose_way("auto", on_gpu=False, own_devices=False, num_experts=8, lora=None, in_process=True)
 
 
+def with_devices(*devices: str) -> RunConfig:
+    sampler = SamplerSettings(backend="vllm", devices=devices)
+    return RunConfig(student=StudentSettings(model="nano"), sampler=sampler)
+
+
+def test_cores_that_are_not_here_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 3})
+    check_sampler(with_devices("3", "0"), NANO, ALONE)
+    for wrong in ("7", "1", "cuda:0", "0-3", ""):
+        sentence = rf"sampler\.devices has '{wrong}', and the CPU cores that this run may use are 0, 3; give each core"
+        with pytest.raises(UserError, match=sentence):
+            check_sampler(with_devices("0", wrong), NANO, ALONE)
+    sampler = SamplerSettings(devices=("7",))
+    check_sampler(RunConfig(sampler=sampler), NANO, ALONE)  # nobody will ask for it
+
+
+def test_gpus_that_are_not_here_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for right in ("0", "1", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-8932f937"):
+        check_sampler(with_devices(right), NANO, ALONE)
+    for wrong in ("cuda:0", "2", "-1", "0,1"):
+        with pytest.raises(UserError, match=rf"sampler\.devices has '{wrong}', and the GPUs .* are 0, 1; .* its UUID"):
+            check_sampler(with_devices(wrong), NANO, ALONE)
+    # As `distill plan` writes it: the trainer sees its own GPU, and the server has the one beside it.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6")
+    check_sampler(with_devices("7"), NANO, ALONE)
+    with pytest.raises(UserError, match=r"the GPUs that this run may use are 6; give each GPU"):
+        check_sampler(with_devices("cuda:7"), NANO, ALONE)
+
+
 @pytest.mark.parametrize("settings", [{"staleness": 1}, {"sleep": True}, {"place": "in_process"}])
 def test_several_processes_share_what_a_server_can_give_them(settings: dict[str, Any]) -> None:
     config = RunConfig(student=StudentSettings(model="nano"), sampler=SamplerSettings(backend="vllm", **settings))
