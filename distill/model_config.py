@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill.errors import UserError
 from distill.settings import PositiveFloat, PositiveInt, Settings
@@ -125,6 +125,21 @@ class SamplerSettings(Settings):
     patience_seconds: PositiveFloat = 600.0
     """How long a server that does not answer is waited for; then the run stops with exit code 75. Of several processes
     those that did not start it wait for 20 s at most."""
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> Self:
+        """What only vLLM reads is refused where the trained model speaks; of staleness the whole configuration says
+        more."""
+        if self.backend == "vllm":
+            return self
+        others = {"backend", "staleness"}
+        for name, value in self:
+            if name not in others and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"sampler.{name} is for vLLM, and sampler.backend={self.backend} does not read it; set "
+                    f"sampler.backend=vllm, or leave sampler.{name} out"
+                )
+        return self
 
     @property
     def confines(self) -> str | None:

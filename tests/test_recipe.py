@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from distill.config import RunConfig
 from distill.errors import UserError
+from distill.model_config import SamplerSettings
 from distill.recipe import assign, dump_yaml, load_recipe, merge, parse_assignment, parse_yaml, validate
 from pipelines.resolution import recipe_names, resolve_run
 
@@ -140,6 +142,33 @@ def test_what_vllm_does_not_draw_may_be_anything() -> None:
     examined = ["teacher.backend=vllm", "evaluation.sampling.think.temperature=3", "evaluation.references=false"]
     resolve_run(assignments=examined)
     resolve_run(assignments=["sampler.backend=vllm", "stages.off_policy.sampling.think.temperature=3"])
+
+
+FOR_VLLM = {
+    "place": "in_process",
+    "sync": "nccl",
+    "sleep": "true",
+    "devices": '["1"]',
+    "tolerance": "1.0e-6",
+    "server_args": '[--max-num-seqs, "8"]',
+    "patience_seconds": "5",
+}
+
+
+@pytest.mark.parametrize("name", FOR_VLLM)
+def test_what_only_vllm_reads_is_refused_where_the_trained_model_speaks(name: str) -> None:
+    assignment = f"sampler.{name}={FOR_VLLM[name]}"
+    with pytest.raises(UserError, match=rf"sampler\.{name} is for vLLM, .* set sampler\.backend=vllm, or leave"):
+        resolve_run(assignments=[assignment])
+    config = resolve_run(assignments=["sampler.backend=vllm", assignment])
+    assert validate(parse_yaml(dump_yaml(config), where="dump")) == config
+
+
+def test_every_setting_of_the_sampler_has_a_reader() -> None:
+    """A new one is read by the trained model's own sampler, or named above."""
+    assert {*SamplerSettings.model_fields} == {"backend", "staleness", *FOR_VLLM}
+    written = SamplerSettings().model_dump(mode="json")
+    assert resolve_run(assignments=[f"sampler={json.dumps(written)}"]).sampler == SamplerSettings()
 
 
 def test_processes_that_a_step_cannot_be_shared_among_are_refused() -> None:
