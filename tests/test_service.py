@@ -203,6 +203,16 @@ def test_the_command_has_what_each_role_needs(tmp_path: Path) -> None:
     assert on_gpu[on_gpu.index("--logprobs-mode") + 1] == "raw_logprobs"
 
 
+@pytest.mark.parametrize(
+    "word", ["--logprobs-mode=raw_logits", "--logprobs_mode", "--logprobs-mo", "--logp=raw_logits"]
+)
+def test_a_teacher_that_would_tell_other_numbers_is_refused(word: str) -> None:
+    """As a single log-probability a logit looks right, and a teacher's response is stored with those it came with."""
+    with pytest.raises(UserError, match=rf"^teacher\.server_args \(or --server-arg\) has {word}, and .* leave it out$"):
+        on_gpus(extra=("--max-logprobs", "30", word)).check()
+    on_gpus(extra=("--max-logprobs", "30", "--logits-processor-pattern", "x")).check()
+
+
 def test_experts_in_blocks_that_cannot_be_cut_stay_whole() -> None:
     quantised = {"moe_intermediate_size": 1536, "quantization_config": {"weight_block_size": [128, 128]}}
     assert [needs_expert_parallel(quantised, gpus) for gpus in (1, 2, 4, 8)] == [False, False, False, True]

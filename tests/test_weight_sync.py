@@ -248,6 +248,17 @@ def test_a_server_that_is_cut_is_refused(words: tuple[str, ...]) -> None:
         check_sampler(config, NANO, ALONE)
 
 
+@pytest.mark.parametrize("place", ["server", "in_process"])
+@pytest.mark.parametrize("words", [("--logprobs-mode=processed_logprobs",), ("--logprobs_mode", "raw_logits")])
+def test_log_probabilities_of_another_distribution_are_refused(
+    words: tuple[str, ...], place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    sampler = SamplerSettings(backend="vllm", place=place, server_args=("--max-num-seqs", "8", *words))
+    with pytest.raises(UserError, match=f"^sampler.server_args has {words[0]}, and the log-probabilities"):
+        check_sampler(RunConfig(student=StudentSettings(model="nano"), sampler=sampler), NANO, ALONE)
+
+
 def test_what_a_server_is_started_with(tmp_path: Path) -> None:
     assert flags_of("file") == ("--worker-extension-cls", "distill.vllm.worker.WeightsFromFile")
     assert flags_of("nccl") == ("--weight-transfer-config", '{"backend": "nccl"}')

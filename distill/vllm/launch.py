@@ -29,9 +29,11 @@ MAX_RESTARTS = 3
 _CPU_BATCH_TOKENS = 4096
 """Most tokens in one pass of a CPU server that generates."""
 
+_SCORES = "--logprobs-mode"
+
 _ROLE_FLAGS: dict[Role, tuple[str, ...]] = {
     # The log-probabilities that come with a response are the model's own: before penalties, temperature and top-p.
-    "generate": ("--generation-config", "vllm", "--logprobs-mode", "raw_logprobs"),
+    "generate": ("--generation-config", "vllm", _SCORES, "raw_logprobs"),
     "score": (
         *("--runner", "pooling", "--convert", "embed"),
         # The default would scale every state to length one.
@@ -98,7 +100,9 @@ class Launch:
         return self.tensor_parallel * self.pipeline_parallel // (1 if self.nodes is None else self.nodes.num)
 
     def check(self) -> None:
-        """Raise UserError where the model cannot be cut over that many GPUs or machines."""
+        """Raise UserError where the model cannot be cut over that many GPUs or machines, or ``extra`` would have the
+        server tell other numbers than those that are asked for."""
+        self._check_scores()
         check_cut(
             self.checkpoint.name,
             self.checkpoint.shape,
@@ -119,6 +123,19 @@ class Launch:
             raise UserError(f"--node-rank {self.nodes.rank} is none of 0 to {self.nodes.num - 1}")
         if not self.on_gpu:
             raise UserError(f"--nodes {self.nodes.num} needs GPUs, and this machine has none")
+
+    def _check_scores(self) -> None:
+        # Reading a prompt would not show it: vLLM processes the scores of what it says alone. And a single logit looks
+        # like a log-probability.
+        for word in self.extra:
+            # vLLM's parser takes underscores for dashes, and a flag's beginning for the flag.
+            name = word.partition("=")[0].replace("_", "-")
+            if len(name) > 2 and _SCORES.startswith(name):
+                setting = "sampler.server_args" if self.whose == "student" else "teacher.server_args (or --server-arg)"
+                raise UserError(
+                    f"{setting} has {word}, and the log-probabilities that come back have to be the model's own: the "
+                    f"server is started with {_SCORES} raw_logprobs already; leave it out"
+                )
 
     def command(self, port: int) -> list[str]:
         """The server's command line; secrets are in ``environment``, where a list of processes does not show them."""
