@@ -28,7 +28,7 @@ from students.engine_sync import EngineSync
 from students.ranks import Ranks
 from students.sleep import Sleep, SleepingServer, check_sleep, level_for
 from students.student import Student
-from students.vllm_sampler import TOLERANCE, VllmSampler
+from students.vllm_sampler import PROBE_TOKENS, TOLERANCE, VllmSampler
 from students.weight_sync import (
     AdapterSync,
     FileSync,
@@ -158,8 +158,9 @@ def _sync(way: Way, student: Student, client: Client) -> WeightSync:
 
 
 def _launch(config: RunConfig, checkpoint: Checkpoint, way: Way, *, on_gpu: bool) -> Launch:
-    # One more than prompt and response: forced tokens at the very end are scored by asking for one after them.
-    longest = config.max_prompt_tokens + config.longest_response + 1
+    # One more than prompt and response: forced tokens at the very end are scored by asking for one after them. So are
+    # the probes, however short the run's own sequences are.
+    longest = max(config.max_prompt_tokens + config.longest_response, PROBE_TOKENS) + 1
     return Launch(
         checkpoint,
         "generate",

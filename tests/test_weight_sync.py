@@ -24,13 +24,16 @@ from distill.errors import DistillError, GoneError, StoppedError, UserError
 from distill.family import resolve
 from distill.interrupt import deferred_signals
 from distill.model_config import LoraSettings, SamplerSettings, StudentSettings
-from pipelines.student_sampling import check_sampler
+from distill.recipe import validate
+from distill.types import MODES
+from distill.vllm.launch import Launch
+from pipelines.student_sampling import check_sampler, student_sampler
 from students.adapter import MODULES, RANKS
 from students.engine_sync import EngineSync
 from students.ranks import ALONE, Ranks
 from students.sleep import check_sleep
 from students.student import Student
-from students.vllm_sampler import VllmSampler
+from students.vllm_sampler import PROBE_TOKENS, VllmSampler
 from students.weight_sync import (
     AdapterSync,
     FileSync,
@@ -235,6 +238,37 @@ def test_weights_that_did_not_arrive_name_a_way_out(dtype: Any, said: float, way
     sampler = VllmSampler(learner, remote, SimpleNamespace(send=lambda: None), tolerance=0.1)
     with pytest.raises(WeightsError, match=way_out):
         sampler.take_weights()
+
+
+@pytest.mark.parametrize(("place", "starts"), [("server", "Service"), ("in_process", "Engine")])
+def test_the_probes_fit_a_run_of_short_sequences(
+    place: Any, starts: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launches: list[Launch] = []
+
+    class StartedError(Exception):
+        pass
+
+    def start(launch: Launch, *, log: Path) -> None:
+        launches.append(launch)
+        raise StartedError
+
+    monkeypatch.setattr(f"pipelines.student_sampling.{starts}", start)
+    tree = {
+        "student": {"model": "nano"},
+        "sampler": {"backend": "vllm", "place": place},
+        "stages": {"on_policy": {"kind": "on_policy", "sampling": {mode: {"max_new_tokens": 8} for mode in MODES}}},
+        "evaluation": {"sampling": {mode: {"max_new_tokens": 8} for mode in MODES}},
+    }
+    whoever: Any = None
+    for prompt in (14, PROBE_TOKENS):
+        sampled = student_sampler(
+            validate({**tree, "max_prompt_tokens": prompt}), NANO, whoever, whoever, ALONE, logs=tmp_path
+        )
+        with pytest.raises(StartedError), sampled:
+            pass
+    # One token has to be said behind what is scored.
+    assert [launch.max_model_len for launch in launches] == [PROBE_TOKENS + 1, PROBE_TOKENS + 8 + 1]
 
 
 @pytest.mark.parametrize("words", [("--tensor-parallel-size", "2"), ("--pipeline_parallel_size=2",), ("-tp", "2")])
