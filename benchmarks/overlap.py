@@ -45,6 +45,9 @@ from pipelines.strong_to_weak import run
 from students.student import Student
 from teachers.teacher import ExactTeacher
 
+SKIPPED = 3
+"""Simulated steps that count for nothing."""
+
 
 def settings(steps: int, *, prompts: int = NUM_PROMPTS, most: int = 96) -> OnPolicyStage:
     sampling = ModeSampling(think=SamplingSettings(max_new_tokens=most), no_think=SamplingSettings(max_new_tokens=16))
@@ -68,12 +71,12 @@ def simulated(steps: int, seconds: float) -> dict[str, Any]:
         crew = simulated_crew(**phases)
         stage = OnPolicy("on_policy", settings(steps), crew, first_prompt=0)
         metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
-        wall = seconds_a_step(metrics, skip=3)
+        wall = seconds_a_step(metrics, skip=SKIPPED)
         found[longest] = {
             "seconds": phases,
             "wall": wall,
             "wall_over_longest": wall / max(phases.values()),
-            "overlap_efficiency": statistics.median(row["overlap_efficiency"] for row in metrics[3:]),
+            "overlap_efficiency": statistics.median(row["overlap_efficiency"] for row in metrics[SKIPPED:]),
         }
     return found
 
@@ -187,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="the longest simulated phase")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
+    if args.steps < SKIPPED + 2:
+        parser.error(f"--steps takes {SKIPPED + 2} or more (the first {SKIPPED} do not count), got {args.steps}")
     results: dict[str, Any] = {"simulated": simulated(args.steps, args.seconds), "embedded": None}
     if not args.no_vllm:
         results["embedded"] = embedded(

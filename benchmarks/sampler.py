@@ -281,7 +281,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         }
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampler", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--student", choices=list(SIZE), action="append", help="default: all of them")
     parser.add_argument("--repeats", type=int, default=3)
@@ -290,7 +290,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--no-vllm", action="store_true", help="leave vLLM out although it is installed")
     parser.add_argument("--json", action="store_true", help="one line instead of an indented document")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    if arguments.repeats < 1:
+        parser.error(f"--repeats takes 1 or more, got {arguments.repeats}")
     torch.set_num_threads(arguments.threads)
     found = {name: measure(name, arguments) for name in arguments.student or list(SIZE)}
     print(json.dumps(found, indent=None if arguments.json else 1))

@@ -97,4 +97,8 @@ def _served(teacher: TeacherSettings) -> int:
 def reproducible(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a line of metrics.jsonl holds besides times: the same when the run is made again."""
     timed = {"seconds", "busy", "device_seconds", "overlap_efficiency", "timeline"}
-    return {name: value for name, value in row.items() if name.partition(".")[0] not in timed}
+    return {
+        name: value
+        for name, value in row.items()
+        if name.partition(".")[0] not in timed and name != "sampler.sync_seconds"
+    }

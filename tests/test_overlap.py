@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -23,7 +23,8 @@ import torch
 import yaml
 
 from benchmarks.loop import crew_of, encoder, metrics_of
-from benchmarks.overlap import seconds_a_step, settings
+from benchmarks.overlap import main, seconds_a_step, settings
+from benchmarks.sampler import main as sampler_main
 from benchmarks.simulated import SimulatedSampler, SimulatedTeacher, simulated_crew, work
 from distill import interrupt
 from distill.checkpoint import load_model, open_checkpoint
@@ -843,6 +844,26 @@ def test_devices_by_phase() -> None:
     assert of("teacher.backend=vllm", urls) == (1, 3, 1)
 
 
+@pytest.mark.parametrize(
+    ("measure", "words", "sentence"),
+    [
+        (main, ["--steps", "4", "--no-vllm"], "--steps takes 5 or more (the first 3 do not count), got 4"),
+        (sampler_main, ["--repeats", "0", "--no-vllm"], "--repeats takes 1 or more, got 0"),
+    ],
+)
+def test_what_times_nothing_is_refused(
+    measure: Callable[[list[str]], None], words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        measure(words)
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_the_fewest_simulated_steps_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--steps", "5", "--seconds", "0.02", "--no-vllm", "--json"])
+    assert all(one["wall"] > 0 for one in json.loads(capsys.readouterr().out)["simulated"].values())
+
+
 def test_a_phase_counts_no_second_twice() -> None:
     """A request that waited behind the step before occupied nobody then."""
     clock = Clock({"sample": 1, "score": 8, "sync": 1, "train": 2}, begun=100.0)
@@ -851,7 +872,9 @@ def test_a_phase_counts_no_second_twice() -> None:
     assert row["timeline"]["score"] == [[4.0, 7.0], [8.0, 9.0]]
     assert row["busy.score"] == 4.0 and row["device_seconds.score"] == 32.0 and row["overlap_efficiency"] == 0.5
     assert row["timeline"]["train"] == [] and row["busy.train"] == 0.0
-    assert reproducible({**row, "seconds": 8.0, "seconds.train": 1.0, "loss": 0.5}) == {"loss": 0.5}
+    times = {"seconds": 8.0, "seconds.train": 1.0, "sampler.sync_seconds": 0.1}
+    facts = {"loss": 0.5, "sampler.gap": 1e-6}
+    assert reproducible({**row, **times, **facts}) == facts
 
 
 def test_stretches_of_time() -> None:
