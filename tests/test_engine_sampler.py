@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from distill.vllm.engine import Engine
 from distill.vllm.engine_sampler import EngineSampler
 from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
+from distill.vllm.segments import Segment
 from distill.vllm.service import Service
 from pipelines.phases import reproducible
 from students.rescoring import rescore
@@ -183,6 +185,49 @@ def test_a_request_is_its_seed_and_not_its_company(engine: Engine) -> None:
     assert [one.response_ids for one in backwards] == [one.response_ids for one in together]
     again = sampler(engine, learner).generate(asked)
     assert [one.logprobs for one in again] == [one.logprobs for one in together]
+
+
+BLOCK = 128
+"""Tokens in a block of the prefix cache, on a CPU."""
+
+
+def known_tokens(engine: Engine, speaker: VllmSampler, asked: Sequence[Request]) -> list[int]:
+    """Of each request the tokens of its prompt that the engine did not have to read."""
+    found: dict[int, int] = {}
+    answer = engine._answer
+
+    def note(output: Any) -> tuple[int, Segment]:
+        place, segment = answer(output)
+        found[place] = output.num_cached_tokens
+        return place, segment
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_answer", note)
+        speaker.vllm.generate(asked)
+    return [found[place] for place in range(len(asked))]
+
+
+def test_a_long_prompt_is_read_once_for_its_samples_and_again_by_new_weights(engine: Engine) -> None:
+    learner = student()
+    speaker = sampler(engine, learner)
+    long = ENCODER.request(
+        Prompt(({"role": "user", "content": "+".join("3" for _ in range(80)) + "="},)),
+        mode="think",
+        sampling=Sampling(8),
+        seed=0,
+    )
+    assert BLOCK < len(long.prompt_ids) - 1 < 2 * BLOCK
+    asked = [replace(long, seed=seed) for seed in range(4)]
+    speaker.take_weights()
+    assert known_tokens(engine, speaker, asked) == [0, BLOCK, BLOCK, BLOCK]
+    assert known_tokens(engine, speaker, asked) == [BLOCK] * 4
+    short = [request(1, Sampling(8), seed=seed) for seed in range(4)]
+    assert known_tokens(engine, speaker, short) == [0] * 4  # less than a block
+    # What the old weights made of the prompt is no use to the new ones.
+    train(learner, 0)
+    speaker.take_weights()
+    assert known_tokens(engine, speaker, asked) == [0, BLOCK, BLOCK, BLOCK]
+    check_scores(learner, speaker.generate(asked))
 
 
 def test_who_ends_first_is_told_first_and_work_that_is_called_off_leaves_nothing(engine: Engine) -> None:
