@@ -301,7 +301,7 @@ def test_a_run_samples_its_student_through_vllm(tmp_path: Path, lora: dict[str, 
                 "stages": {
                     "on_policy": {
                         "kind": "on_policy",
-                        "steps": 4,
+                        "steps": 50,
                         "prompts_per_step": 4,
                         "samples_per_prompt": 2,
                         "sampling": {mode: {"max_new_tokens": 16} for mode in MODES},
@@ -313,6 +313,8 @@ def test_a_run_samples_its_student_through_vllm(tmp_path: Path, lora: dict[str, 
                     "sampling": {mode: {"max_new_tokens": 16} for mode in MODES},
                 },
                 "max_prompt_tokens": 64,
+                # Responses this short go wrong at this rate; here they need only be spoken with the right weights.
+                "guards": {"repetition": None, "truncation": None},
             }
         )
     )
@@ -321,7 +323,7 @@ def test_a_run_samples_its_student_through_vllm(tmp_path: Path, lora: dict[str, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps) == 4
+    assert len(steps) == 50
     assert all(step["sampler.gap"] <= 1e-4 and step["sampler.sync_seconds"] > 0 for step in steps)
     log = (out / "servers" / "student.log").read_text()
     assert ("Loaded new LoRA adapter" in log) == (lora is not None)
