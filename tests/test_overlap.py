@@ -346,8 +346,9 @@ def test_a_server_that_is_gone_costs_no_finished_step(who: str, staleness: int) 
         return signal(rollouts)
 
     def learning(*arguments: Any, **options: Any) -> dict[str, Any]:
+        metrics = step(*arguments, **options)
         trained.append(options["where"])
-        return step(*arguments, **options)
+        return metrics
 
     stage.sample, stage.signal = speaking, judging  # type: ignore[method-assign]
     crew.student.step = learning  # type: ignore[method-assign]
@@ -358,7 +359,7 @@ def test_a_server_that_is_gone_costs_no_finished_step(who: str, staleness: int) 
             batches_of(stage, crew, staleness=staleness),
             checkpoint=lambda done, ended: kept.append((done, ended, len(trained))),
         )
-    # The batch ahead may fail before the one that is wanted is trained on.
+    # The batch ahead may fail before the one that is wanted has been trained on.
     done = 2 if (who, staleness) == ("speaks", 1) and len(trained) == 2 else 3
     assert kept == [(done, False, done)]
 
