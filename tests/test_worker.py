@@ -272,9 +272,9 @@ def test_gpus_are_not_named_where_there_are_none(monkeypatch: pytest.MonkeyPatch
 
 def test_two_workers_never_take_one_job(queue: Queue, mark: str, tmp_path: Path) -> None:
     """Twenty-four jobs, three real workers: each job is begun once."""
-    jobs = [add(queue, "0") for _ in range(24)]
-    # With two slots each, so that the first to begin does not do it all before the others have read their modules.
+    # They wait before there is a job: the first of them to be there would do it all.
     processes = [start(queue, slots="0,1") for _ in range(3)]
+    jobs = [add(queue, "0") for _ in range(24)]
     try:
         wait_for(lambda: not queue.jobs(states=ACTIVE), 120)
     finally:
