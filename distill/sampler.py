@@ -25,6 +25,7 @@ from distill import interrupt
 from distill.attention import PACKED, Packing, attention_keywords
 from distill.draw import Draw
 from distill.errors import NonFiniteError
+from distill.fused_body import fused_body
 from distill.kv_cache import Decoding, Group, SlotCache, arranged, groups_of, kernels
 from distill.replay import replays, rounded_rows
 from distill.response import Response
@@ -189,6 +190,7 @@ class _Batch:
         self._body, self._head = cast(nn.Module, model.get_decoder()), cast(nn.Module, model.get_output_embeddings())
         self._device, self._dtype = model.device, model.dtype
         self._vocabulary = int(model.config.vocab_size)
+        self._fused = fused_body(model)
         self._cache = SlotCache()
         self._replays = replays(model, self._cache, self._decode)
         self._draw = Draw.of([], self._vocabulary, self._device)
@@ -276,6 +278,8 @@ class _Batch:
         """Last hidden states [T, d]; the first tokens are new ones of slots under way, at ``place_B``."""
         self._cache.expect(tokens.slot_W, tokens.place_W, tokens.source_W)
         decoding = Decoding.of(self._cache, groups, place_B, self._dtype)
+        if self._fused is not None:
+            return self._fused(tokens.id_T, tokens.position_T, decoding, tokens.packing)
         with kernels(self._device):
             hidden_Td: Tensor = self._body(
                 input_ids=tokens.id_T[:, None],
