@@ -78,8 +78,14 @@ class Encoder:
         return text
 
     def closed_thinking(self, rollout: Rollout) -> bool:
-        """Whether no thinking block is open at the response's end (closed by the model or by the early stop)."""
-        ids = rollout.response_ids
-        if rollout.mode == "no_think" and rollout.switch == "hard" and self.think_open_id not in ids:
-            return True
-        return self.think_close_id in ids or any(rollout.forced)
+        """Whether the response's thinking ended (closed by the model or by the early stop) and was not opened again.
+
+        A response that has no mark of thinking never ended it, unless the prompt has done so.
+        """
+        closing = {self.think_close_id}
+        if self.think_close_id not in self.early_stop_ids:  # one token stands for the whole string
+            closing.add(self.early_stop_ids[-1])
+        marks = [token for token in rollout.response_ids if token == self.think_open_id or token in closing]
+        if not marks:
+            return rollout.mode == "no_think" and rollout.switch == "hard"
+        return marks[-1] != self.think_open_id

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -44,9 +46,24 @@ def test_early_stop_is_one_token_and_closes_thinking(encoder: Encoder) -> None:
         (opened, (False, False), False),
         (closed, (False,) * 3, True),
         ((*opened, *encoder.early_stop_ids), (False, False, True), True),
+        ((*closed, 5, *opened), (False,) * 6, False),
+        ((*closed, 5, encoder.think_open_id, encoder.stop_ids[0]), (False,) * 6, False),
+        ((5, encoder.think_close_id), (False,) * 2, True),  # the prompt has opened it
+        ((5, 6), (False,) * 2, False),
     ):
         rollout = Rollout(request, ids, forced, (0.0,) * len(ids), "length", "student")
         assert encoder.closed_thinking(rollout) is expected
+
+
+def test_an_early_stop_that_was_cut_before_its_closing_mark_left_thinking_open(encoder: Encoder) -> None:
+    """Of a tokenizer that takes several tokens for it, as Qwen3's does."""
+    request = encoder.request(ASK, mode="think", sampling=Sampling(4), seed=0)
+    of_several = copy(encoder)
+    of_several.early_stop_ids = (7, 8, encoder.think_close_id, 9)
+    for forced in range(1, 5):
+        ids = (encoder.think_open_id, 5, *of_several.early_stop_ids[:forced])
+        rollout = Rollout(request, ids, (False, False, *[True] * forced), (0.0,) * len(ids), "length", "student")
+        assert of_several.closed_thinking(rollout) is (forced >= 3)
 
 
 def test_a_tokenizer_without_template_is_refused() -> None:
