@@ -87,19 +87,21 @@ class SlotCache:
 
     def reserve(self, num_slots: int, num_places: int, *, most_places: int) -> None:
         """Room for so many slots of so many tokens, of which those that are in them will never have more than
-        ``most_places``."""
+        ``most_places``. What slots behind these hold may be lost."""
         if num_slots <= self._num_slots and num_places <= self.num_places:
             return
         if num_places > self.num_places:
             self.num_places = max(num_places + ROOM, 2 * self.num_places)
-        # Where the long rows have gone there is room for more of the short ones, in as many bytes.
+        # Where the long rows have gone there is room for more of the short ones, in as many bytes, and where a long one
+        # comes the slots of those who have gone are given up for it.
         self.num_places = max(num_places, min(most_places, self.num_places))
-        self._num_slots = max(num_slots, self._num_slots)
+        self._num_slots = num_slots
         self.version += 1
         for rooms in (self.keys, self.values):
             for layer, room in enumerate(rooms):
                 rooms[layer] = self._room(room)
-                rooms[layer][: room.shape[0], :, : room.shape[2]] = room[:, :, : self.num_places]
+                filled = room[:num_slots, :, : self.num_places]
+                rooms[layer][: len(filled), :, : filled.shape[2]] = filled
 
     def _room(self, like: Tensor) -> Tensor:
         # Zeros: what is masked out still takes part in the arithmetic, and memory as it comes may hold NaN.

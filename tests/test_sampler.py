@@ -110,18 +110,23 @@ def test_no_more_rows_than_the_cache_has_tokens_for(model: Qwen3ForCausalLM) -> 
     assert max(most) <= 3 * 5  # the prompts of three rows
 
 
-def test_the_cache_stays_within_its_tokens_when_short_ones_follow_long_ones(
-    model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("long_ones", ["first", "last"])
+def test_the_cache_stays_within_its_tokens_beside_rows_of_other_lengths(
+    model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch, long_ones: str
 ) -> None:
     rooms: list[int] = []
 
     class Watched(SlotCache):
         def reserve(self, num_slots: int, num_places: int, *, most_places: int) -> None:
             super().reserve(num_slots, num_places, most_places=most_places)
-            rooms.append(self._num_slots * self.num_places)
+            held = self.keys[0].shape if self.keys else (self._num_slots, 0, self.num_places)
+            rooms.append(held[0] * held[2])
 
     monkeypatch.setattr("distill.sampler.SlotCache", Watched)
-    requests = [request(seed, max_new_tokens=95 if seed < 2 else 5) for seed in range(40)]
+    if long_ones == "first":
+        requests = [request(seed, max_new_tokens=95 if seed < 2 else 5) for seed in range(40)]
+    else:  # by their prompts: those who may speak longest begin
+        requests = [request(seed, length=90 if seed >= 38 else 3, max_new_tokens=5) for seed in range(40)]
     ours = TransformersSampler(model, TinyEncoder(), speaker="student", cache_tokens=200)  # type: ignore[arg-type]
     together = ours.generate(requests)
     assert max(rooms) <= 200
