@@ -49,9 +49,14 @@ KNOWN = {
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A layer's matrices, [inputs, outputs]; what multiplies a root of mean squares has its root of the width in it."""
+    """A layer's matrices, [inputs, outputs], and its heads.
+
+    What multiplies normalised states holds the norm's weight, times the root of the width: ``_unit`` leaves it out.
+    """
 
     attention: Any
+    num_queries: int
+    num_keys: int
     query_key_value: Tensor
     head_norm_Hd: Tensor
     output: Tensor
@@ -61,17 +66,18 @@ class _Layer:
     @classmethod
     def of(cls, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        per_head = [
-            norm.weight.expand(projection.out_features // attention.head_dim, -1)
-            for norm, projection in (
-                (attention.q_norm, attention.q_proj),
-                (attention.k_norm, attention.k_proj),
-            )
-        ]
+        num_queries, num_keys = (
+            projection.out_features // attention.head_dim for projection in (attention.q_proj, attention.k_proj)
+        )
+        head_norm_Hd = torch.cat(
+            (attention.q_norm.weight.expand(num_queries, -1), attention.k_norm.weight.expand(num_keys, -1))
+        )
         return cls(
             attention,
+            num_queries,
+            num_keys,
             _behind(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj),
-            torch.cat(per_head) * math.sqrt(attention.head_dim),
+            head_norm_Hd * math.sqrt(attention.head_dim),
             attention.o_proj.weight.t(),
             _behind(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj),
             mlp.down_proj.weight.t(),
@@ -106,22 +112,16 @@ class FusedBody:
         sin_T1d = torch.cat((-sin_T1d[..., :half], sin_T1d[..., half:]), dim=-1)
         for place, layer in enumerate(self._layers):
             num_normed, width = layer.head_norm_Hd.shape
-            num_queries = num_normed - (num_keys := layer.query_key_value.shape[1] // width - num_normed)
             heads_THd = torch.mm(_unit(state_TD, self._floor_D), layer.query_key_value).view(len(id_T), -1, width)
             normed_THd = _unit(heads_THd[:, :num_normed], self._floor_d).mul_(layer.head_norm_Hd)
-            turned_THd = torch.addcmul(normed_THd * cos_T1d, normed_THd.roll(half, -1), sin_T1d)[:, :, None]
-            query, key = turned_THd.split((num_queries, num_keys), dim=1)
+            turned_THd = torch.addcmul(normed_THd * cos_T1d, normed_THd.roll(half, -1), sin_T1d)
+            # In the modules' shapes: each token is a sequence of its own.
+            query, key = turned_THd[:, :, None].split((layer.num_queries, layer.num_keys), dim=1)
             value = heads_THd[:, num_normed:, None]
             decoding.cache.update(key, value, place)
+            scaling = layer.attention.scaling
             said, _ = packed_attention(
-                layer.attention,
-                query,
-                key,
-                value,
-                None,
-                scaling=layer.attention.scaling,
-                packing=packing,
-                decoding=decoding,
+                layer.attention, query, key, value, None, scaling=scaling, packing=packing, decoding=decoding
             )
             state_TD = torch.addmm(state_TD, said.reshape(len(id_T), -1), layer.output)
             gate, up = torch.mm(_unit(state_TD, self._floor_D), layer.gate_up).chunk(2, dim=1)
