@@ -55,6 +55,15 @@ class Cost:
         self.seconds += other.seconds
         self.reused_tokens += other.reused_tokens
 
+    def since(self, then: Cost) -> Cost:
+        """What has been spent since it was ``then``."""
+        return Cost(
+            self.tokens - then.tokens,
+            self.flops - then.flops,
+            self.seconds - then.seconds,
+            self.reused_tokens - then.reused_tokens,
+        )
+
 
 @dataclass
 class CostAccount:

@@ -69,16 +69,19 @@ class Meter:
                 self.account.note_peak(role, _peak())
 
     def pool(self, stage: str, before: Mapping[str, Cost], ranks: Ranks) -> None:
-        """Make what all processes spent on ``stage`` since ``before`` every process's account of it."""
+        """Make what all processes spent on ``stage`` since ``before`` every process's account of it.
+
+        A process has no line for who did nothing in its share, so they meet once and sum by name.
+        """
         if ranks.count == 1:
             return
-        for role, cost in self.account.of_stage(stage).items():
-            then = before.get(role, Cost())
-            own = Cost(cost.tokens - then.tokens, cost.flops - then.flops, cost.seconds - then.seconds)
-            pooled = replace(then)
-            for part in ranks.gather(own):
-                pooled.add(part)
-            self.account.entries[role][stage] = pooled
+        own = {role: cost.since(before.get(role, Cost())) for role, cost in self.account.of_stage(stage).items()}
+        pooled = {role: replace(cost) for role, cost in before.items()}
+        for part in ranks.gather(own):
+            for role, cost in part.items():
+                pooled.setdefault(role, Cost()).add(cost)
+        for role, cost in pooled.items():
+            self.account.entries.setdefault(role, {})[stage] = cost
 
 
 class MeteredSampler:
