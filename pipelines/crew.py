@@ -63,13 +63,15 @@ class Judged:
     """What the judge made of a step's responses.
 
     ``updates`` are the examples of each optimiser step, as many in every step of a stage; one without examples teaches
-    nothing and is left out. ``facts`` are metrics of the judging; the processes' counts are added. ``read`` is when the
-    student read the responses for its step meanwhile, where it did.
+    nothing and is left out. ``num_dealt`` is how many groups were dealt to them in turn, from the first update on: the
+    next process's groups come behind these. ``facts`` are metrics of the judging; the processes' counts are added.
+    ``read`` is when the student read the responses for its step meanwhile, where it did.
     """
 
     updates: list[list[Example]]
     facts: dict[str, float | Mean] = field(default_factory=dict)
     read: Span | None = None
+    num_dealt: int = 0
 
 
 class Stage(Protocol):

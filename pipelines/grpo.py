@@ -138,7 +138,7 @@ class Grpo:
         if self.settings.policy_gradient.dr_grpo:
             limit = sum(rollout.request.sampling.max_new_tokens for rollout in rollouts) / len(updates)
             updates = [_over_constant(update, limit) for update in updates]
-        return Judged(updates, _facts(groups))
+        return Judged(updates, _facts(groups), num_dealt=len(kept))
 
     def _groups(self, rollouts: Sequence[Rollout]) -> list[_Group]:
         settings, size = self.settings.policy_gradient, self.settings.samples_per_prompt

@@ -20,7 +20,7 @@ from distill.repetition import repetition
 from distill.seeding import derive
 from distill.types import MODES, Example, Mode, Rollout
 from pipelines.batches import Batches
-from pipelines.crew import Crew, Mean, Stage
+from pipelines.crew import Crew, Judged, Mean, Stage
 from pipelines.guards import Guards
 from pipelines.phases import Clock
 from pipelines.tracker import Tracking
@@ -96,7 +96,7 @@ def _step(stage: Stage, student: Student, crew: Crew, step: int, *, batches: Bat
     rollouts, judged = batch.rollouts, batch.judged
     taken = time.perf_counter()
     with crew.meter.measure("student_train", stage.name) as cost:
-        metrics = _learn(stage, student, judged.updates, step, crew.ranks)
+        metrics = _learn(stage, student, _own_updates(judged, crew.ranks), step, crew.ranks)
         trained = [example.rollout for examples in judged.updates for example in examples]
         cost.tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in trained)
         cost.flops = student.passes * rollout_flops(crew.student_shape, trained)
@@ -128,6 +128,16 @@ def _staleness(stage: Stage, crew: Crew, rollouts: Sequence[Rollout]) -> dict[st
         return {}
     ages = [crew.student_sampler.weight_version - rollout.weight_version for rollout in rollouts]
     return {"staleness": sum(ages) / len(ages)}
+
+
+def _own_updates(judged: Judged, ranks: Ranks) -> list[list[Example]]:
+    """This process's examples of each update, with the step's groups numbered over all processes.
+
+    Dealt in turn, all that the groups before its own change is at which update its dealing begins.
+    """
+    num_before = sum(ranks.gather(judged.num_dealt)[: ranks.number])
+    first = num_before % len(judged.updates)
+    return judged.updates[-first:] + judged.updates[:-first]
 
 
 def _learn(
