@@ -24,6 +24,7 @@ from pipelines.crew import Crew, Judged, Mean, Stage
 from pipelines.guards import Guards
 from pipelines.phases import Clock
 from pipelines.tracker import Tracking
+from students.means import Means
 from students.ranks import Ranks
 from students.student import Student
 
@@ -148,7 +149,7 @@ def _learn(
     The first may be interrupted, or find a number that is not finite, before anything has changed. From then on the
     step is gone through to its end, so that a checkpoint holds whole steps only.
     """
-    learned: list[dict[str, Any]] = []
+    learned, means = list[dict[str, Any]](), Means()
     for place, examples in enumerate(updates):
         if not any(ranks.gather(len(examples))):
             continue
@@ -160,6 +161,7 @@ def _learn(
                     step=step * len(updates) + place,
                     num_steps=stage.num_steps * len(updates),
                     where=f"{stage.name} step {step}",
+                    into=means,
                 )
             except NonFiniteError as error:
                 if not learned:
@@ -170,24 +172,22 @@ def _learn(
                     name_place(error, f"{stage.name}, training step {step}")
                 raise
         learned.append(metrics)
-    return _together(learned)
+    return _together(learned, means)
 
 
-def _together(updates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Metrics of a step's updates as one: counts and seconds are added, the rest is a mean over tokens."""
+def _together(updates: Sequence[Mapping[str, Any]], means: Means) -> dict[str, float | None]:
+    """Metrics of a step's updates as one; ``means`` are those over all their tokens.
+
+    Counts and seconds are added. What an update has one number of is a mean, weighted by the updates' tokens.
+    """
     if not updates:
         return {"loss": None, "num_tokens": 0, "seconds.train": 0.0}
     if len(updates) == 1:
         return dict(updates[0])
-    together: dict[str, float | None] = {}
-    for key in dict.fromkeys(key for update in updates for key in update):
-        known = [update for update in updates if update.get(key) is not None]
-        if key in ("num_tokens", "seconds.train"):
-            together[key] = sum(update[key] for update in known)
-            continue
-        num_tokens = sum(update["num_tokens"] for update in known)
-        together[key] = sum(update[key] * update["num_tokens"] for update in known) / num_tokens if known else None
-    return together
+    num_tokens, seconds = (sum(update[key] for update in updates) for key in ("num_tokens", "seconds.train"))
+    known: dict[str, float | None] = {**means.means(), "num_tokens": num_tokens, "seconds.train": seconds}
+    single = [key for key in updates[0] if key not in known]
+    return known | {key: sum(one["num_tokens"] * one[key] for one in updates) / num_tokens for key in single}
 
 
 def _spent(before: Mapping[str, Cost], after: Mapping[str, Cost]) -> dict[str, float]:

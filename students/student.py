@@ -230,8 +230,19 @@ class Student:
         read, wanted = list(map(id, reading.rollouts)), [id(example.rollout) for example in group]
         return reading if read == wanted else None
 
-    def step(self, examples: Sequence[Example], loss: Loss, *, step: int, num_steps: int, where: str) -> dict[str, Any]:
+    def step(
+        self,
+        examples: Sequence[Example],
+        loss: Loss,
+        *,
+        step: int,
+        num_steps: int,
+        where: str,
+        into: Means | None = None,
+    ) -> dict[str, Any]:
         """One optimiser step on ``examples``, this process's share; the metrics are those of all.
+
+        Those of them that are means over tokens are added to ``into``, for several optimiser steps together.
 
         The loss is the mean over all tokens that carry weight, of all micro-batches and processes together: dividing
         inside each micro-batch would weigh a token by how short its neighbours happen to be. Raises NonFiniteError
@@ -254,7 +265,8 @@ class Student:
                 self._backward(groups[place] if place < len(groups) else None, loss, num_weighted, table)
                 optimiser.accumulate()
             table = table.of_all(ranks)
-            total = table.scalar("loss")
+            total = table.means()["loss"]
+            assert total is not None
             if not math.isfinite(total):
                 raise NonFiniteError(
                     f"the loss is {total} at {where}; no step was taken. Lower the learning rate, or look at the "
@@ -268,6 +280,8 @@ class Student:
         norm = optimiser.step(rate, where=where)
         self.num_changes += 1
         finish(ranks.device)
+        if into is not None:
+            into.add(table)
         return {
             **table.means(),
             "grad_norm": norm,
@@ -307,13 +321,13 @@ class Student:
         scale = self.ranks.count / num_weighted
         felt = loss(replace(rows, batch=replace(batch, weight_N=batch.weight_N * scale)))
         objective = felt.total
-        table.add_scalar("loss", float(objective.detach()) / self.ranks.count, 1.0)
+        table.add_tokens(batch, {**felt.per_token_N, **self._stops(rows, felt)})
+        table.add_sum("loss", float(objective.detach()) / scale, batch.num_weighted)
         if router is not None:
             share = batch.num_weighted / num_weighted
             objective = objective + self.ranks.count * share * self.model.config.router_aux_loss_coef * router.loss
-            table.add_scalar("router.aux_loss", float(router.loss.detach()), share)
-            table.add_scalar("router.max_load", router.max_load, share)
-        table.add_tokens(batch, {**felt.per_token_N, **self._stops(rows, felt)})
+            for name, value in (("aux_loss", float(router.loss.detach())), ("max_load", router.max_load)):
+                table.add_sum(f"router.{name}", batch.num_weighted * value, batch.num_weighted)
         return objective
 
     @torch.no_grad()

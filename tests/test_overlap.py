@@ -607,6 +607,38 @@ def test_several_updates_are_clipped_around_the_weights_that_the_batch_is_traine
     assert sum(olds) > 0 and metrics[2]["importance"] != pytest.approx(1.0, abs=1e-3)
 
 
+def test_metrics_of_several_updates_are_means_over_the_tokens_of_all() -> None:
+    """The updates have other shares of thinking: a mean of their means is another number."""
+    crew = real_crew()
+    stage = Rewarded(crew, 1, updates_per_step=3)
+    stage.verifier.verdicts = lambda said: [place % 2 == 0 for place, _ in enumerate(said)]  # type: ignore[method-assign]
+    shares, entropies, rates = list[float](), {mode: list[float]() for mode in MODES}, list[dict[str, Any]]()
+    loss, step = stage.loss, crew.student.step
+
+    def watched(rows: Any) -> Any:
+        felt = loss(rows)
+        thinks, learns = rows.batch.think_N, rows.batch.weight_N > 0
+        for mode, chosen in (("think", thinks), ("no_think", ~thinks)):
+            entropies[mode] += felt.per_token_N["student_entropy"][chosen & learns].tolist()
+        shares.append(float(thinks[learns].float().mean()))
+        return felt
+
+    def learning(*arguments: Any, **options: Any) -> dict[str, Any]:
+        rates.append(step(*arguments, **options))
+        return rates[-1]
+
+    stage.loss, crew.student.step = watched, learning  # type: ignore[method-assign]
+    (row,) = metrics_of(stage, crew, AtOnce(stage, crew))
+    assert len(set(shares)) == 3
+    both = [*entropies["think"], *entropies["no_think"]]
+    for prefix, values in (("", both), *((f"{mode}.", found) for mode, found in entropies.items())):
+        assert row[f"{prefix}student_entropy"] == pytest.approx(sum(values) / len(values), rel=1e-6), prefix
+    assert row["num_tokens"] == len(both) and row["learning_rate"] == pytest.approx(2e-4)
+    for name in ("loss", "grad_norm"):
+        expected = sum(one["num_tokens"] * one[name] for one in rates) / len(both)
+        assert row[name] == pytest.approx(expected, rel=1e-6, abs=1e-9), name
+
+
 def test_reverse_kl_is_that_of_the_weights_that_learn() -> None:
     """The batch is stale, its divergence is not: the trainer's states are new at every step."""
     config = resolve_run(assignments=["stages.off_policy=null"])
