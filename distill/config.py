@@ -33,6 +33,9 @@ from distill.vllm.limits import check_drawable
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """What may be a file's name everywhere."""
 
+_NUM_STOP_TOKENS = 2
+"""On which a model of the family may end; the student always asks about them."""
+
 
 class GuardLimits(Settings):
     """Where a guard warns, and where it stops a run that it has warned of."""
@@ -166,6 +169,11 @@ class RunConfig(Settings):
                 raise ValueError(f"stages.{name} (opd_reward) needs teacher.signal=hidden, and it is {signal}")
             if not isinstance(stage, OnPolicyStage):
                 continue
+            if signal == "chosen" and self.teacher.top_k < _NUM_STOP_TOKENS:
+                raise ValueError(
+                    f"teacher.top_k is {self.teacher.top_k}, and teacher.signal=chosen always asks about the "
+                    f"{_NUM_STOP_TOKENS} stop tokens; set it to {_NUM_STOP_TOKENS} or more, or teacher.signal to hidden"
+                )
             where, divergence = f"stages.{name}.divergence", stage.divergence
             if signal != "hidden" and divergence.temperature != 1:
                 raise ValueError(

@@ -15,7 +15,8 @@ import torch
 from test_client import Answer, Handle, rollout, serving
 from test_run_variants import small_run
 
-from distill.checkpoint import load_model, open_checkpoint
+from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
+from distill.encode import Encoder
 from distill.errors import DistillError, UserError
 from distill.family import resolve
 from distill.types import HiddenStates, Rollout, SampledLogprobs, Signal, TopK
@@ -230,6 +231,7 @@ APART = "stages.on_policy.divergence.merge_stop_ids=false"
         (["teacher.signal=sampled"], "merge_stop_ids is true"),
         (["teacher.signal=sampled", APART, "stages.on_policy.divergence.kind=jsd"], "estimates the reverse_kl alone"),
         (["teacher.signal=sampled", APART, "stages.on_policy.sampling.think.top_p=0.9"], "sampling.think changes"),
+        (["teacher.signal=chosen", "teacher.top_k=1"], "teacher.top_k is 1.*the 2 stop tokens; set it to 2 or more"),
         (["teacher.signal=logits"], "teacher.signal"),
         # The cut-off sum exists for experiments alone.
         (["stages.on_policy.divergence.tail=false"], "tail"),
@@ -238,6 +240,14 @@ APART = "stages.on_policy.divergence.merge_stop_ids=false"
 def test_what_a_signal_cannot_give_is_refused_before_the_run(assignments: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         resolve_run(assignments=assignments)
+
+
+def test_chosen_has_room_for_the_stop_tokens() -> None:
+    least = len(Encoder(load_tokenizer(TEACHER)).stop_ids)
+    assert resolve_run(assignments=["teacher.signal=chosen", f"teacher.top_k={least}"]).teacher.top_k == least
+    # The most probable token alone is a signal, and a stage without the teacher's word has no use for any.
+    resolve_run(assignments=["teacher.signal=topk", "teacher.top_k=1"])
+    resolve_run(assignments=["teacher.signal=chosen", "teacher.top_k=1", "stages.on_policy=null"])
 
 
 def test_chosen_without_a_gpu_is_refused_before_a_server_is_started(tmp_path: Path) -> None:
