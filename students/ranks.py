@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from signal import Signals
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from distill import interrupt
-from distill.errors import DistillError, PeerError, StoppedError, UserError
+from distill.errors import DistillError, NonFiniteError, PeerError, StoppedError, UserError
 
 Item = TypeVar("Item")
 
@@ -112,8 +112,10 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """A block in which the processes work apart; behind it all go on, or all raise.
 
-        Who failed raises its own error, unless the main process failed too: what happens to all is said once. The
-        others raise StoppedError if somebody was asked to stop, else PeerError.
+        Where anyone was asked to stop, everyone raises StoppedError, and where anyone met a number that is not finite,
+        everyone NonFiniteError: these end in a checkpoint, which takes all. Who failed otherwise raises its own error,
+        unless the main process failed so too: what happens to all is said once. The others raise PeerError then, or
+        StoppedError if somebody was asked to stop.
         """
         if self.count == 1:
             yield
@@ -123,24 +125,47 @@ class Ranks:
             yield
         except DistillError as error:
             own = error
-        described = None if own is None else _described(own)
-        everyone = self.gather(described)
-        failures = [failure for failure in everyone if failure is not None]
-        if own is not None and (self.is_main or everyone[0] is None):
+        everyone = self.gather(None if own is None else _Failure.of(own))
+        is_own = [failure is not None and failure.kind == "own" for failure in everyone]
+        if own is not None and is_own[self.number] and (self.is_main or not is_own[0]):
             raise own
-        for text, exit_code in failures:
-            if exit_code is not None:
-                raise StoppedError(text, exit_code=exit_code)
+        failures = [failure for failure in everyone if failure is not None]
+        for failure in failures:
+            if failure.kind == "stopped":
+                raise StoppedError(failure.text, exit_code=failure.exit_code)
+        not_finite = [failure for failure in failures if failure.kind == "not finite"]
+        # Who has an error of its own leaves at once: a checkpoint would wait for it.
+        if not_finite and not any(is_own):
+            raise own if isinstance(own, NonFiniteError) else NonFiniteError(not_finite[0].text)
         if failures:
-            raise PeerError(failures[0][0])
+            raise PeerError(failures[0].text)
 
 
 ALONE = Ranks()
 """The one process of a run that is spread over none."""
 
 
-def _described(error: DistillError) -> tuple[str, int | None]:
-    return str(error), error.exit_code if isinstance(error, StoppedError) else None
+Kind = Literal["stopped", "not finite", "of a peer", "own"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What a process tells the others of its error; nobody else can say what is its ``own``."""
+
+    kind: Kind
+    text: str
+    exit_code: int
+
+    @classmethod
+    def of(cls, error: DistillError) -> _Failure:
+        kind: Kind = "own"
+        if isinstance(error, StoppedError):
+            kind = "stopped"
+        elif isinstance(error, NonFiniteError):
+            kind = "not finite"
+        elif isinstance(error, PeerError):
+            kind = "of a peer"
+        return cls(kind, str(error), error.exit_code)
 
 
 LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_")

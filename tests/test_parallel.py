@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from distill.errors import UserError
+from distill.errors import DistillError, NonFiniteError, PeerError, StoppedError, UserError
 from distill.vllm.service import free_port
 from pipelines.processes import processes_to_start
 from students.ranks import Ranks, place_in
@@ -163,6 +166,76 @@ def test_an_error_of_one_process_ends_the_others_with_its_sentence(tmp_path: Pat
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "no step was taken" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("kind", ["replicated", pytest.param("sharded", marks=pytest.mark.slow)])
+def test_a_student_that_broke_is_said_once_and_leaves_its_checkpoint(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "run"
+    # A step of finite numbers behind which the layers' products overflow: what is sampled next is not finite.
+    stage = "{steps: 4, prompts_per_step: 4, samples_per_prompt: 1, optimiser: %s}"
+    settings = stage % "{learning_rate: 1.0, weight_decay: 1e15, warmup_steps: 0}"
+    process = start(out, 2, student__parallel=kind, stages__off_policy="null", **{"stages.on_policy": settings})
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 1 and "Traceback" not in stderr, stderr
+    assert stderr.count("on_policy, sampling step 1: the student's logits are not finite") == 1, stderr
+    assert (out / "checkpoints" / "step_1" / "training.safetensors").exists()
+
+
+def failed(name: str) -> DistillError | None:
+    match name:
+        case "stopped":
+            return StoppedError("stopped by SIGTERM", exit_code=75)
+        case "not finite":
+            return NonFiniteError("the logits are not finite")
+        case "full":
+            return DistillError("the disk is full")
+    return None
+
+
+MEETINGS = {
+    # What the main process and the other met in a block, and what they raise behind it.
+    ("fine", "fine"): (None, None),
+    ("not finite", "not finite"): (NonFiniteError, NonFiniteError),
+    ("fine", "not finite"): (NonFiniteError, NonFiniteError),
+    ("not finite", "fine"): (NonFiniteError, NonFiniteError),
+    ("not finite", "stopped"): (StoppedError, StoppedError),
+    ("stopped", "not finite"): (StoppedError, StoppedError),
+    ("fine", "stopped"): (StoppedError, StoppedError),
+    ("full", "fine"): (DistillError, PeerError),
+    ("fine", "full"): (PeerError, DistillError),
+    ("full", "full"): (DistillError, PeerError),
+    # Who has an error of its own leaves, so that there is no checkpoint of all, and says it.
+    ("not finite", "full"): (PeerError, DistillError),
+    ("full", "not finite"): (DistillError, PeerError),
+}
+
+
+def meet(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    ranks = Ranks(rank, 2)
+    raised = {}
+    for met in MEETINGS:
+        for depth in (1, 2):
+            raised[met, depth] = ""
+            try:
+                with ranks.together(), ranks.together() if depth == 2 else nullcontext():
+                    if (error := failed(met[rank])) is not None:
+                        raise error
+            except DistillError as error:
+                raised[met, depth] = type(error).__name__
+    Path(folder, f"{rank}.json").write_text(json.dumps(list(raised.values())))
+    dist.destroy_process_group()
+
+
+def test_an_error_that_a_checkpoint_follows_is_everyones_and_another_is_said_once(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(meet, (str(tmp_path),), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    expected = {
+        (met, depth): tuple(kind.__name__ if kind else "" for kind in kinds)
+        for met, kinds in MEETINGS.items()
+        for depth in (1, 2)
+    }
+    assert dict(zip(expected, zip(*found, strict=True), strict=True)) == expected
 
 
 @pytest.mark.slow
