@@ -65,9 +65,6 @@ class Specimens:
                     rollouts = crew.student_sampler.generate(self._requests(stage, settings))
                     signals = crew.teachers.judge(rollouts, aside, stage.name)
                     examples = [Example(said, signal) for said, signal in zip(rollouts, signals, strict=True)]
-            # A block of its own: a judge that asks the student for its ids leaves that block on its own account.
-            with student.whole(), ranks.together():
-                if ranks.is_main:
                     loss = partial(feel, settings=settings.divergence, crew=crew)
                     felt = student.felt(examples, loss)
             said = [example.rollout for example in examples]

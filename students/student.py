@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -115,6 +115,8 @@ class Student:
             sharded(whole, self.model, self.dtype, ranks.device, offload=settings.cpu_offload)
         self._pass: nn.Module = replicated(whole) if engine == "replicated" else whole
         self.optimiser: MasterAdamW | None = None
+        self._is_whole = False
+        """Within ``whole``; slices that an inner block put back would be gathered by every process or by none."""
         self._reading: _Reading | None = None
         self.num_changes = 0
         """How often its weights have changed; who holds a copy of them knows by it whether the copy is old."""
@@ -136,9 +138,21 @@ class Student:
         for parameter in self.model.parameters():
             parameter.copy_(parameter.to(self.dtype))
 
-    def whole(self) -> AbstractContextManager[None]:
-        """A block in which this process can use ``model`` at its own pace, to sample from it."""
-        return gathered(self._pass)
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """A block in which this process can use ``model`` at its own pace, to sample from it.
+
+        Every process must call it; inside such a block each may open another, which does nothing.
+        """
+        if self._is_whole:
+            yield
+            return
+        self._is_whole = True
+        try:
+            with gathered(self._pass):
+                yield
+        finally:
+            self._is_whole = False
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

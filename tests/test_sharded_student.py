@@ -108,6 +108,18 @@ def interrupted(ranks: Ranks, failure: Callable[[], None], error: type[DistillEr
     return {"in_slices": in_slices, "same": same, "curve": curve(made, ranks)}
 
 
+def asked_at_its_own_pace(ranks: Ranks) -> dict[str, Any]:
+    """What a student that is whole says to one process, which asks it more often than the other does."""
+    made = learner(ranks, tied=True, budget=None)
+    with made.whole():
+        with made.whole():
+            pass
+        stays_whole = not any(isinstance(parameter, DTensor) for parameter in made.model.parameters())
+        times = 2 - ranks.number if stays_whole else 0
+        said = [made.most_probable([example.rollout for example in EXAMPLES], 4) for _ in range(times)]
+    return {"stays_whole": stays_whole, "in_slices": is_in_slices(made), "said": said, "curve": curve(made, ranks)}
+
+
 def train_in_slices(rank: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", NUM_PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_PROCESSES)
@@ -135,6 +147,7 @@ def train_in_slices(rank: int, folder: str) -> None:
     stop = (lambda: os.kill(os.getpid(), signal.SIGTERM)) if rank == 1 else lambda: None
     found["stopped"] = interrupted(ranks, stop, StoppedError)
     found["failed"] = interrupted(ranks, fail, FailedLossError)
+    found["asked"] = asked_at_its_own_pace(ranks)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -191,3 +204,18 @@ def test_a_step_that_is_cut_short_leaves_slices(results: list[dict[str, Any]], e
     for result in results:
         assert result[end]["in_slices"] and result[end]["same"]
         assert_same(result[end]["curve"], expected)
+
+
+def test_a_process_may_ask_a_student_that_is_whole_as_often_as_it_likes(results: list[dict[str, Any]]) -> None:
+    """As two teachers do who judge ids that the student chose: how many there are differs between the processes."""
+    alone = learner(ALONE, tied=True, budget=None)
+    expected = alone.most_probable([example.rollout for example in EXAMPLES], 4)
+    assert all(result["asked"]["stays_whole"] and result["asked"]["in_slices"] for result in results)
+    main, other = (result["asked"]["said"] for result in results)
+    assert len(main) == 2 and len(other) == 1
+    for said in (*main, *other):
+        for ours, theirs in zip(said, expected, strict=True):
+            assert torch.equal(ours, theirs)
+    went_on = curve(alone, ALONE)
+    for result in results:
+        assert_same(result["asked"]["curve"], went_on)
