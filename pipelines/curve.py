@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.config import RunConfig
 from distill.costs import Cost
-from distill.errors import UserError
+from distill.errors import DistillError, UserError
 from distill.evaluation_config import CurveSettings, StopSettings
 from distill.journal import Journal, StoredTensors, writing
 from distill.sampler import Sampler
@@ -63,10 +63,8 @@ class Curve:
                 "scores": [_entry(evaluation) for evaluation in scores],
             }
         )
-        if self.settings.keep_best and ranks.from_main(
-            ranks.is_main and best_point(self.journal.curve(), stage.name)["step"] == done
-        ):
-            self._keep(stage, student)
+        if self.settings.keep_best:
+            self._keep(stage, global_step, student)
         stop = self.config.stop.get(stage.name, StopSettings())
         return _is_reached(stop.score, _mean(scores[0])) or _is_reached(stop.flops, cost.flops)
 
@@ -75,15 +73,62 @@ class Curve:
         if self.settings.keep_best:
             student.load_weights(StoredTensors(self._best(stage), ""))
 
-    def _keep(self, stage: Stage, student: Student) -> None:
-        # A run that goes back to a checkpoint finds the same best weights again at the same step.
-        path, weights = self._best(stage), student.weights()
-        with self.crew.ranks.together():
-            if self.crew.ranks.is_main:
-                _write(path, weights)
+    def tidy(self, stage: Stage) -> None:
+        """Drop weights that were the best of ``stage`` once and that no run which is resumed from here on can want."""
+        ranks = self.crew.ranks
+        with ranks.together():
+            found = self.journal.last_checkpoint() if ranks.is_main and self.settings.keep_best else None
+            if found is None:
+                return
+            state, points = found[0], self.journal.curve()
+            is_over = state["stage_end"] and state["stage_name"] == stage.name
+            # A point at the checkpoint itself is found again, and may not be the best then.
+            sure = points if is_over else [point for point in points if point["global_step"] < state["global_step"]]
+            bests = [best_point(some, stage.name) for some in (points, sure)]
+            wanted = {self._file(stage, best["global_step"]) for best in bests}
+            for path in set(self._files(stage)) - wanted:
+                with writing(path):
+                    path.unlink()
+
+    def _keep(self, stage: Stage, global_step: int, student: Student) -> None:
+        """Write the weights down if their point is the best so far; see to it that the best ones are there if not."""
+        ranks = self.crew.ranks
+        if not ranks.from_main(
+            ranks.is_main and best_point(self.journal.curve(), stage.name)["global_step"] == global_step
+        ):
+            self._best(stage)
+            return
+        weights = student.weights()
+        with ranks.together():
+            if ranks.is_main:
+                _write(self._file(stage, global_step), weights)
 
     def _best(self, stage: Stage) -> Path:
-        return self.journal.path / "checkpoints" / f"best-{stage.name}.safetensors"
+        """The weights of the best point so far. Every process must call it."""
+        ranks, path = self.crew.ranks, Path()
+        with ranks.together():
+            if ranks.is_main:
+                point = best_point(self.journal.curve(), stage.name)
+                path = self._file(stage, point["global_step"])
+                if not path.exists():
+                    raise DistillError(
+                        f"{path} is missing: the weights of step {point['step']} of {stage.name}, the best point of "
+                        "curve.jsonl so far, with which the stage is to end (evaluation.curve.keep_best); restore the "
+                        "file, or give another --out"
+                    )
+        return ranks.from_main(path)
+
+    def _file(self, stage: Stage, global_step: int) -> Path:
+        # Each point has its own: steps that are done again may not be as good as they were, and then the best is an
+        # earlier point.
+        return self.journal.path / "checkpoints" / f"best-{stage.name}-step_{global_step}.safetensors"
+
+    def _files(self, stage: Stage) -> list[Path]:
+        return [
+            path
+            for path in (self.journal.path / "checkpoints").glob("best-*.safetensors")
+            if path.stem.removeprefix(f"best-{stage.name}-step_").isdecimal()
+        ]
 
     def _examine(self, sampler: Sampler) -> list[Evaluation]:
         return [

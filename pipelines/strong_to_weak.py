@@ -280,6 +280,8 @@ class _Run:
             if stage_end and self.curve is not None:
                 self.curve.settle(stage, self.student)
             self.savepoints.write(Position(number, done, before + done), stage.name, stage_end=stage_end)
+            if self.curve is not None:
+                self.curve.tidy(stage)
 
         def examine(done: int) -> bool:
             ends = self.curve is not None and self.curve.ends(stage, done, before + done, self.student)
