@@ -277,8 +277,10 @@ class _Run:
         specimens = Specimens(self.crew, self.journal)
 
         def checkpoint(done: int, stage_end: bool) -> None:
-            if stage_end and self.curve is not None:
-                self.curve.settle(stage, self.student)
+            if stage_end:
+                if self.curve is not None:
+                    self.curve.settle(stage, self.student)
+                self.student.end()
             self.savepoints.write(Position(number, done, before + done), stage.name, stage_end=stage_end)
             if self.curve is not None:
                 self.curve.tidy(stage)

@@ -124,16 +124,21 @@ class Student:
     def begin(self, settings: Optimiser) -> None:
         """Forget the last stage's moments; train on with these settings."""
         self._reading = None
-        if any(parameter.dtype != self.dtype for parameter in self.model.parameters() if parameter.requires_grad):
-            # Slices and adapters are masters themselves. A stage begins from what a checkpoint holds, in the student's
-            # own dtype, so that a run which is resumed there is the same run.
-            self._round()
+        self._round()
         self.optimiser = MasterAdamW(
             self.model.named_parameters(), settings, dtype=self.dtype, eight_bit=self.settings.adamw == "8bit"
         )
 
+    def end(self) -> None:
+        """The stage is over: what is examined and exported now is what its checkpoint holds."""
+        self._round()
+
     @torch.no_grad()
     def _round(self) -> None:
+        """Slices and adapters are masters themselves: give them values of the student's own dtype, as a checkpoint
+        does. So a run that is resumed between two stages is the same run."""
+        if all(parameter.dtype == self.dtype for parameter in self.model.parameters() if parameter.requires_grad):
+            return
         self.num_changes += 1
         for parameter in self.model.parameters():
             parameter.copy_(parameter.to(self.dtype))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -64,6 +65,27 @@ def test_adapters_are_trained_resumed_and_merged(tmp_path: Path) -> None:
     assert summary["costs"]["student_train"]["stages"]["off_policy"]["flops"] == pytest.approx(
         full["costs"]["student_train"]["stages"]["off_policy"]["flops"] * 2 / 3
     )
+
+
+def test_adapters_of_a_bf16_student_end_a_run_as_its_last_checkpoint_holds_them(tmp_path: Path) -> None:
+    """Killed behind that checkpoint, before the examination: what is examined and exported is the same."""
+    out = tmp_path / "run"
+    small = ("student.lora={rank: 8, alpha: 64.0}", "student.dtype=bfloat16", "stages.off_policy=null")
+    small += ("evaluation.references=false", "stages.on_policy.optimiser={learning_rate: 0.01, warmup_steps: 0}")
+    summary, _ = small_run(out, *small)
+    student, checkpoint = load_file(out / "student" / "model.safetensors"), out / "checkpoints" / "step_2"
+    examined = [pd.read_parquet(path) for path in sorted((out / "eval").glob("on_policy-*.parquet"))]
+    shutil.rmtree(out / "student")
+    for path in (out / "summary.json", *out.glob("eval/on_policy-*")):
+        path.unlink()
+    resumed, _ = small_run(out, *small)
+    assert resumed["scores"] == summary["scores"]
+    for frame, path in zip(examined, sorted((out / "eval").glob("on_policy-*.parquet")), strict=True):
+        assert list(frame["response"]) == list(pd.read_parquet(path)["response"])
+    for folder in (out / "student", checkpoint):
+        again = load_file(folder / "model.safetensors")
+        assert again.keys() == student.keys()
+        assert sum(int((again[name] != student[name]).sum()) for name in student) == 0, folder
 
 
 def test_a_mixture_of_experts_shows_its_load(tmp_path: Path) -> None:

@@ -261,6 +261,22 @@ def test_a_stage_begins_from_what_a_checkpoint_holds() -> None:
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
 
 
+def test_a_stage_ends_with_what_its_checkpoint_holds(tmp_path: Path) -> None:
+    """What is examined and exported then is the same in a run that is resumed there."""
+    lora = LoraSettings(rank=4, alpha=8.0)
+    unbroken, resumed = (student(dense().bfloat16(), replace_settings(dtype="bfloat16", lora=lora)) for _ in range(2))
+    for at in range(3):
+        step(unbroken, at=at)
+    changes = unbroken.num_changes
+    unbroken.end()
+    assert unbroken.num_changes > changes  # whoever samples from a copy takes a new one
+    resumed.load_weights(unbroken.weights())
+    for name, parameter in unbroken.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+    merged, again = dict(unbroken.merged_weights()), dict(resumed.merged_weights())
+    assert all(torch.equal(weight, again[name]) for name, weight in merged.items())
+
+
 def test_what_is_learnt_nothing_from_is_read_without_dropout() -> None:
     learner = student(dense(), replace_settings(lora=LoraSettings(rank=4, alpha=64.0, dropout=0.5)))
     step(learner)
