@@ -59,6 +59,25 @@ class TeacherSettings(Settings):
     batch_tokens: PositiveInt = 65536
     """Most tokens in one scoring forward pass, on a CPU no more than 1,024; under way at once to each vLLM server."""
 
+    @model_validator(mode="after")
+    def _check_cuts(self) -> Self:
+        """A plan may put the teacher behind vLLM whatever ``backend`` says, and reads all else of this block then; how
+        its servers are cut it finds itself."""
+        for name in self.cuts_without_servers:
+            raise ValueError(
+                f"{name} is for the run's own vLLM servers, and backend={self.backend} has none; set backend to vllm, "
+                f"or {name} to {type(self).model_fields[name].default} (a plan finds the cuts of its servers itself)"
+            )
+        return self
+
+    @property
+    def cuts_without_servers(self) -> list[str]:
+        """The settings of servers' cuts that nobody reads, since there are no servers."""
+        if self.backend == "vllm":
+            return []
+        cuts = {"tensor_parallel", "pipeline_parallel", "replicas"}
+        return [name for name, value in self if name in cuts and value != type(self).model_fields[name].default]
+
 
 class LoraSettings(Settings):
     """Low-rank adapters instead of full fine-tuning (peft); merged into the weights on export."""

@@ -16,7 +16,7 @@ from distill.errors import UserError
 from distill.family import SHORT_NAMES, SIZES, Shape
 from distill.hardware import Pool
 from distill.memory import RESERVED_BYTES, Engine, Memory, longest_sequence, student_memory
-from distill.model_config import LoraSettings
+from distill.model_config import LoraSettings, TeacherSettings
 from distill.server_memory import Bytes, ServerMemory, server_memory
 from distill.vllm.cuts import check_cut, needs_expert_parallel
 from distill.vllm.launch import Role
@@ -370,3 +370,6 @@ def _new_settings(
     ):
         if old != new:
             yield f"{key}={str(new).lower()}"
+    # A teacher that moves into the student's processes leaves no servers, whose cuts a configuration may not keep.
+    for name in before.teacher.model_copy(update={"backend": teacher.backend}).cuts_without_servers:
+        yield f"teacher.{name}={TeacherSettings.model_fields[name].default}"

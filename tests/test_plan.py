@@ -617,6 +617,22 @@ def test_the_proposed_commands_are_ones_that_a_run_takes() -> None:
     assert "CUDA_VISIBLE_DEVICES=6,7" in run and "--processes 2" in run  # short steps: fewer processes are cheaper
 
 
+def test_a_plan_that_moves_a_teacher_out_of_its_servers_leaves_none_of_their_cuts() -> None:
+    """What it sets is set on top of the recipe, which may not keep cuts of servers that there are none of."""
+    recipe = "qwen3-235b-to-0.6b"
+    cut = ["teacher.model=4B", "teacher.replicas=2"]
+    config = resolve_run(recipe=recipe, assignments=cut)
+    assert config.teacher.tensor_parallel > 1
+    layouts = search(config, pair_of("4B", "0.6B"), devices("2xH200")).layouts
+    backends = set()
+    for layout in layouts:
+        found = resolve_run(recipe=recipe, assignments=[*cut, *layout.assignments]).teacher
+        backends.add(found.backend)
+        assert found.backend == layout.teacher.backend
+        assert (found.tensor_parallel, found.replicas) == ((1, 1) if layout.is_shared else (8, 2))
+    assert backends == {"local", "vllm"}
+
+
 def words_of(line: str) -> dict[str, str]:
     """A command's options with their values, the machine it is for as ``on``."""
     words = shlex.split(line, comments=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from distill.config import RunConfig
 from distill.errors import UserError
-from distill.model_config import SamplerSettings
+from distill.model_config import SamplerSettings, TeacherSettings
 from distill.recipe import assign, dump_yaml, load_recipe, merge, parse_assignment, parse_yaml, validate
 from pipelines.resolution import recipe_names, resolve_run
 
@@ -169,6 +169,28 @@ def test_every_setting_of_the_sampler_has_a_reader() -> None:
     assert {*SamplerSettings.model_fields} == {"backend", "staleness", *FOR_VLLM}
     written = SamplerSettings().model_dump(mode="json")
     assert resolve_run(assignments=[f"sampler={json.dumps(written)}"]).sampler == SamplerSettings()
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel", "pipeline_parallel", "replicas"])
+def test_cuts_of_the_teacher_s_servers_are_refused_where_it_has_none(name: str) -> None:
+    for place, model in (("teacher", "4B"), ("specialists.maths", "8B")):
+        set_to = [f"{place}.model={model}", f"{place}.{name}=2"]
+        sentence = rf"{place}: {name} is for the run's own vLLM servers, .* set backend to vllm, or {name} to 1 "
+        with pytest.raises(UserError, match=sentence):
+            resolve_run(assignments=set_to)
+        with pytest.raises(UserError, match=sentence):
+            resolve_run(assignments=[*set_to, f"{place}.backend=local"])
+        config = resolve_run(assignments=[*set_to, f"{place}.backend=vllm"])
+        assert validate(parse_yaml(dump_yaml(config), where="dump")) == config
+
+
+def test_what_a_plan_reads_of_a_teacher_is_taken_where_it_is_in_this_process() -> None:
+    """A plan may put it behind servers; and the dump of a run names every key."""
+    read = {"quantization": "fp8", "wire": "fp32", "server_args": ["--x"], "patience_seconds": 5}
+    urls = {"generate": ["http://a:1"], "score": ["http://a:2"]}
+    resolve_run(assignments=[f"teacher={json.dumps({'model': '4B', 'backend': 'local', 'urls': urls, **read})}"])
+    written = TeacherSettings().model_dump(mode="json")
+    assert resolve_run(assignments=[f"teacher={json.dumps(written)}"]).teacher == TeacherSettings()
 
 
 def test_processes_that_a_step_cannot_be_shared_among_are_refused() -> None:
