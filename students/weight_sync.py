@@ -33,8 +33,11 @@ Way = Literal["file", "nccl", "ipc", "adapter", "memory"]
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives every weight by its name in a plain checkpoint, as it is now."""
 
-_CUTS = ("--tensor-parallel", "--pipeline-parallel", "--data-parallel")
-_CUTS_SHORT = ("-tp", "-pp", "-dp")
+_CUTS = (
+    *("--tensor-parallel-size", "--pipeline-parallel-size", "--prefill-context-parallel-size", "--data-parallel-"),
+    *("-tp", "-pp", "-pcp", "-dp"),
+)
+"""vLLM's flags that cut or copy a model; of data parallel there are many, all of which begin so."""
 
 _EXPERTS_ON_CPU = "the vLLM sampler cannot take over a mixture of experts on a CPU; set sampler.backend to transformers"
 
@@ -177,8 +180,10 @@ def _to_this_process(wanted: str, *, on_gpu: bool, own_devices: bool, num_expert
 def check_uncut(server_args: Sequence[str]) -> None:
     """Raise UserError for arguments that cut or copy the server's model over several processes."""
     for word in server_args:
+        # vLLM's parser takes underscores for dashes, and a flag's beginning for the flag.
         name = word.partition("=")[0].replace("_", "-")
-        if name in _CUTS_SHORT or name.startswith(_CUTS):
+        is_beginning = name not in ("", "-", "--") and any(cut.startswith(name) for cut in _CUTS)
+        if is_beginning or name.startswith(("--data-parallel-", "-dp")):
             raise UserError(
                 f"sampler.server_args has {word}, and the weights are sent to a server that is whole in one process; "
                 f"leave it out, and name one GPU in sampler.devices if the server is to have its own"

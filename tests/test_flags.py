@@ -10,8 +10,10 @@ from dataclasses import replace
 import pytest
 
 from distill.checkpoint import open_checkpoint
+from distill.errors import UserError
 from distill.family import resolve
 from distill.vllm.launch import ROLES, Launch, Nodes
+from students.weight_sync import check_uncut
 
 pytestmark = pytest.mark.server
 
@@ -74,3 +76,32 @@ def test_the_installed_vllm_knows_every_flag() -> None:
             assert (found["runner"], found["convert"]) == ("pooling", "embed")
         else:
             assert found["logprobs_mode"] == "raw_logprobs"
+
+
+OPTIONS = """
+import json
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
+print(json.dumps({option: action.dest for option, action in parser._option_string_actions.items()}))
+"""
+CUTS = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+
+
+def test_whatever_the_installed_vllm_takes_for_a_cut_is_refused_and_no_other_flag_is() -> None:
+    done = subprocess.run([sys.executable, "-c", OPTIONS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    options = json.loads(done.stdout.splitlines()[-1])
+    cuts = {option for option, name in options.items() if name in CUTS or name.startswith("data_parallel")}
+    assert {"-tp", "--pipeline-parallel-size", "--data-parallel-size-local"} <= cuts
+    cuts -= {option for option in cuts if option.startswith("--no-")}  # they say what is so without them
+    for option in options.keys() - cuts:
+        check_uncut([option, f"{option}=x"])
+    for option in cuts:
+        for end in range(2, len(option) + 1):
+            # argparse takes what begins one option alone, and leaves the others to an error of its own.
+            begun = [other for other in options if other.startswith(option[:end])]
+            if begun == [option] or option[:end] == option:
+                with pytest.raises(UserError, match="whole in one process"):
+                    check_uncut([option[:end]])

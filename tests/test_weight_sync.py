@@ -269,7 +269,14 @@ def test_the_probes_fit_a_run_of_short_sequences(
     assert [launch.max_model_len for launch in launches] == [PROBE_TOKENS + 1, PROBE_TOKENS + 8 + 1]
 
 
-@pytest.mark.parametrize("words", [("--tensor-parallel-size", "2"), ("--pipeline_parallel_size=2",), ("-tp", "2")])
+CUTS = (
+    *(("--tensor-parallel-size", "2"), ("--pipeline_parallel_size=2",), ("-tp", "2"), ("--tensor-par", "2")),
+    *(("--te=2",), ("--pipeline_par", "2"), ("-t", "2"), ("--data-parallel", "2"), ("--data_parallel_size_local=2",)),
+    *(("-dpl", "2"), ("-dpn=1",), ("--prefill-context", "2"), ("-pcp", "2")),
+)
+
+
+@pytest.mark.parametrize("words", CUTS)
 def test_a_server_that_is_cut_is_refused(words: tuple[str, ...]) -> None:
     config = RunConfig(
         student=StudentSettings(model="nano"), sampler=SamplerSettings(backend="vllm", server_args=words)
