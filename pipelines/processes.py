@@ -56,12 +56,21 @@ class Machines:
 def processes_to_start(
     wanted: int | None, environment: Mapping[str, str] = os.environ, *, num_machines: int = 1
 ) -> int:
-    """How many processes this one should start here; 1 if it is to do the work itself, as one of several or alone."""
+    """How many processes this one should start here; 1 if it is to do the work itself, as one of several or alone.
+
+    Raises UserError for more of them than the environment says that there are, or than there are GPUs.
+    """
     place = place_in(environment)
     if place is not None:
         if wanted is not None and wanted * num_machines != place[1]:
             raise UserError(f"--processes is {wanted}, and this is already one of {place[1]} processes; leave it out")
         return 1
+    if "RANK" in environment and (wanted or 1) * num_machines > 1:
+        asked = f"--processes is {wanted}" if num_machines == 1 else f"--nodes is {num_machines}"
+        raise UserError(
+            f"{asked}, and by its environment this process is the only one of its run (RANK is {environment['RANK']} "
+            f"and WORLD_SIZE is {environment['WORLD_SIZE']}); unset both, or leave the option out"
+        )
     if wanted is None:
         # A launcher that started a single process has decided.
         return max(1, torch.cuda.device_count()) if "RANK" not in environment else 1

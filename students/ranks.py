@@ -181,6 +181,8 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
 
     Understands what torchrun and Kubernetes' training operators set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
     MASTER_PORT), which is also what ``distill run --processes`` sets, and srun's own variables.
+
+    Raises UserError for a place that cannot be, here (no GPU of its number) or anywhere (``place_in``).
     """
     place = place_in(environment)
     if place is None:
@@ -188,6 +190,7 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
         return
     number, count, local = place
     if torch.cuda.is_available():
+        _check_gpu(local, environment)
         torch.cuda.set_device(local)
     # What `accelerate launch` was told of training is for scripts that ask for it; a run has its recipe. accelerate
     # would obey it (casts, modules left out of the sharding), and transformers load no weights but in one process.
@@ -205,6 +208,17 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _check_gpu(local: int, environment: Mapping[str, str]) -> None:
+    num = torch.cuda.device_count()
+    if local >= num:
+        name = "LOCAL_RANK" if "RANK" in environment else "SLURM_LOCALID"
+        raise UserError(
+            f"{name} is {local}, so that this process is number {local + 1} of its machine, and it sees {num} "
+            f"GPU{'s' if num > 1 else ''}: each takes the one of its number; start at most one a GPU, and let each see "
+            "all of them (CUDA_VISIBLE_DEVICES; of srun not --gpus-per-task)"
+        )
 
 
 def _meet(number: int, count: int, local: int, *, where: str) -> None:

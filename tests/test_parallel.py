@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from distill.errors import DistillError, NonFiniteError, PeerError, StoppedError, UserError
 from distill.vllm.service import free_port
 from pipelines.processes import processes_to_start
-from students.ranks import Ranks, place_in
+from students.ranks import Ranks, joined_ranks, place_in
 
 SMALL = {
     "stages.off_policy.num_prompts": "32",
@@ -337,3 +337,35 @@ def test_where_others_would_meet_says_nothing_of_how_many_there_are() -> None:
     assert place_in({**MASTER, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None
     torchrun_of_one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MASTER}
     assert place_in(torchrun_of_one) is None and processes_to_start(None, torchrun_of_one) == 1
+
+
+def test_a_launcher_s_single_process_is_not_asked_to_be_several() -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1"}
+    assert processes_to_start(1, alone) == 1
+    for wanted, machines, option in ((None, 2, "--nodes is 2"), (4, 2, "--nodes is 2"), (2, 1, "--processes is 2")):
+        sentence = f"{option}, and by its environment this process is the only one .*RANK is 0 and WORLD_SIZE is 1"
+        with pytest.raises(UserError, match=sentence):
+            processes_to_start(wanted, alone, num_machines=machines)
+    # The children of a command of two machines have such a command line too.
+    child = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
+    assert processes_to_start(None, child, num_machines=2) == 1
+
+
+def test_a_run_that_its_launcher_has_alone_goes_on_as_no_part_of_two(tmp_path: Path) -> None:
+    words = ["--nodes", "2", "--node-address", "127.0.0.1"]
+    process = start_with(["env", "RANK=0", "WORLD_SIZE=1", sys.executable], tmp_path / "run", words)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 2 and "--nodes is 2, and by its environment" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_without_a_gpu_of_its_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    slurm = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "2"}
+    for environment, name in (
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}, "LOCAL_RANK"),
+        (slurm, "SLURM_LOCALID"),
+    ):
+        with pytest.raises(UserError, match=f"{name} is 2, .* sees 2 GPUs"), joined_ranks({**environment, **MASTER}):
+            pass
