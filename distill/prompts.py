@@ -166,29 +166,47 @@ def load_prompts(
     """
     limit = _Limit(max_prompt_tokens, count_tokens)
     if isinstance(settings, EmbeddedPrompts):
-        return EmbeddedSource(settings, seed=seed)
+        return _embedded(settings, limit, seed)
     if isinstance(settings, FilePrompts):
         return TableSource(_of_files(settings, limit), seed=seed)
     return TableSource(_of_hub(settings, limit), seed=seed)
+
+
+def _embedded(settings: EmbeddedPrompts, limit: _Limit, seed: int) -> EmbeddedSource:
+    # Every digit and every operator is a token: chains of as many operations are as long.
+    longest = "0" + "+0" * settings.max_operations + "="
+    num_tokens = limit.exceeded([{"role": "user", "content": longest}])
+    if num_tokens is not None:
+        raise UserError(
+            f"prompts.max_operations is {settings.max_operations}, and the prompt of so long a chain has {num_tokens} "
+            f"tokens, of which max_prompt_tokens allows {limit.max_tokens}; lower the first, or raise the limit with "
+            f"--set max_prompt_tokens={num_tokens}"
+        )
+    return EmbeddedSource(settings, seed=seed)
 
 
 class _Limit:
     """Refuses a prompt that is too long, counting tokens only where the bytes leave a doubt."""
 
     def __init__(self, max_tokens: int, count_tokens: CountTokens) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._count_tokens = count_tokens
 
-    def check(self, messages: Sequence[Message]) -> None:
+    def exceeded(self, messages: Sequence[Message]) -> int | None:
+        """The tokens of a prompt that has too many."""
         text = "".join(str(value) for message in messages for value in message.values())
         # A token is at least one byte, and normalisation makes at most three bytes of one.
         most_bytes = len(text) if text.isascii() else 3 * len(text.encode())
-        if most_bytes + _TEMPLATE_TOKENS * (1 + len(messages)) <= self._max_tokens:
-            return
+        if most_bytes + _TEMPLATE_TOKENS * (1 + len(messages)) <= self.max_tokens:
+            return None
         num_tokens = self._count_tokens(messages)
-        if num_tokens > self._max_tokens:
+        return num_tokens if num_tokens > self.max_tokens else None
+
+    def check(self, messages: Sequence[Message]) -> None:
+        num_tokens = self.exceeded(messages)
+        if num_tokens is not None:
             raise UserError(
-                f"the prompt is {num_tokens} tokens long and max_prompt_tokens is {self._max_tokens}; "
+                f"the prompt is {num_tokens} tokens long and max_prompt_tokens is {self.max_tokens}; "
                 f"shorten or remove it, or raise the limit with --set max_prompt_tokens={num_tokens}"
             )
 

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from distill import prompts as prompts_module
+from distill.checkpoint import load_tokenizer, open_checkpoint
 from distill.embedded.task import ask, split_of
+from distill.encode import Encoder
 from distill.errors import UserError
+from distill.family import resolve
 from distill.prompt_config import EmbeddedPrompts, FilePrompts, HubPrompts, HubSet
 from distill.prompts import PromptSource, load_prompts
 from distill.types import Message, Prompt
@@ -296,6 +299,21 @@ def test_embedded_prompts_are_fresh_train_questions() -> None:
     assert len(set(texts)) > 150
     short = load_prompts(EmbeddedPrompts(max_operations=1), seed=0, max_prompt_tokens=100, count_tokens=words)
     assert {len(prompt.messages[0]["content"]) for prompt in short.batch(0, 50)} == {4}
+
+
+def test_embedded_prompts_that_are_too_long_are_refused() -> None:
+    count = Encoder(load_tokenizer(open_checkpoint(resolve("tiny", role="teacher")))).count_tokens
+
+    def load(most: int, operations: int) -> PromptSource:
+        settings = EmbeddedPrompts(max_operations=operations)
+        return load_prompts(settings, seed=0, max_prompt_tokens=most, count_tokens=count)
+
+    for operations in (2, 8):
+        longest = max(count(prompt.messages) for prompt in load(1000, operations).batch(0, 200))
+        assert load(longest, operations).num_train is None
+        sentence = rf"prompts\.max_operations is {operations}, .* has {longest} tokens, .* allows {longest - 1}; lower"
+        with pytest.raises(UserError, match=sentence):
+            load(longest - 1, operations)
 
 
 def hub(**fields: Any) -> HubPrompts:
