@@ -79,7 +79,7 @@ def _reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _forward_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
-    return pair.forward_kl_B, torch.neg(pair.q_BV, out=pair.ratio_BV)
+    return pair.forward_kl_B, torch.sub(pair.p_BV, pair.q_BV, out=pair.ratio_BV)
 
 
 def _jsd(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
@@ -92,13 +92,13 @@ def _jsd(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
 def _skew_forward_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     teacher_BV = _log_share_(pair.ratio_BV.neg_(), beta)
     values_B = row_dot(pair.q_BV, teacher_BV)
-    return values_B, teacher_BV.exp_().mul_(pair.p_BV).mul_(beta - 1)
+    return values_B, teacher_BV.exp_().sub_(1).mul_(pair.p_BV).mul_(beta - 1)
 
 
 def _skew_reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     student_BV = _log_share_(pair.ratio_BV, beta)
     values_B = row_dot(pair.p_BV, student_BV)
-    return values_B, student_BV.sub_(student_BV.exp(), alpha=beta).mul_(pair.p_BV)
+    return values_B, student_BV.sub_(student_BV.exp().sub_(1), alpha=beta).mul_(pair.p_BV)
 
 
 def _log_share_(ratio_BV: Tensor, alpha: float) -> Tensor:
@@ -118,7 +118,9 @@ KINDS: dict[str, Callable[[Pair, float], tuple[Tensor, Tensor]]] = {
     "skew_reverse_kl": _skew_reverse_kl,  # KL(p || beta p + (1 - beta) q)
 }
 """The catalogue. Each returns the values D [B] and the slope p * dD/dp [B, V], the latter up to a multiple of p: the
-gradient to the logits, slope - p * sum(slope), cancels it. The slope may take the ratio's memory."""
+gradient to the logits, slope - p * sum(slope), cancels it. The multiple is the one that makes the slope 0 where p = q:
+where both are sure of one token, the gradient to it would be the difference of two numbers near 1 with any other. The
+slope may take the ratio's memory."""
 
 
 FACTS = ("values", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")

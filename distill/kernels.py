@@ -146,11 +146,8 @@ def _row_facts(facts_ptr, num_rows):
 
 @triton.jit
 def _slope(p, q, ratio, beta, KIND: tl.constexpr):
-    """p * dD/dp up to a multiple of p, as the functions in ``distill.divergence.KINDS`` give it, or 0 where p = q.
-
-    Where both are sure of one token, the gradient to it is the difference of two numbers near 1 unless the multiple of
-    p is the one that makes its slope 0.
-    """
+    """p * dD/dp up to the multiple of p that makes it 0 where p = q, as the functions in ``distill.divergence.KINDS``
+    give it."""
     if KIND == "reverse_kl":
         slope = p * ratio
     elif KIND == "forward_kl":

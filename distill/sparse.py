@@ -82,8 +82,12 @@ class SampledDivergence:
 
 # --- The top k and the tail -------------------------------------------------------------------------------------------
 
-_MASS_TERM = {"reverse_kl": 1.0, "skew_reverse_kl": 1.0}
-"""The multiple of p that the slopes of ``KINDS`` leave out, which matters where the probabilities do not sum to one."""
+
+def _mass_term(kind: str, beta: float) -> float:
+    """The multiple of p that the slope of ``KINDS`` leaves out, which matters where the probabilities do not sum to
+    one."""
+    terms = {"reverse_kl": 1.0, "forward_kl": -1.0, "skew_forward_kl": beta - 1, "skew_reverse_kl": 1 - beta}
+    return terms.get(kind, 0.0)
 
 
 class _TopKLoss:
@@ -100,7 +104,7 @@ class _TopKLoss:
         sampled_ids_N: Tensor | None,
         tail: bool,
     ) -> None:
-        self.kind, self.beta, self.mass_term = KINDS[kind], beta, 0.0 if tail else _MASS_TERM.get(kind, 0.0)
+        self.kind, self.beta, self.mass_term = KINDS[kind], beta, 0.0 if tail else _mass_term(kind, beta)
         self.ids_NK, self.log_q_NA, self.groups, self.tail = ids_NK, log_q_NA, groups, tail
         self.sampled_ids_N = sampled_ids_N
         like_N = log_q_NA[:, 0]

@@ -332,6 +332,34 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.parametrize("merged_ids", [(), ((3, 17),)])
+@pytest.mark.parametrize("margin", [10.0, 20.0, 30.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_models_that_are_sure_of_one_token(
+    kind: str, margin: float, merged_ids: tuple[tuple[int, ...], ...]
+) -> None:
+    """Their gradient is felt in full, though to float32 both probabilities are 1."""
+    torch.manual_seed(0)
+    sure, inputs = 3, [torch.randn(N, V) for _ in range(2)]
+    for logits_NV in inputs:
+        logits_NV[:, sure] = logits_NV.amax(-1) + margin
+    options: dict[str, Any] = {"kind": kind, "beta": 0.3, "merged_ids": merged_ids}
+
+    def gradient(loss: Callable[..., Any], dtype: torch.dtype) -> Tensor:
+        student_NV, teacher_NV = (x.to(dtype) for x in inputs)
+        result = loss(student_NV.requires_grad_(), torch.eye(V, dtype=dtype), teacher_NV, torch.eye(V, dtype=dtype))
+        (found_NV,) = torch.autograd.grad(result, student_NV)
+        return found_NV.double()
+
+    ours = gradient(lambda *x: linear_divergence(*x, **options).total, torch.float32)
+    exact = gradient(lambda *x: naive(*x, **options)["total"], torch.float64)
+    # That to the sure token is a difference of numbers near 1 to float64 as well; all of a row's have the sum 0.
+    exact[:, sure] = 0
+    exact[:, sure] = -exact.sum(-1)
+    assert relative_error(ours, exact) < 1e-5
+    assert relative_error(ours[:, sure], exact[:, sure]) < 1e-5
+
+
 def near_the_teacher(rows: int, vocab: int, width: int) -> list[Tensor]:
     """A bfloat16 student close to its teacher over a Zipf-like vocabulary, logits near 20: the end of a training."""
     torch.manual_seed(0)
