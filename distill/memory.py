@@ -40,6 +40,7 @@ from typing import Literal
 
 from distill.adapters import adapted, adapter_parameters
 from distill.config import RunConfig
+from distill.errors import UserError
 from distill.family import Shape
 
 Engine = Literal["alone", "replicated", "sharded"]
@@ -268,13 +269,23 @@ def hold_student(
 ) -> Held:
     """The fewest GPUs, and how they hold the student, so that the formula fits one; a student that fits whole is not
     cut. ``processes`` fixes their number, and each of ``machines`` has as many. What fits nowhere is held by the most
-    that was tried."""
+    that was tried. A student that is offloaded is cut, whatever else is set, as the run cuts it.
+
+    Raises UserError for one process that is to offload."""
     settings = config.student
     # Adapters and 8-bit moments want a student that every process holds whole.
     may_be_sharded = settings.lora is None and settings.adamw == "fp32"
     auto: tuple[Engine, ...] = ("replicated", "sharded") if may_be_sharded else ("replicated",)
     engines = auto if settings.parallel == "auto" else (settings.parallel,)
-    for count in [processes] if processes is not None else [machines * 2**power for power in range(8)]:
+    counts = [processes] if processes is not None else [machines * 2**power for power in range(8)]
+    if settings.cpu_offload:
+        engines, counts = ("sharded",), [count for count in counts if count > 1]
+        if not counts:
+            raise UserError(
+                "student.cpu_offload is for students sharded over GPUs, and there is one process; leave it out, or "
+                "start more"
+            )
+    for count in counts:
         for wanted in engines:
             engine: Engine = "alone" if count == 1 else wanted
             memory = student_memory(config, student, teacher, processes=count, engine=engine)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,16 @@ from distill.attention import PACKED, Packing
 from distill.config import RunConfig
 from distill.cross_entropy import linear_cross_entropy
 from distill.divergence import linear_divergence
+from distill.errors import UserError
 from distill.family import SIZES, STUDENTS, TEACHERS, Shape, shape_of
 from distill.memory import Load, hold_student, layer_bytes, student_memory
 from distill.model_config import LoraSettings, StudentSettings, TeacherSettings
 from distill.replay import MOST_CAPTURED, rounded_rows
 from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
+from pipelines.processes import choose_engine
 from pipelines.resolution import recipe_names, resolve_run
+from students.ranks import ALONE, Ranks
 from students.student import Felt, Rows, Student
 
 
@@ -201,6 +205,30 @@ def test_every_pair_has_a_recipe_that_fits() -> None:
         held = hold_student(config, *shapes)  # type: ignore[arg-type]
         assert held.fits and held.processes <= 64, (name, held)
         assert held.processes == 1 or not hold_student(config, *shapes, processes=held.processes // 2).fits, name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("parallel", ["auto", "replicated", "sharded"])
+def test_an_offloaded_student_is_held_as_the_run_holds_it(parallel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices over two GPUs or more, whose weights, gradients and moments are elsewhere."""
+    shape, teacher = SIZES["32B"], SIZES["235B-A22B"]
+    settings = StudentSettings(model="32B", parallel=parallel, micro_batch_tokens=8192)
+    config = RunConfig(teacher=TeacherSettings(backend="vllm"), student=settings, sampler_tokens=1)
+    offloaded = config.model_copy(update={"student": settings.model_copy(update={"cpu_offload": True})})
+    held = hold_student(offloaded, shape, teacher, gpu_bytes=141 * 10**9)
+    assert (held.processes, held.engine, held.fits) == (2, "sharded", True)
+    assert not hold_student(config, shape, teacher, gpu_bytes=141 * 10**9, processes=2).fits
+    monkeypatch.setattr(Ranks, "device", torch.device("cuda", 0))
+    for num in (2, 4):
+        held = hold_student(offloaded, shape, teacher, processes=num)
+        assert held.engine == choose_engine(offloaded, shape, Ranks(0, num), teacher) == "sharded"
+        parts = held.memory.parts
+        assert [parts[name] for name in ("weights", "masters", "moments", "gradients", "buckets")] == [0] * 5
+    for refuse in (
+        lambda: hold_student(offloaded, shape, teacher, processes=1),
+        lambda: choose_engine(offloaded, shape, ALONE, teacher),
+    ):
+        with pytest.raises(UserError, match="sharded over GPUs, and there is one process; leave it out"):
+            refuse()
 
 
 @pytest.mark.slow
