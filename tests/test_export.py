@@ -6,6 +6,7 @@ import base64
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -108,6 +109,47 @@ def test_adapters_on_their_base_are_the_student(adapted: Path, tmp_path: Path) -
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template
     assert export_run(adapted, tmp_path / "merged", merge_lora=True)["form"] == "merged"
     assert torch.equal(logits(load(tmp_path / "merged")), student)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded student with a head of its own."""
+    folder = tmp_path_factory.mktemp("base") / "untied"
+    shutil.copytree(checkpoint_dir("nano"), folder)
+    model = load(folder)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("targets", ["[embed_tokens]", "[model.embed_tokens, q_proj, down_proj]"])
+def test_adapters_of_an_embedding_beside_a_head_of_its_own(targets: str, untied: Path, tmp_path: Path) -> None:
+    lora = f"student.lora={{rank: 4, alpha: 8.0, target_modules: {targets}}}"
+    trained = finished(tmp_path / "run", f"student.model={untied}", lora)
+    export_run(trained, tmp_path / "adapter")
+    base, student = load(untied), load(trained / "student")
+    before, head = logits(base), base.lm_head.weight
+    assert torch.equal(student.lm_head.weight, head)
+    assert not torch.equal(student.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    found = logits(PeftModel.from_pretrained(base, str(tmp_path / "adapter")))
+    assert (logits(student) - before).abs().max() > 0.1
+    torch.testing.assert_close(found, logits(student), atol=1e-4, rtol=0)
+    export_run(trained, tmp_path / "merged", merge_lora=True)
+    assert torch.equal(logits(load(tmp_path / "merged")), logits(student))
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ("target_modules: [q_proj, lm_head]", "has lm_head, the student's head"),
+        ("target_modules: [embed_tokens, lm_head]", "has lm_head, the student's head"),
+        ("modules_to_save: [lm_head]", r"unknown key student\.lora\.modules_to_save"),
+    ],
+)
+def test_adapters_of_a_head_are_refused_before_a_run(lora: str, sentence: str, untied: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        finished(tmp_path / "run", f"student.model={untied}", f"student.lora={{rank: 4, {lora}}}")
 
 
 def test_the_card_says_what_the_run_says(adapted: Path, tmp_path: Path) -> None:
