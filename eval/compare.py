@@ -18,7 +18,7 @@ from distill.journal import read_json
 from distill.recipe import parse_yaml
 from eval.curves import Curve, Point, compute_at_equal_score_over_seeds, score_at_compute
 from eval.evaluation import Evaluation
-from eval.seeds import pooled_difference, pooled_score
+from eval.seeds import pooled_difference, pooled_score, seeds_half_width
 from eval.statistics import Scores, estimate, paired_difference, pass_at_k_scores
 
 Key = tuple[str, str, str]
@@ -201,8 +201,8 @@ def _compute_at_equal_score(ours: Arm, theirs: Arm) -> Document:
 
 
 def _score_at_equal_compute(arms: Sequence[Arm], ours: Arm) -> Document:
-    """Each arm's best validation score for at most what ``ours`` spent in all, seed by seed; null for an arm without
-    a curve."""
+    """Each arm's best validation score for at most what ``ours`` spent in all, seed by seed and over the seeds; null
+    where the first checkpoint already cost more. Arms without curves are not there."""
     budgets = [curve[-1].flops for curve in _curves(ours)]
     shown = {}
     for arm in arms:
@@ -212,8 +212,16 @@ def _score_at_equal_compute(arms: Sequence[Arm], ours: Arm) -> Document:
         points = [score_at_compute(curve, budget) for curve, budget in zip(curves, budgets, strict=True)]
         by_seed = [None if point is None else point.score for point in points]
         known = [score for score in by_seed if score is not None]
-        shown[arm.name] = {"mean": _mean(known) if len(known) == len(by_seed) else None, "by_seed": by_seed}
+        shown[arm.name] = {**_over_seeds(known if len(known) == len(by_seed) else ()), "by_seed": by_seed}
     return {"flops": _mean(budgets), "arms": shown}
+
+
+def _over_seeds(scores: Sequence[float]) -> Document:
+    """The mean of the seeds' scores with its interval for other seeds, which a single one has none of."""
+    if not scores:
+        return {"mean": None, "ci95": None}
+    mean, half = _mean(scores), seeds_half_width(scores)
+    return {"mean": mean, "ci95": None if half is None else [max(0.0, mean - half), min(1.0, mean + half)]}
 
 
 def _mean(values: Iterable[float]) -> float:

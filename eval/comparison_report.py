@@ -7,11 +7,10 @@ words.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +20,7 @@ from distill.types import MODES
 from eval.figure import NUM_COLOURS, Point, Series, line_chart
 from eval.page import MODE_NAMES, Chart, Document, count, page
 from eval.run_files import read_lines
-from eval.seeds import student_quantile
+from eval.seeds import seeds_half_width
 
 FILE = "comparison.json"
 
@@ -140,14 +139,14 @@ def _equal_compute(found: Mapping[str, Any], ours: str, theirs: str) -> list[str
     if any(name not in by_arm or by_arm[name]["mean"] is None for name in (ours, theirs)):
         return []
     by_seed = [a - b for a, b in zip(by_arm[ours]["by_seed"], by_arm[theirs]["by_seed"], strict=True)]
-    difference, num_seeds = mean(by_seed), len(by_seed)
+    difference = mean(by_seed)
     sentence = (
         f"For the {count(found['flops'])} FLOPs that it spent in all, it scores {abs(100 * difference):.1f} points "
         f"{'higher' if difference >= 0 else 'lower'} than {_plain(theirs)} does for as many"
     )
-    if num_seeds == 1:
+    half = seeds_half_width(by_seed)
+    if half is None:
         return [f"{sentence} (1 seed, no interval)."]
-    half = student_quantile(num_seeds - 1) * stdev(by_seed) / math.sqrt(num_seeds)
     low, high = difference - half, difference + half
     sentence += f" (validation questions, 95 % interval over seeds {100 * low:+.1f} to {100 * high:+.1f})"
     return [f"{sentence}, which may be chance." if low <= 0 <= high else f"{sentence}."]
@@ -173,7 +172,8 @@ def table(found: Mapping[str, Any]) -> Document:
             {
                 "name": arm_name(name),
                 "cells": [(_average(arm, task, mode), _pass(arm, task, mode)) for task, mode in columns],
-                "equal": equal[name]["mean"] if name in equal and name != START else None,
+                # Documents of earlier versions have no interval.
+                "equal": {"ci95": None, **equal[name]} if name in equal and name != START else None,
                 "flops": arm["flops"],
                 "seconds": [arm["device_seconds"].get(role) for role in roles],
                 "total": sum(arm["device_seconds"].values()),

@@ -103,6 +103,14 @@ def _differences(document: Document) -> Table:
     return table
 
 
+def _equal(arm: Document) -> str:
+    """Its mean over the seeds, and the interval, which documents of earlier versions do not have."""
+    if arm["mean"] is None:
+        return "-"
+    ci95 = arm.get("ci95")
+    return f"{arm['mean']:.1%}" + ("" if ci95 is None else " ({:.1%} to {:.1%} over seeds)".format(*ci95))
+
+
 def headlines(document: Document) -> list[str]:
     """Sentences for compute at equal score and score at equal compute; none where there is no such pair of arms."""
     ratio, equal = document["compute_at_equal_score"], document["score_at_equal_compute"]
@@ -114,7 +122,5 @@ def headlines(document: Document) -> list[str]:
     else:
         interval = "" if ratio["ci95"] is None else " (95 % {:.3f} to {:.3f})".format(*ratio["ci95"])
         said = f"{a} reached {b}'s best validation score with {ratio['ratio']:.3f} of its FLOPs{interval}"
-    scores = ", ".join(
-        f"{name} {'-' if arm['mean'] is None else format(arm['mean'], '.1%')}" for name, arm in equal["arms"].items()
-    )
+    scores = ", ".join(f"{name} {_equal(arm)}" for name, arm in equal["arms"].items())
     return [f"Compute at equal score: {said}.", f"Score at equal compute ({equal['flops']:.1e} FLOPs): {scores}."]

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import stdev
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,14 @@ def pooled_difference(a: Sequence[Scores], b: Sequence[Scores]) -> Pooled:
     mean = float(difference_SQ.mean())
     half = half_width(difference_SQ) or unseen(len(ids))
     return Pooled(mean, within_range(mean, half), _by_seed(difference_SQ), len(ids))
+
+
+def seeds_half_width(by_seed: Sequence[float]) -> float | None:
+    """Half of Student's 95 % interval of a mean over seeds, for other seeds alone; None with a single one, which says
+    nothing about others."""
+    if len(by_seed) == 1:
+        return None
+    return student_quantile(len(by_seed) - 1) * stdev(by_seed) / math.sqrt(len(by_seed))
 
 
 def half_width(value_SQ: NDArray[np.float64]) -> float:

@@ -18,7 +18,16 @@ from shapes import assert_document
 
 from distill.errors import UserError
 from distill.recipe import dump_yaml
-from eval.compare import Arm, _compute_at_equal_score, _goal, _up_to, compare, read_curve, stage_flops
+from eval.compare import (
+    Arm,
+    _compute_at_equal_score,
+    _goal,
+    _score_at_equal_compute,
+    _up_to,
+    compare,
+    read_curve,
+    stage_flops,
+)
 from eval.comparison_table import columns, headlines, print_comparison
 from eval.curves import Point
 from pipelines.comparison import ARMS, check, compare_folders, members
@@ -224,6 +233,35 @@ def test_a_run_that_was_stopped_at_its_goal_is_compared_at_the_goal(tmp_path: Pa
         "0.125 of its FLOPs"
         in headlines({"compute_at_equal_score": found, "score_at_equal_compute": {"flops": 2.0, "arms": {}}})[0]
     )
+
+
+def test_scores_at_equal_compute_have_an_interval_over_seeds(tmp_path: Path) -> None:
+    def arm(name: str, scores: list[float], *, cost: float = 2.0) -> Arm:
+        runs = [
+            finished_run(tmp_path / name / str(seed), stage=name, curve=[(cost, score), (9.0, 1.0)])
+            for seed, score in enumerate(scores)
+        ]
+        return Arm(name, name, tuple(runs))
+
+    ours = [finished_run(tmp_path / "on" / str(seed), stage="on", curve=[(0.0, 0.4), (2.0, 0.9)]) for seed in range(3)]
+    arms = [
+        Arm("on", "on", tuple(ours)),
+        arm("rl", [0.5, 0.52, 0.54]),
+        arm("more", [0.9, 1.0, 0.95]),
+        arm("dear", [0.5, 0.5, 0.5], cost=3.0),
+    ]
+    document = _score_at_equal_compute(arms, arms[0])
+    found = document["arms"]
+    # Student's t of two degrees of freedom, 4.303, times .02 / sqrt(3).
+    assert found["rl"]["mean"] == pytest.approx(0.52) and found["rl"]["by_seed"] == [0.5, 0.52, 0.54]
+    assert found["rl"]["ci95"] == pytest.approx([0.52 - 0.049683, 0.52 + 0.049683], abs=1e-6)
+    assert found["on"]["ci95"] == [0.9, 0.9] and found["more"]["ci95"][1] == 1.0
+    assert found["dear"] == {"mean": None, "ci95": None, "by_seed": [None] * 3}
+    one = [Arm(one.name, one.stage, one.folders[:1]) for one in arms]
+    assert _score_at_equal_compute(one, one[0])["arms"]["rl"] == {"mean": 0.5, "ci95": None, "by_seed": [0.5]}
+    ratio = _compute_at_equal_score(arms[0], arms[1])
+    said = headlines({"compute_at_equal_score": ratio, "score_at_equal_compute": document})[1]
+    assert "rl 52.0% (47.0% to 57.0% over seeds), " in said and said.endswith("dear -.")
 
 
 def test_unfinished_runs_are_not_compared(tmp_path: Path) -> None:

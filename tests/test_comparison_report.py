@@ -133,6 +133,14 @@ def test_the_table_has_the_shape_of_table_21() -> None:
     assert (found["rows"][1]["flops"], found["rows"][1]["total"]) == (1e12, 90.0)
 
 
+def test_the_interval_at_equal_compute_stands_below_its_score() -> None:
+    found = equal([0.9, 0.92, 0.94], [0.7, 0.7, 0.7])
+    found["score_at_equal_compute"]["arms"]["on_policy"]["ci95"] = [0.87, 0.97]
+    start, ours, theirs = (row["equal"] for row in table(comparison(**found))["rows"])
+    assert start is None and (ours["mean"], ours["ci95"]) == (pytest.approx(0.92), [0.87, 0.97])
+    assert theirs["ci95"] is None, "documents of earlier versions have none"
+
+
 def test_the_numbers_of_the_runs_stand_in_the_table(page: str, folder: Path) -> None:
     found = json.loads((folder / "comparison.json").read_text())["arms"]["rl"]
     row = next(line for line in page.splitlines() if "<strong>+ reinforcement learning</strong>" in line)
