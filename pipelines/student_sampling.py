@@ -84,7 +84,7 @@ def student_sampler(
         with client:
             remote = RemoteSampler(client, encoder, speaker="student", vocabulary=checkpoint.shape.vocabulary)
             sleep = Sleep(SleepingServer(client), level_for(way)) if settings.sleep else None
-            sync = _sync(way, student, client)
+            sync = _sync(way, student, client, service)
             yield VllmSampler(student, remote, sync, tolerance=tolerance, sleep=sleep, ranks=ranks)
     finally:
         service.stop()
@@ -148,13 +148,13 @@ def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
     )
 
 
-def _sync(way: Way, student: Student, client: Client) -> WeightSync:
+def _sync(way: Way, student: Student, client: Client, service: Service) -> WeightSync:
     if way == "adapter":
         return AdapterSync(client, student.write_adapter)
     if way == "file":
         return FileSync(client, student.merged_weights)
     assert way != "memory", "a server shares no memory with this process"
-    return EngineSync(way, client, student.merged_weights)
+    return EngineSync(way, client, student.merged_weights, receiving=service.receiving)
 
 
 def _launch(config: RunConfig, checkpoint: Checkpoint, way: Way, *, on_gpu: bool) -> Launch:

@@ -12,8 +12,9 @@ import base64
 import pickle
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import httpx
@@ -37,11 +38,19 @@ class EngineSync:
 
     Between start and finish the server's layers hold no weights, and whatever it read would end its engine (the
     supervisor's own question too). So it is paused meanwhile: requests are taken in and wait. One that sleeps is paused
-    already, and stays so until its cache is awake.
+    already, and stays so until its cache is awake. ``receiving`` is a block within which whoever watches the server
+    knows that it cannot answer.
     """
 
-    def __init__(self, way: Literal["nccl", "ipc"], client: Client, weights: Weights) -> None:
-        self.way, self.client, self.weights = way, client, weights
+    def __init__(
+        self,
+        way: Literal["nccl", "ipc"],
+        client: Client,
+        weights: Weights,
+        *,
+        receiving: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.way, self.client, self.weights, self.receiving = way, client, weights, receiving
         self._routes = _Routes(client.replicas[0].url)
         self._engine: Any = None
 
@@ -61,12 +70,13 @@ class EngineSync:
             else:
                 result.set_result(None)
 
-        threading.Thread(target=work, name=f"weights by {self.way}", daemon=True).start()
-        try:
-            self._watch(result)
-        except BaseException:
-            self._abandon()
-            raise
+        with self.receiving():
+            threading.Thread(target=work, name=f"weights by {self.way}", daemon=True).start()
+            try:
+                self._watch(result)
+            except BaseException:
+                self._abandon()
+                raise
 
     def _transfer(self) -> None:
         was_paused = self._routes.is_paused()

@@ -249,3 +249,29 @@ def test_a_server_that_sleeps_has_not_hung(tmp_path: Path, monkeypatch: pytest.M
         time.sleep(3.0)
         with pytest.raises(DistillError, match="has hung"):
             service.check()
+
+
+def test_a_server_that_is_sent_weights_has_not_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"GRACE": 0.5, "PROBE": 0.1, "STALL": 1.0, "_CANARY": 0.3, "RECEIVING": 4.0}.items():
+        monkeypatch.setattr(f"distill.vllm.service.{name}_SECONDS", seconds)
+    plain = launch(tmp_path)
+    Path(plain.python).write_text(RESTS.format(python=sys.executable, flag=str(tmp_path / "nothing")))
+
+    def served() -> Service:
+        return Service(replace(plain, max_restarts=0), log=tmp_path / "log")
+
+    with served() as service:
+        service.wait()
+        with service.receiving():
+            time.sleep(2.5)
+            service.check()
+        time.sleep(0.5)
+        service.check()  # what was not seen to move meanwhile has its time from now on
+        time.sleep(2.0)
+        with pytest.raises(DistillError, match=r"has hung for [0-9]+ s;"):
+            service.check()
+    with served() as service, service.receiving():
+        service.wait()
+        time.sleep(6.0)
+        with pytest.raises(DistillError, match=r"has hung for [0-9]+ s while it was sent weights;"):
+            service.check()

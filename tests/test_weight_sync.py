@@ -8,7 +8,8 @@ import resource
 import signal
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -333,6 +334,31 @@ def engine_sync(engine: Any, monkeypatch: pytest.MonkeyPatch) -> EngineSync:
     monkeypatch.setattr(EngineSync, "_begin", lambda sync: engine)
     client: Any = SimpleNamespace(replicas=[SimpleNamespace(url="http://127.0.0.1:1")], check=lambda: None)
     return EngineSync("nccl", client, lambda: [])
+
+
+def test_whoever_watches_the_server_knows_of_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def receiving() -> Iterator[None]:
+        seen.append("begins")
+        try:
+            yield
+        finally:
+            seen.append("ends")
+
+    def fail() -> None:
+        raise RuntimeError("NCCL error")
+
+    sync = engine_sync(SimpleNamespace(send_weights=lambda: seen.append("send")), monkeypatch)
+    sync.receiving = receiving
+    sync.send()
+    assert seen == ["begins", "send", "ends"]
+    sync = engine_sync(Stuck(fail), monkeypatch)
+    sync.receiving = receiving
+    with pytest.raises(GoneError):
+        sync.send()
+    assert seen == ["begins", "send", "ends", "begins", "ends"]
 
 
 def test_ctrl_c_is_heard_while_nccl_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -10,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ GRACE_SECONDS = 10.0
 """Time between TERM and KILL when a server is ended."""
 STEADY_SECONDS = 600.0
 """A server that was healthy for so long begins a new row."""
+RECEIVING_SECONDS = 1800.0
+"""A server that is sent weights and gives no sign of life for so long has hung: at 1 GB/s those of 14B take 28 s."""
 _POLL_SECONDS = 0.2
 _USAGE = 2  # exit code of a program that does not understand its arguments
 _CANARY_SECONDS = 5.0  # longest wait for an answer to the supervisor's own questions
@@ -45,8 +49,8 @@ class Service:
     ``start`` returns at once; ``wait`` when the server answers. A server that was healthy and ends is started again
     on the same port, at most ``max_restarts`` times; clients wait for it. So is one that takes no connections any more,
     and one that has hung: between two probes nothing of its engine moved, and it does not answer a request of one token
-    either. ``check`` raises once the server is gone for good. It ends with ``stop``, and also when this process ends in
-    any way, SIGKILL included.
+    either. One that is sent weights (``receiving``) cannot, and is waited for much longer. ``check`` raises once the
+    server is gone for good. It ends with ``stop``, and also when this process ends in any way, SIGKILL included.
     A part of a server that has no URL (another node's) counts as ready once it is started.
     """
 
@@ -60,6 +64,8 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: DistillError | None = None
         self._healthy_since: float | None = None
+        self._receives = False
+        self._received_at = -math.inf
         self._thread = threading.Thread(target=self._supervise, name=f"{launch.whose} {launch.role}", daemon=True)
 
     @property
@@ -107,6 +113,15 @@ class Service:
         """
         if self._failure is not None:
             raise self._failure
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Within the block it is sent weights, and its engine may be at that alone, with nothing to show for it."""
+        self._receives = True
+        try:
+            yield
+        finally:
+            self._received_at, self._receives = time.monotonic(), False
 
     def stop(self) -> None:
         """End the server's whole group; returns when it is gone."""
@@ -204,11 +219,13 @@ class Service:
     def _trouble(self, pulse: Pulse) -> str | None:
         """What is the matter with a server that was healthy: nobody listens, or no sign of life for too long.
 
-        One that merely rests is asked for a sign.
+        One that merely rests is asked for a sign. One that is sent weights is not: between the first and the last of
+        them it answers nothing.
         """
+        receives = self._receives
         try:
             pulse.note(self._ask("GET", "/metrics", None).text)
-            if pulse.silence > STALL_SECONDS / 4 and (self._sleeps() or self._answers()):
+            if not receives and pulse.silence > STALL_SECONDS / 4 and (self._sleeps() or self._answers()):
                 pulse.beat()
         except httpx.ConnectError:
             # Where its engine has died, vLLM stops listening and then waits, for ever, for the requests it has taken.
@@ -216,7 +233,10 @@ class Service:
                 return "ended unexpectedly: it takes no connections any more"
         except httpx.TransportError:
             pass
-        return f"has hung for {pulse.silence:.0f} s" if pulse.silence > STALL_SECONDS else None
+        silence = min(pulse.silence, time.monotonic() - self._received_at)
+        if silence <= (RECEIVING_SECONDS if receives else STALL_SECONDS):
+            return None
+        return f"has hung for {silence:.0f} s{' while it was sent weights' if receives else ''}"
 
     def _refuses(self) -> bool:
         """Whether nobody listens on its port; a process that is stopped still does."""
