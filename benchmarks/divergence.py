@@ -243,6 +243,7 @@ def measure_tile(name: str, args: argparse.Namespace) -> Result:
     loss_class = {"tile_fused": FusedTeacherLoss, "tile_torch": TeacherLoss}[name]
     weights_C = torch.ones(args.rows, device=args.device)
     logits = [LOGIT_STD * torch.randn(args.rows, args.vocab, device=args.device) for _ in range(2)]
+    spare = [torch.empty_like(logits[0]) for _ in range(3)] if loss_class is TeacherLoss else []
     gradient_CV = torch.empty_like(logits[0], dtype=getattr(torch, args.dtype))
     loss = loss_class(args.kind, args.beta, 1.0, groups=[], sampled_ids_N=None, like_N=weights_C)
     rows = slice(0, args.rows)
@@ -251,7 +252,7 @@ def measure_tile(name: str, args: argparse.Namespace) -> Result:
         if isinstance(loss, FusedTeacherLoss):
             loss.form_tile_(rows, logits, weights_C, gradient_CV)
         else:
-            loss.form_(rows, logits, weights_C[:, None])
+            loss.form_(rows, logits, weights_C[:, None], spare)
             gradient_CV.copy_(logits[0])
 
     form()

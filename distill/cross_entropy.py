@@ -32,12 +32,12 @@ class _TargetLoss:
         self.target_ids_N = target_ids_N
         self.values_N, self.entropy_N = (torch.empty_like(like_N) for _ in range(2))
 
-    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
-        (logits_BV,) = logits
-        p_BV = log_softmax_(logits_BV, 1.0)
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor, spare: Sequence[Tensor]) -> None:
+        (logits_BV,), (p_BV, spare_BV) = logits, spare
+        log_softmax_(logits_BV, 1.0, p_BV)
         target_ids_B = self.target_ids_N[rows]
         self.values_N[rows] = -pick(logits_BV, target_ids_B)
-        self.entropy_N[rows] = -row_dot(p_BV, logits_BV)
+        self.entropy_N[rows] = -row_dot(p_BV, logits_BV, spare_BV)
         torch.mul(p_BV, weights_B1, out=logits_BV)
         logits_BV.scatter_add_(-1, target_ids_B[:, None], -weights_B1)
 

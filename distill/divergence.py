@@ -64,13 +64,15 @@ class Divergence:
 class Pair:
     """Student p and teacher q of a block of rows, and ratio = log p - log q, which every divergence is made of.
 
-    Log-ratios of finite logits are finite, so p * ratio is 0, not 0 * inf, where p underflows.
+    Log-ratios of finite logits are finite, so p * ratio is 0, not 0 * inf, where p underflows. ``spare_BV`` is memory
+    for a temporary.
     """
 
     p_BV: Tensor
     q_BV: Tensor
     ratio_BV: Tensor
     forward_kl_B: Tensor
+    spare_BV: Tensor
 
 
 def _reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
@@ -83,22 +85,24 @@ def _forward_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _jsd(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
-    teacher_BV = _log_share_(pair.ratio_BV.neg(), beta)
+    teacher_BV = _log_share_(torch.neg(pair.ratio_BV, out=pair.spare_BV), beta)
+    teacher_B = teacher_BV.mul_(pair.q_BV).sum(-1)
     student_BV = _log_share_(pair.ratio_BV, 1 - beta)
     slope_BV = student_BV.mul_(pair.p_BV).mul_(1 - beta)
-    return beta * row_dot(pair.q_BV, teacher_BV) + slope_BV.sum(-1), slope_BV
+    return beta * teacher_B + slope_BV.sum(-1), slope_BV
 
 
 def _skew_forward_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     teacher_BV = _log_share_(pair.ratio_BV.neg_(), beta)
-    values_B = row_dot(pair.q_BV, teacher_BV)
+    values_B = row_dot(pair.q_BV, teacher_BV, pair.spare_BV)
     return values_B, teacher_BV.exp_().sub_(1).mul_(pair.p_BV).mul_(beta - 1)
 
 
 def _skew_reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     student_BV = _log_share_(pair.ratio_BV, beta)
-    values_B = row_dot(pair.p_BV, student_BV)
-    return values_B, student_BV.sub_(student_BV.exp().sub_(1), alpha=beta).mul_(pair.p_BV)
+    values_B = row_dot(pair.p_BV, student_BV, pair.spare_BV)
+    excess_BV = torch.exp(student_BV, out=pair.spare_BV).sub_(1)
+    return values_B, student_BV.sub_(excess_BV, alpha=beta).mul_(pair.p_BV)
 
 
 def _log_share_(ratio_BV: Tensor, alpha: float) -> Tensor:
@@ -127,24 +131,24 @@ FACTS = ("values", "reverse_kl", "forward_kl", "student_entropy", "teacher_entro
 
 
 def measure_(
-    pair_BV: tuple[Tensor, Tensor], log_pair_BV: tuple[Tensor, Tensor], kind: str, beta: float
+    pair_BV: tuple[Tensor, Tensor], log_pair_BV: tuple[Tensor, Tensor], spare_BV: Tensor, kind: str, beta: float
 ) -> tuple[Tensor, Tensor]:
     """``FACTS`` of (p, q), given with its logarithms, as [F, B], and the slope [B, V] of ``kind``.
 
     Uses the memory of log q. The columns need not be all of a distribution: every fact is a sum over them.
     """
     (p_BV, q_BV), (log_p_BV, log_q_BV) = pair_BV, log_pair_BV
-    entropies = -row_dot(p_BV, log_p_BV), -row_dot(q_BV, log_q_BV)
+    entropies = -row_dot(p_BV, log_p_BV, spare_BV), -row_dot(q_BV, log_q_BV, spare_BV)
     ratio_BV = torch.sub(log_p_BV, log_q_BV, out=log_q_BV)
-    forward_kl_B = -row_dot(q_BV, ratio_BV)
-    reverse_kl_B = None if kind == "reverse_kl" else row_dot(p_BV, ratio_BV)
-    values_B, slope_BV = KINDS[kind](Pair(p_BV, q_BV, ratio_BV, forward_kl_B), beta)
+    forward_kl_B = -row_dot(q_BV, ratio_BV, spare_BV)
+    reverse_kl_B = None if kind == "reverse_kl" else row_dot(p_BV, ratio_BV, spare_BV)
+    values_B, slope_BV = KINDS[kind](Pair(p_BV, q_BV, ratio_BV, forward_kl_B, spare_BV), beta)
     reverse_kl_B = values_B if reverse_kl_B is None else reverse_kl_B
     return torch.stack([values_B, reverse_kl_B, forward_kl_B, *entropies]), slope_BV
 
 
-def row_dot(x_BV: Tensor, y_BV: Tensor) -> Tensor:
-    return cast(Tensor, torch.linalg.vecdot(x_BV, y_BV))
+def row_dot(x_BV: Tensor, y_BV: Tensor, spare_BV: Tensor) -> Tensor:
+    return torch.mul(x_BV, y_BV, out=spare_BV).sum(-1)
 
 
 def _merge_(log_p_BV: Tensor, p_BV: Tensor, group_G: Tensor) -> Tensor:
@@ -183,18 +187,20 @@ class TeacherLoss:
         self.values_N = self.facts_FN[0]
         self.sampled_logprob_N = None if sampled_ids_N is None else torch.empty_like(like_N)
 
-    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
-        logits_BV, teacher_BV = logits
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor, spare: Sequence[Tensor]) -> None:
+        (logits_BV, teacher_BV), (p_BV, q_BV, spare_BV) = logits, spare
         if self.temperature != 1:
             self._record_sampled(rows, logits_BV, logits_BV.logsumexp(-1))
-        p_BV, q_BV = log_softmax_(logits_BV, self.temperature), log_softmax_(teacher_BV, self.temperature)
+        log_softmax_(logits_BV, self.temperature, p_BV)
+        log_softmax_(teacher_BV, self.temperature, q_BV)
         if self.temperature == 1:
             self._record_sampled(rows, logits_BV, 0)
         shares = [_merge_(logits_BV, p_BV, group_G) for group_G in self.groups]
         for group_G in self.groups:
             _merge_(teacher_BV, q_BV, group_G)
 
-        self.facts_FN[:, rows], slope_BV = measure_((p_BV, q_BV), (logits_BV, teacher_BV), self.kind, self.beta)
+        pair, log_pair = (p_BV, q_BV), (logits_BV, teacher_BV)
+        self.facts_FN[:, rows], slope_BV = measure_(pair, log_pair, spare_BV, self.kind, self.beta)
         total_B = self.values_N[rows] if self.kind == "reverse_kl" else slope_BV.sum(-1)
         torch.addcmul(slope_BV, p_BV, total_B[:, None], value=-1, out=logits_BV)
         logits_BV.mul_(weights_B1 / self.temperature)
@@ -215,18 +221,18 @@ def teacher_loss(weights_N: Tensor) -> type[TeacherLoss]:
     return FusedTeacherLoss
 
 
-def log_softmax_(logits_BV: Tensor, temperature: float) -> Tensor:
-    """Overwrites the logits by the log-probabilities at this temperature; returns the probabilities.
+def log_softmax_(logits_BV: Tensor, temperature: float, p_BV: Tensor) -> None:
+    """Overwrites the logits by the log-probabilities at this temperature, and ``p_BV`` by the probabilities.
 
     One exponential an entry, to base 2: on a CPU torch's exp2 takes a third of the time of its exp.
     """
     if temperature != 1:
         logits_BV.div_(temperature)
     logits_BV.sub_(logits_BV.amax(-1, keepdim=True))
-    p_BV = torch.mul(logits_BV, LOG2_E).exp2_()
+    torch.mul(logits_BV, LOG2_E, out=p_BV).exp2_()
     total_B1 = p_BV.sum(-1, keepdim=True)
     logits_BV.sub_(total_B1.log())
-    return p_BV.mul_(total_B1.reciprocal())
+    p_BV.mul_(total_B1.reciprocal())
 
 
 def pick(x_BV: Tensor, ids_B: Tensor) -> Tensor:

@@ -80,9 +80,9 @@ class _ActionLoss:
         self.entropy_N, self.clipped_N = (torch.empty_like(like_N) for _ in range(2))
         self.ratio_N, self.importance_N = (torch.ones_like(like_N) for _ in range(2))
 
-    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
-        (logits_BV,) = logits
-        p_BV = log_softmax_(logits_BV, 1.0)
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor, spare: Sequence[Tensor]) -> None:
+        (logits_BV,), (p_BV, spare_BV) = logits, spare
+        log_softmax_(logits_BV, 1.0, p_BV)
         target_ids_B = self.target_ids_N[rows]
         token_logprob_B = action_logprob_B = pick(logits_BV, target_ids_B)
         members = [_Members.of(logits_BV, target_ids_B, group_G) for group_G in self.groups]
@@ -90,7 +90,7 @@ class _ActionLoss:
             action_logprob_B = torch.where(group.drawn_B1[:, 0], group.merged_B1[:, 0], action_logprob_B)
         slope_B1 = weights_B1 * self._judge(rows, token_logprob_B, action_logprob_B)[:, None]
 
-        self.entropy_N[rows] = -row_dot(p_BV, logits_BV)
+        self.entropy_N[rows] = -row_dot(p_BV, logits_BV, spare_BV)
         # The gradient of an action's log-probability: its members' shares in it, less every token's probability.
         torch.mul(p_BV, -slope_B1, out=logits_BV)
         alone_B1 = torch.ones_like(slope_B1)

@@ -1,8 +1,8 @@
-"""Memory for the logits of a tile, kept from call to call on a CPU.
+"""Memory for the logits of a tile and for the mathematics on them, kept from call to call on a CPU.
 
 The system hands out fresh memory page by page, zeroed, when it is first written. For the logits of 512 rows of a real
-vocabulary that takes half as long as the mathematics on them, and glibc gives blocks of this size back as soon as they
-are free. A GPU's allocator keeps them by itself.
+vocabulary that takes as long as the mathematics on them, and for the temporaries of that several times as long, since
+glibc gives blocks of this size back as soon as they are free. A GPU's allocator keeps them by itself.
 """
 
 from __future__ import annotations
@@ -15,20 +15,26 @@ import torch
 from torch import Tensor
 
 CPU_TILE_BYTES = 512 * 2**20
-"""Memory for the logits that live at once on a CPU, and the most that is kept."""
+"""Memory for the logits that live at once on a CPU."""
+
+CPU_KEPT_BYTES = CPU_TILE_BYTES + 256 * 2**20
+"""The most that is kept: these logits, and what a block of them needs."""
 _ALIGNMENT = 64
+
+Matrix = tuple[int, int, torch.dtype]
+"""Rows, columns and number type."""
 
 _kept: deque[Tensor] = deque(maxlen=1)
 """Free memory, at most one block of the process's; taken and put back in single steps, as threads share it."""
 
 
 @contextmanager
-def matrices(num_rows: int, columns: Sequence[tuple[int, torch.dtype]], device: torch.device) -> Iterator[list[Tensor]]:
-    """Matrices of ``num_rows`` rows to write to, one for each number of columns and type; gone behind the block."""
+def matrices(kinds: Sequence[Matrix], device: torch.device) -> Iterator[list[Tensor]]:
+    """Matrices to write to, one of each kind; gone behind the block."""
     if device.type != "cpu":
-        yield [torch.empty(num_rows, width, dtype=dtype, device=device) for width, dtype in columns]
+        yield [torch.empty(num_rows, width, dtype=dtype, device=device) for num_rows, width, dtype in kinds]
         return
-    sizes = [num_rows * width * dtype.itemsize for width, dtype in columns]
+    sizes = [num_rows * width * dtype.itemsize for num_rows, width, dtype in kinds]
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
@@ -36,10 +42,10 @@ def matrices(num_rows: int, columns: Sequence[tuple[int, torch.dtype]], device: 
     try:
         yield [
             memory[start : start + size].view(dtype).view(num_rows, width)
-            for start, size, (width, dtype) in zip(starts, sizes, columns, strict=True)
+            for start, size, (num_rows, width, dtype) in zip(starts, sizes, kinds, strict=True)
         ]
     finally:
-        if len(memory) <= CPU_TILE_BYTES:
+        if len(memory) <= CPU_KEPT_BYTES:
             _kept.append(memory)
 
 

@@ -112,10 +112,11 @@ class _TopKLoss:
         self.student_tail_N, self.student_entropy_N = (torch.empty_like(like_N) for _ in range(2))
         self.sampled_logprob_N = None if sampled_ids_N is None else torch.empty_like(like_N)
 
-    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
-        (logits_BV,) = logits
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor, spare: Sequence[Tensor]) -> None:
+        (logits_BV,), (p_BV, spare_BV) = logits, spare
         ids_BK, log_q_BA = self.ids_NK[rows], self.log_q_NA[rows].clone()
-        self.student_entropy_N[rows] = -row_dot(log_softmax_(logits_BV, 1.0), logits_BV)
+        log_softmax_(logits_BV, 1.0, p_BV)
+        self.student_entropy_N[rows] = -row_dot(p_BV, logits_BV, spare_BV)
         if self.sampled_ids_N is not None and self.sampled_logprob_N is not None:
             self.sampled_logprob_N[rows] = pick(logits_BV, self.sampled_ids_N[rows])
         log_p_BK = logits_BV.gather(-1, ids_BK)
@@ -132,9 +133,10 @@ class _TopKLoss:
 
         p_BA, q_BA = log_p_BA.exp(), log_q_BA.exp()
         ratio_BA = log_p_BA - log_q_BA
-        self.reverse_kl_N[rows] = row_dot(p_BA, ratio_BA)
-        self.forward_kl_N[rows] = forward_kl_B = -row_dot(q_BA, ratio_BA)
-        self.values_N[rows], slope_BA = self.kind(Pair(p_BA, q_BA, ratio_BA, forward_kl_B), self.beta)
+        spare_BA = torch.empty_like(ratio_BA)
+        self.reverse_kl_N[rows] = row_dot(p_BA, ratio_BA, spare_BA)
+        self.forward_kl_N[rows] = forward_kl_B = -row_dot(q_BA, ratio_BA, spare_BA)
+        self.values_N[rows], slope_BA = self.kind(Pair(p_BA, q_BA, ratio_BA, forward_kl_B, spare_BA), self.beta)
         if self.mass_term:
             slope_BA = slope_BA + self.mass_term * p_BA
 
@@ -228,14 +230,14 @@ class _SampledLoss:
         self.estimate, self.sampled_ids_N, self.log_q_N = ESTIMATORS[estimator], sampled_ids_N, log_q_N
         self.values_N, self.student_entropy_N, self.sampled_logprob_N = (torch.empty_like(log_q_N) for _ in range(3))
 
-    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
-        (logits_BV,) = logits
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor, spare: Sequence[Tensor]) -> None:
+        (logits_BV,), (p_BV, spare_BV) = logits, spare
         sampled_ids_B = self.sampled_ids_N[rows]
-        p_BV = log_softmax_(logits_BV, 1.0)
+        log_softmax_(logits_BV, 1.0, p_BV)
         self.sampled_logprob_N[rows] = log_p_B = pick(logits_BV, sampled_ids_B)
         log_ratio_B = log_p_B - self.log_q_N[rows]
         self.values_N[rows] = self.estimate(log_ratio_B)
-        self.student_entropy_N[rows] = -row_dot(p_BV, logits_BV)
+        self.student_entropy_N[rows] = -row_dot(p_BV, logits_BV, spare_BV)
         scale_B1 = weights_B1 * log_ratio_B[:, None]
         torch.mul(p_BV, -scale_B1, out=logits_BV)
         logits_BV.scatter_add_(-1, sampled_ids_B[:, None], scale_B1)

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.errors import UserError
-from distill.logits import Logits, Model, multiply, product_dtype
-from distill.scratch import CPU_TILE_BYTES, matrices
+from distill.logits import Logits, Model, is_16_bit, multiply, product_dtype
+from distill.scratch import CPU_TILE_BYTES, Matrix, matrices
 
 GPU_TILE_BYTES = 2 * 2**30
 """As ``CPU_TILE_BYTES``. Each tile reads and writes the head's gradient once, [V, D] in float32, so that small tiles
@@ -38,7 +38,8 @@ BLOCK_BYTES = 3 * 2**19
 in the last-level cache. On a GPU a block is the whole tile: there a launch costs more than a trip to memory."""
 
 SLICE_ROWS = 8192
-"""Rows of a 16-bit head's gradient that are computed at a time, before they are added in float32."""
+"""Rows of a 16-bit head's gradient that are computed at a time, before they are added in float32. On a CPU a product of
+all rows at once takes a tenth longer, also where nothing is added."""
 
 
 class TileLoss(Protocol):
@@ -47,11 +48,12 @@ class TileLoss(Protocol):
     values_N: Tensor
     """The unweighted loss of each row, filled block by block."""
 
-    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor, spare: Sequence[Tensor]) -> None:
         """Records the facts of these rows and overwrites the student's logits by their gradient.
 
-        ``logits`` are one [B, V] a model, the student's first; all may be used as scratch. The gradient is that of
-        sum(weights * values).
+        ``logits`` are one [B, V] a model, the student's first; all may be used as scratch. ``spare`` are like them, one
+        more than there are models, for temporaries: these have been written to before, and fresh memory takes longer
+        than what is done with it. The gradient is that of sum(weights * values).
         """
 
 
@@ -117,16 +119,17 @@ def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None
         if num_rows == 0:
             grad_head_VD.zero_()
 
-    columns = [(len(head), product_dtype(hidden)) for hidden, head in models]
-    if columns[0][1] != hidden_ND.dtype:
+    kinds: list[Matrix] = [(chunk_rows, len(head), product_dtype(hidden)) for hidden, head in models]
+    if product_dtype(hidden_ND) != hidden_ND.dtype:
         # Products do not take the type that logits come in: the gradient cannot overwrite the student's.
-        columns.append((len(head_VD), hidden_ND.dtype))
-    with matrices(chunk_rows, columns, hidden_ND.device) as buffers:
+        kinds.append((chunk_rows, len(head_VD), hidden_ND.dtype))
+    with matrices([*kinds, *_block_kinds(models, job, chunk_rows)], hidden_ND.device) as buffers:
+        block = buffers[len(kinds) :]
         for tile in _slices(num_rows, chunk_rows):
             inputs = [(hidden[tile], head) for hidden, head in models]
-            products = [buffer[: tile.stop - tile.start] for buffer in buffers]
+            products = [buffer[: tile.stop - tile.start] for buffer in buffers[: len(kinds)]]
             gradient_CV = products.pop() if len(products) > len(models) else products[0]
-            _form_tile_(inputs, products, tile, gradient_CV, job)
+            _form_tile_(inputs, products, tile, gradient_CV, block=block, job=job)
             if grad_hidden_ND is not None:
                 torch.mm(gradient_CV, head_VD, out=grad_hidden_ND[tile])
             if grad_head_VD is not None:
@@ -134,29 +137,44 @@ def _sweep(hidden_ND: Tensor, head_VD: Tensor, job: _Job) -> tuple[Tensor | None
     return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
 
 
-def _form_tile_(models: list[Model], products: list[Tensor], tile: slice, gradient_CV: Tensor, job: _Job) -> None:
-    """Multiplies into ``products`` and has the loss formed on every row of the tile."""
-    student_CV, calc = products[0], job.weights_N.dtype
-    block_rows = len(student_CV)
-    if student_CV.device.type == "cpu":
-        cached = torch.get_num_threads() * max(1, BLOCK_BYTES // (student_CV.shape[1] * calc.itemsize))
+def _block_kinds(models: list[Model], job: _Job, chunk_rows: int) -> list[Matrix]:
+    """The matrices that the mathematics of a block takes: spare ones, then its logits where products are narrower."""
+    if isinstance(job.loss, FusedLoss):
+        return []
+    (hidden_ND, head_VD), calc = models[0], job.weights_N.dtype
+    block_rows = chunk_rows
+    if hidden_ND.device.type == "cpu":
+        cached = torch.get_num_threads() * max(1, BLOCK_BYTES // (max(1, len(head_VD)) * calc.itemsize))
         block_rows = min(block_rows, cached)
-    logits = Logits.project(models, products, block_rows)
+    num_wide = len(models) if any(product_dtype(hidden) != calc for hidden, _ in models) else 0
+    return [(block_rows, len(head_VD), calc)] * (len(models) + 1 + num_wide)
+
+
+def _form_tile_(
+    models: list[Model], products: list[Tensor], tile: slice, gradient_CV: Tensor, *, block: list[Tensor], job: _Job
+) -> None:
+    """Multiplies into ``products`` and has the loss formed on every row of the tile, in the memory of ``block``."""
+    spare, wide = block[: len(models) + 1], block[len(models) + 1 :]
+    logits = Logits.project(models, products, spare)
     if isinstance(job.loss, FusedLoss):
         job.loss.form_tile_(tile, products, job.weights_N[tile], gradient_CV)
         return
-    for block in _slices(len(student_CV), block_rows):
-        rows = slice(tile.start + block.start, tile.start + block.stop)
-        logits_BV = logits.of(block, calc)
-        job.loss.form_(rows, logits_BV, job.weights_N[rows, None])
-        if gradient_CV.dtype != calc:
-            gradient_CV[block] = logits_BV[0]
+    for part in _slices(tile.stop - tile.start, len(spare[0])):
+        rows = slice(tile.start + part.start, tile.start + part.stop)
+        spare_BV = [x[: part.stop - part.start] for x in spare]
+        logits_BV = logits.of(part, [x[: part.stop - part.start] for x in wide], spare_BV)
+        job.loss.form_(rows, logits_BV, job.weights_N[rows, None], spare_BV)
+        if gradient_CV.dtype != logits_BV[0].dtype:
+            gradient_CV[part] = logits_BV[0]
 
 
 def _add_product_(sum_VD: Tensor, gradient_VC: Tensor, hidden_CD: Tensor, *, fresh: bool) -> None:
     """sum += gradient @ hidden; where ``fresh``, what the sum holds is not read."""
     if sum_VD.dtype == hidden_CD.dtype:
-        torch.addmm(sum_VD, gradient_VC, hidden_CD, beta=0 if fresh else 1, out=sum_VD)
+        step = SLICE_ROWS if is_16_bit(sum_VD) and not sum_VD.is_cuda else len(sum_VD)
+        for rows in _slices(len(sum_VD), step):
+            sum_rows = sum_VD[rows]
+            torch.addmm(sum_rows, gradient_VC[rows], hidden_CD, beta=0 if fresh else 1, out=sum_rows)
         return
     buffer = hidden_CD.new_empty(min(SLICE_ROWS, len(sum_VD)), hidden_CD.shape[1], dtype=product_dtype(hidden_CD))
     for rows in _slices(len(sum_VD), SLICE_ROWS):

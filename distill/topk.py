@@ -34,9 +34,9 @@ class _TopKFacts:
         self.tail_logprob_N = torch.empty_like(like_N)
         self.values_N = torch.zeros_like(like_N)
 
-    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor) -> None:
-        (logits_BV,) = logits
-        log_softmax_(logits_BV, 1.0)
+    def form_(self, rows: slice, logits: Sequence[Tensor], weights_B1: Tensor, spare: Sequence[Tensor]) -> None:
+        (logits_BV,), (p_BV, _) = logits, spare
+        log_softmax_(logits_BV, 1.0, p_BV)
         if self.always_S is not None:
             standing_BV = logits_BV.index_fill(-1, self.always_S, math.inf) if len(self.always_S) else logits_BV
             self.ids_NK[rows] = standing_BV.topk(self.ids_NK.shape[1]).indices

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill import scratch
+from distill import scratch, tiles
 from distill.cross_entropy import linear_cross_entropy
-from distill.divergence import linear_divergence
+from distill.divergence import KINDS, linear_divergence
 from distill.scratch import matrices
 from distill.topk import linear_topk
 
@@ -59,6 +59,25 @@ def test_what_a_call_returned_is_its_own() -> None:
     assert all(torch.equal(x, y) for x, y in zip(gradients, fresh, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_what_the_memory_holds_nor_how_it_is_divided_changes_a_number(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in inputs(0)]
+
+    def results() -> list[Tensor]:
+        ours = linear_divergence(*one, kind=kind, merged_ids=((1, 2),), chunk_rows=5)
+        return [ours.values, ours.student_entropy, ours.teacher_entropy, *torch.autograd.grad(ours.total, one[:2])]
+
+    whole = results()
+    scratch._kept[0].fill_(255)  # not a number in either type
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(tiles, "BLOCK_BYTES", 1)  # tiles of five rows and one, in blocks of three, two and one
+    for mine, theirs in zip(results(), whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_inference_leaves_memory_that_training_can_use() -> None:
     expected = linear_divergence(*inputs(0), kind="reverse_kl").total
     scratch._kept.clear()
@@ -71,9 +90,9 @@ def test_inference_leaves_memory_that_training_can_use() -> None:
 
 
 def test_a_call_within_a_call_has_memory_of_its_own() -> None:
-    with matrices(2, [(3, torch.float32)], CPU) as (outer,):
+    with matrices([(2, 3, torch.float32)], CPU) as (outer,):
         outer.fill_(1)
-        with matrices(2, [(3, torch.float32)], CPU) as (inner,):
+        with matrices([(2, 3, torch.float32)], CPU) as (inner,):
             inner.fill_(2)
         assert outer.eq(1).all()
     assert len(scratch._kept) == 1
@@ -84,7 +103,7 @@ def test_threads_do_not_write_to_each_others() -> None:
     found: dict[float, bool] = {}
 
     def work(value: float) -> None:
-        with matrices(50, [(50, torch.float64)], CPU) as (matrix,):
+        with matrices([(50, 50, torch.float64)], CPU) as (matrix,):
             both.wait()
             matrix.fill_(value)
             both.wait()
@@ -100,8 +119,8 @@ def test_threads_do_not_write_to_each_others() -> None:
 
 
 def test_matrices_of_different_types_lie_side_by_side() -> None:
-    with matrices(3, [(7, torch.bfloat16), (5, torch.float64), (0, torch.float32)], CPU) as (narrow, wide, empty):
-        assert (narrow.shape, wide.shape, empty.shape) == ((3, 7), (3, 5), (3, 0))
+    with matrices([(3, 7, torch.bfloat16), (2, 5, torch.float64), (3, 0, torch.float32)], CPU) as (narrow, wide, empty):
+        assert (narrow.shape, wide.shape, empty.shape) == ((3, 7), (2, 5), (3, 0))
         narrow.fill_(1)
         wide.fill_(2)
         assert narrow.eq(1).all() and wide.eq(2).all()
@@ -109,10 +128,10 @@ def test_matrices_of_different_types_lie_side_by_side() -> None:
 
 
 def test_more_than_the_budget_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "CPU_TILE_BYTES", 1000)
-    with matrices(10, [(100, torch.float32)], CPU):
+    monkeypatch.setattr(scratch, "CPU_KEPT_BYTES", 1000)
+    with matrices([(10, 100, torch.float32)], CPU):
         pass
     assert not scratch._kept
-    with pytest.raises(RuntimeError), matrices(1, [(100, torch.float32)], CPU):
+    with pytest.raises(RuntimeError), matrices([(1, 100, torch.float32)], CPU):
         raise RuntimeError
     assert len(scratch._kept) == 1
