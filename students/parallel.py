@@ -112,6 +112,19 @@ def release(whole: nn.Module) -> None:
         whole.set_reshard_after_forward(True, recurse=False)
         whole.reshard()
         whole.set_reshard_after_forward(False, recurse=False)
+        _forget_passes(whole)
+
+
+def _forget_passes(whole: nn.Module) -> None:
+    """Make the next backward pass one that knows of the forward pass before it alone.
+
+    FSDP2 notes the groups of every forward pass since the last backward pass, and that one gathers ahead what stands
+    before each group in the list. Behind a block in which the processes made passes at their own pace, some of them
+    none, they would gather different things and wait for each other for ever.
+    """
+    if isinstance(whole, FSDPModule):
+        state: Any = whole._get_fsdp_state()
+        state._comm_ctx.post_forward_order.clear()
 
 
 @contextmanager
@@ -127,6 +140,7 @@ def gathered(whole: nn.Module) -> Iterator[None]:
         for module in shards:
             module.reshard()
             module.set_reshard_after_forward(module is not shards[0], recurse=False)
+        _forget_passes(whole)
 
 
 def full(tensor: Tensor) -> Tensor:
