@@ -156,10 +156,6 @@ class VllmSampler(Keeping):
             with self.ranks.together():
                 if self.ranks.is_main:
                     self._bring_up_to_date()
-                else:
-                    # FSDP2 prefetches in the next backward pass by the passes since the last one. Where the main
-                    # process alone had made one, it would gather what nobody else does.
-                    rescore(self.student, self.probes)
             self.vllm.model = self.ranks.from_main(self.vllm.model)
             self._synced = self.student.num_changes
         self.vllm.weight_version = self.weight_version
