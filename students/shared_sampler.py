@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from distill.errors import DistillError
+from distill.errors import DistillError, PeerError
 from distill.sampler import OnFinished, Sampler
 from distill.types import Request, Rollout
 from students.ranks import Ranks
@@ -31,6 +31,9 @@ def with_all_samplers(ranks: Ranks, sampler: Sampler, work: Callable[[Sampler], 
         if ranks.is_main:
             try:
                 result = work(shared)
+            except PeerError as error:
+                # What another met alone; it does not know whether the work outlives it, and says nothing.
+                raise DistillError(str(error)) from error
             finally:
                 shared.ask(None)
         else:

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill.errors import DistillError, GoneError, PeerError, StoppedError
+from distill.errors import DistillError, GoneError, PeerError, StoppedError, UserError
 from distill.sampler import OnFinished, Sampler
 from distill.types import Prompt, Request, Rollout, Sampling
 from eval.runner import speak
 from students.ranks import Ranks
 from students.shared_sampler import with_all_samplers
 
-SPOILT, STOP, GONE = 5, 99, 77
+SPOILT, STOP, GONE, UNFIT = 5, 99, 77, 88
 
 
 def request(seed: int) -> Request:
@@ -38,6 +38,8 @@ class Fussy:
         if any(one.seed == GONE for one in requests):
             # The main process sees the end of a server that it started; the others wait in vain.
             raise GoneError("ended") if self.rank == 0 else StoppedError("does not answer", exit_code=75)
+        if any(one.seed == UNFIT for one in requests):
+            raise UserError("cannot be asked so")
         return [
             Rollout(one, (one.seed + 1, self.rank), (False,) * 2, (0.0,) * 2, "stop", "student") for one in requests
         ]
@@ -47,13 +49,17 @@ def work(rank: int, folder: str, seeds: list[int]) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
 
     def ask(sampler: Sampler) -> list[list[int] | str]:
-        said = speak(sampler, [request(seed) for seed in seeds])
+        requests = [request(seed) for seed in seeds]
+        # The response store asks for all at once, and is done with where that fails.
+        said = sampler.generate(requests) if UNFIT in seeds else speak(sampler, requests)
         return [one if isinstance(one, str) else list(one.response_ids) for one in said]
 
     try:
         found: object = with_all_samplers(Ranks(rank, 2), Fussy(rank), ask)
     except DistillError as error:
         found = type(error).__name__
+        if rank == 0 and UNFIT in seeds:
+            found = f"{found}: {error}"
     # All are at the same place: a message still means the same to each of them.
     together = Ranks(rank, 2).gather(rank)
     Path(folder, f"{rank}.json").write_text(json.dumps([found, together]))
@@ -92,3 +98,7 @@ def test_a_server_that_is_gone_for_one_and_silent_for_the_other_ends_both(tmp_pa
 
 def test_all_stop_where_one_is_asked_to(tmp_path: Path) -> None:
     assert run(tmp_path, [1, STOP, 3]) == [StoppedError.__name__] * 2
+
+
+def test_what_another_process_met_alone_is_said_by_the_main_one(tmp_path: Path) -> None:
+    assert run(tmp_path, [1, UNFIT, 3]) == ["DistillError: cannot be asked so", PeerError.__name__]
