@@ -27,7 +27,8 @@ from distill.memory import Load, student_memory
 from distill.model_config import StudentSettings, TeacherSettings
 from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
-from students.student import Felt, Rows, Student
+from students.loss import Felt, Rows
+from students.student import Student
 
 TEACHER = SIZES["8B"]
 VARIANTS: dict[str, dict[str, Any]] = {

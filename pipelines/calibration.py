@@ -40,7 +40,8 @@ from pipelines.losses import LOSSES
 from pipelines.pace import job_times
 from pipelines.resolution import resolve_run
 from pipelines.workload import Job, Sequences
-from students.student import Felt, Rows, Student
+from students.loss import Felt, Rows
+from students.student import Student
 from teachers.local import LocalTeacher
 
 SMALL, LARGE = 2, 64

@@ -19,8 +19,9 @@ from distill.stage_config import GrpoStage, Mixture, OffPolicyStage, OnPolicySta
 from distill.types import Example, Mode, Prompt, Request, Rollout, Switch
 from pipelines.faculty import Faculty, TeacherPart
 from pipelines.meter import Meter, MeteredSampler
+from students.loss import Felt, Rows
 from students.ranks import ALONE, Ranks
-from students.student import Felt, Rows, Student
+from students.student import Student
 from teachers.store import ResponseStore
 
 StudentSpeaks = OnPolicyStage | GrpoStage | OpdRewardStage

@@ -29,8 +29,8 @@ from pipelines.faculty import TeacherPart
 from pipelines.rewards import group_advantages, overlong_penalty
 from pipelines.verifier import Verifier
 from students.batch import Advantages
+from students.loss import Felt, Rows
 from students.rescoring import rescore
-from students.student import Felt, Rows
 from teachers.local import LocalTeacher
 
 START_BATCH_TOKENS = 65536

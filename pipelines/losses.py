@@ -11,7 +11,7 @@ from distill.divergence import linear_divergence
 from distill.sparse import linear_sampled_divergence, linear_topk_divergence
 from distill.stage_config import DivergenceSettings
 from distill.types import HiddenStates, SampledLogprobs, TopK
-from students.student import Felt, Rows
+from students.loss import Felt, Rows
 
 if TYPE_CHECKING:
     from pipelines.crew import Crew

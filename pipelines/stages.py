@@ -31,8 +31,8 @@ from pipelines.grpo import Grpo, OpdReward
 from pipelines.losses import feel
 from pipelines.meter import MeteredSampler
 from pipelines.verifier import verdicts_where_known
+from students.loss import Felt, Rows
 from students.shared_sampler import with_all_samplers
-from students.student import Felt, Rows
 from teachers.answers import Answers, answer
 from teachers.filters import sift
 

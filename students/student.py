@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,36 +32,12 @@ from distill.topk import linear_topk
 from distill.types import Example, Rollout
 from students.adapter import adapter_layers, merged, with_lora, write_adapter
 from students.batch import Batch, collate, judged, micro_batches
+from students.loss import Loss, Rows, stop_probability
 from students.means import Means
 from students.optimiser import MasterAdamW
 from students.parallel import Engine, Pass, gathered, keep_root, release, replicated, sharded, slice_like, whole_on_main
 from students.ranks import ALONE, Ranks
 from students.router import RouterLoad, load_balancing
-
-
-@dataclass(frozen=True, slots=True)
-class Felt:
-    """What a stage's loss says of one batch.
-
-    ``total`` is a scalar, the *sum* over response tokens of weight times loss, differentiable in the student. In the
-    weights that the student hands to a loss the division by the global token count is done. ``per_token_N`` are
-    detached metrics, one value a token.
-    """
-
-    total: Tensor
-    per_token_N: dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What a loss sees: the batch, and the student's states at the rows that predict its response tokens."""
-
-    batch: Batch
-    hidden_ND: Tensor
-    head_VD: Tensor
-
-
-Loss = Callable[[Rows], Felt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +316,7 @@ class Student:
         scale = self.ranks.count / num_weighted
         felt = loss(replace(rows, batch=replace(batch, weight_N=batch.weight_N * scale)))
         objective = felt.total
-        table.add_tokens(batch, {**felt.per_token_N, **self._stops(rows, felt)})
+        table.add_tokens(batch, {**felt.per_token_N, **stop_probability(rows, felt, self.stop_ids)})
         table.add_sum("loss", float(objective.detach()) / scale, batch.num_weighted)
         if router is not None:
             share = batch.num_weighted / num_weighted
@@ -348,21 +324,6 @@ class Student:
             for name, value in (("aux_loss", float(router.loss.detach())), ("max_load", router.max_load)):
                 table.add_sum(f"router.{name}", batch.num_weighted * value, batch.num_weighted)
         return objective
-
-    @torch.no_grad()
-    def _stops(self, rows: Rows, felt: Felt) -> dict[str, Tensor]:
-        """The probability of ending the response, at every row.
-
-        The loss knows log p of the sampled token, so the normaliser is that token's logit minus it; no second pass
-        over the vocabulary is needed.
-        """
-        if "sampled_logprob" not in felt.per_token_N:
-            return {}
-        hidden_ND, target_N = rows.hidden_ND.float(), rows.batch.target_N
-        sampled_logit_N = (hidden_ND * rows.head_VD[target_N].float()).sum(dim=-1)
-        normaliser_N = sampled_logit_N - felt.per_token_N["sampled_logprob"]
-        stop_logit_NS = hidden_ND @ rows.head_VD[self.stop_ids].float().T
-        return {"stop_probability": (stop_logit_NS.logsumexp(dim=-1) - normaliser_N).exp()}
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the model as a plain transformers checkpoint (adapters merged into copies of the weights).

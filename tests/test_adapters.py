@@ -25,7 +25,8 @@ from distill.types import Example, Prompt, Request, Rollout, Sampling
 from pipelines.pace import trained_parameters
 from students.adapter import with_lora
 from students.batch import collate
-from students.student import Felt, Rows, Student
+from students.loss import Felt, Rows
+from students.student import Student
 
 WIDTHS = {
     "vocab_size": 50,

@@ -14,9 +14,10 @@ from distill.model_config import LoraSettings
 from distill.stage_config import Optimiser
 from distill.types import Example
 from distill.vllm.service import free_port
+from students.loss import Felt, Rows
 from students.parallel import Engine
 from students.ranks import ALONE, Ranks, joined_ranks
-from students.student import Felt, Rows, Student
+from students.student import Student
 
 NUM_PROCESSES, NUM_STEPS = 2, 4
 WAYS: tuple[tuple[Engine, int | None], ...] = (("replicated", None), ("replicated", 4), ("sharded", None))

@@ -28,8 +28,9 @@ from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
 from pipelines.processes import choose_engine
 from pipelines.resolution import recipe_names, resolve_run
+from students.loss import Felt, Rows
 from students.ranks import ALONE, Ranks
-from students.student import Felt, Rows, Student
+from students.student import Student
 
 
 def memory(field: str) -> int:

@@ -19,9 +19,10 @@ from distill.interrupt import deferred_signals
 from distill.stage_config import Optimiser
 from distill.types import Example
 from students.batch import micro_batches
+from students.loss import Felt, Rows
 from students.parallel import full
 from students.ranks import ALONE, Ranks
-from students.student import Felt, Rows, Student
+from students.student import Student
 
 NUM_PROCESSES, NUM_STEPS = 2, 4
 EXAMPLES = [Example(rollout(seed, 3 + seed, 9 - seed, forced=seed % 3)) for seed in range(7)]

@@ -28,9 +28,10 @@ from distill.stage_config import Optimiser
 from distill.types import Example, HiddenStates, Prompt, Request, Rollout, Sampling
 from students import optimiser
 from students.batch import Batch, collate, micro_batches
+from students.loss import Felt, Rows
 from students.optimiser import MasterAdamW
 from students.router import RouterLoad
-from students.student import Felt, Rows, Student
+from students.student import Student
 from teachers.local import LocalTeacher
 
 PLAIN = StudentSettings(dtype="float32", gradient_checkpointing=False, micro_batch_tokens=None)

@@ -18,8 +18,9 @@ from distill.model_config import StudentSettings
 from distill.stage_config import Optimiser
 from distill.types import Example, Prompt, Request, Rollout, Sampling
 from distill.vllm.worker import fingerprint
+from students.loss import Felt, Rows
 from students.rescoring import rescore
-from students.student import Felt, Rows, Student
+from students.student import Student
 from students.vllm_sampler import TOLERANCE, Scores, VllmSampler
 from students.weight_sync import FileSync, MemorySync, WeightsError
 
