@@ -49,6 +49,9 @@ if word == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     open(out + "/ready", "w")
     time.sleep(1000)
+if word == "slow":
+    time.sleep(0.4)
+    sys.exit(0)
 if word.startswith("kill"):
     os.kill(os.getpid(), int(word[4:]))
 sys.exit(int(word))
@@ -272,9 +275,9 @@ def test_gpus_are_not_named_where_there_are_none(monkeypatch: pytest.MonkeyPatch
 
 def test_two_workers_never_take_one_job(queue: Queue, mark: str, tmp_path: Path) -> None:
     """Twenty-four jobs, three real workers: each job is begun once."""
-    # They wait before there is a job: the first of them to be there would do it all.
+    # They wait before there is a job, and a job takes longer than to look for one: else one of them may do them all.
     processes = [start(queue, slots="0,1") for _ in range(3)]
-    jobs = [add(queue, "0") for _ in range(24)]
+    jobs = [add(queue, "slow") for _ in range(24)]
     try:
         wait_for(lambda: not queue.jobs(states=ACTIVE), 120)
     finally:
