@@ -1,10 +1,10 @@
-"""A small dense Qwen3 in few operations, for decoding on a CPU.
+"""A small dense Qwen3 in fewer operations, for decoding on a CPU.
 
 A pass over one new token of each row does so little arithmetic in a small model that its time is that of asking for
-operations: some 140 a layer in transformers' modules, each a few microseconds. Here a layer takes 25. Products that
-read the same states are one product with their matrices beside each other, a norm's weight is part of the product
-behind it, and queries and keys are normalised and rotated together. It is the same arithmetic up to rounding in
-float32, and for nothing else: in 16 bits transformers rounds at places of its own, which are the trainer's.
+operations: a hundred a layer in transformers' modules, views included, and fifty here. Products that read the same
+states are one product with their matrices beside each other, a norm's weight is part of the product behind it, and
+queries and keys are normalised and rotated together. It is the same arithmetic up to rounding in float32, and for
+nothing else: in 16 bits transformers rounds at places of its own, which are the trainer's.
 
 The matrices are copies, made for one call of the sampler. They cost as many bytes as the layers, so that larger models,
 whose time is in their products anyway, are left to their modules; so is every model with a module that is not plain

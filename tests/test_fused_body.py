@@ -1,4 +1,4 @@
-"""The small model in few operations against its own modules in float64."""
+"""The small model in fewer operations against its own modules in float64."""
 
 from __future__ import annotations
 
