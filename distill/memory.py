@@ -19,8 +19,9 @@ V, over W processes, with T tokens in a micro-batch and R response tokens in a p
     teacher        its head, b V d_t; in this process, all of it
     reference      the student as a GRPO stage with ``kl_coefficient`` found it, whole in every process: b N
     sampling       keys and values, 2 b L kv_heads head_dim bytes for each of ``sampler_tokens``, of which there are as
-                   many as the longest sequence has whatever is set, and, sharded, the
-                   student gathered whole, b N; a teacher in this process speaks too, with keys and values of its own
+                   many as the longest sequence has whatever is set; sharded, the student gathered whole, b N; on a
+                   CPU the copy that is decoded faster (``copied_bytes``). A teacher in this process speaks too, with
+                   keys and values, and a copy, of its own
     server         where a vLLM speaks for the student (``sampler.backend``) and has no GPU of its own: the least that
                    it works with (``distill.server_memory``), all the time or, if it sleeps, while it samples. A CPU's
                    memory is one, and every process carries its share of it. The student then has no cache here
@@ -58,6 +59,10 @@ TILE_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 CPU_PASS_TOKENS = 1024
 """Most tokens of one pass on a CPU: what a layer makes of so many stays in the cache, and a pass of many more takes a
 fifth longer a token."""
+
+COPIED_BYTES = 7 * 10**9
+"""Of the largest model whose weights are copied so that a CPU decodes it faster (``distill.packed_linears``): 1.7B, at
+6.9 GB in fp32. A larger one's copy might be what does not fit."""
 
 STAYS = ("weights", "masters", "moments", "teacher", "reference", "server")
 
@@ -157,8 +162,11 @@ def student_memory(
     server = 0 if speaks_here else _server_beside(config, student, processes, device)
     sampling = item * total if engine == "sharded" else 0
     sampling += cache_bytes(student, item) * cached if speaks_here else server * config.sampler.sleep
+    if speaks_here and device == "cpu" and engine != "sharded":
+        sampling += copied_bytes(student, item)
     if in_process:
-        sampling = max(sampling, cache_bytes(teacher, teacher_item) * cached)
+        copy = copied_bytes(teacher, teacher_item) if device == "cpu" else 0
+        sampling = max(sampling, cache_bytes(teacher, teacher_item) * cached + copy)
     parts = {
         "weights": (4 if engine == "sharded" else item) * total // cut,
         "masters": 4 * trained if has_masters else 0,
@@ -219,6 +227,12 @@ def longest_sequence(config: RunConfig) -> int:
 def cache_bytes(shape: Shape, item: int) -> int:
     """Of one token's keys and values."""
     return 2 * item * shape.num_layers * shape.num_kv_heads * shape.head_dim
+
+
+def copied_bytes(shape: Shape, item: int) -> int:
+    """Of the copy of a dense model's matrices from which a CPU decodes it; 0 for a model that is too large for one."""
+    copied = item * shape.active_parameters
+    return copied if not shape.num_experts and copied <= COPIED_BYTES else 0
 
 
 def layer_bytes(shape: Shape, item: int) -> int:

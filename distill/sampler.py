@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -27,6 +27,7 @@ from distill.draw import Draw
 from distill.errors import NonFiniteError
 from distill.fused_body import fused_body
 from distill.kv_cache import Decoding, Group, SlotCache, arranged, groups_of, kernels
+from distill.packed_linears import packed_linears
 from distill.replay import replays, rounded_rows
 from distill.response import Response
 from distill.types import Request, Rollout
@@ -191,6 +192,7 @@ class _Batch:
         self._device, self._dtype = model.device, model.dtype
         self._vocabulary = int(model.config.vocab_size)
         self._fused = fused_body(model)
+        self._packed = packed_linears(model)
         self._cache = SlotCache()
         self._replays = replays(model, self._cache, self._decode)
         self._draw = Draw.of([], self._vocabulary, self._device)
@@ -267,8 +269,13 @@ class _Batch:
         # Those that have ended stay in the last place there is; no other row comes so far.
         self._place_B = next_B.clamp(max=self._longest - 1)
         self._lengths = [min(length + 1, self._longest) for length in self._lengths]
-        logits_BV: Tensor = self._head(hidden_Bd)
+        with self._products():
+            logits_BV: Tensor = self._head(hidden_Bd)
         return logits_BV.float()
+
+    def _products(self) -> AbstractContextManager[None]:
+        """Within it the model's products are made as they are made fastest."""
+        return nullcontext() if self._packed is None else self._packed.in_use()
 
     def _decode(self, token_B: Tensor, place_B: Tensor, groups: Sequence[Group]) -> Tensor:
         """Last hidden states [B, d] of one new token of each slot."""
@@ -280,7 +287,7 @@ class _Batch:
         decoding = Decoding.of(self._cache, groups, place_B, self._dtype)
         if self._fused is not None:
             return self._fused(tokens.id_T, tokens.position_T, decoding, tokens.packing)
-        with kernels(self._device):
+        with kernels(self._device), self._products():
             hidden_Td: Tensor = self._body(
                 input_ids=tokens.id_T[:, None],
                 position_ids=tokens.position_T[:, None],

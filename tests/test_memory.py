@@ -21,7 +21,7 @@ from distill.cross_entropy import linear_cross_entropy
 from distill.divergence import linear_divergence
 from distill.errors import UserError
 from distill.family import SIZES, STUDENTS, TEACHERS, Shape, shape_of
-from distill.memory import Load, hold_student, layer_bytes, student_memory
+from distill.memory import Load, copied_bytes, hold_student, layer_bytes, student_memory
 from distill.model_config import LoraSettings, StudentSettings, TeacherSettings
 from distill.replay import MOST_CAPTURED, rounded_rows
 from distill.stage_config import Optimiser
@@ -184,6 +184,24 @@ def test_a_cache_holds_one_longest_sequence_whatever_is_set() -> None:
     longest = config.max_prompt_tokens + config.longest_response
     assert longest > 1000
     assert student_memory(config, shape, teacher).parts["sampling"] == longest * 147_456
+
+
+@pytest.mark.parametrize("name", ["0.6B", "4B"])
+def test_the_formula_counts_what_is_copied_to_be_decoded(name: str) -> None:
+    shape = SIZES[name]
+    model = random_model(shape, seed=0, device="meta")
+    copied = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert copied_bytes(shape, 4) == (4 * copied if name == "0.6B" else 0)
+    assert copied_bytes(SIZES["30B-A3B"], 2) == 0
+
+    def sampling(device: Any, **student: Any) -> int:
+        config = RunConfig(
+            teacher=TeacherSettings(model="32B", backend="vllm"), student=StudentSettings(dtype="float32", **student)
+        )
+        return student_memory(config, shape, SIZES["32B"], device=device).parts["sampling"]
+
+    assert sampling("cpu") - sampling("cuda") == copied_bytes(shape, 4)
+    assert sampling("cpu", lora=LoraSettings()) == sampling("cpu")
 
 
 def test_a_grpo_stage_that_stays_near_its_start_holds_that_start() -> None:
