@@ -49,6 +49,12 @@ class Checkpoint:
         """What the user called it."""
         return self.source.name
 
+    @property
+    def dtype(self) -> str:
+        """The number type that it says its weights are in, by torch's name; float32 where it does not say."""
+        said = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        return str(said).removeprefix("torch.")
+
 
 def open_checkpoint(source: ModelSource, *, download: bool = True) -> Checkpoint:
     """The checked checkpoint that ``source`` names, downloaded first where it is on the hub and ``download`` is true.

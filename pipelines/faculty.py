@@ -24,10 +24,11 @@ from distill.family import Shape, resolve
 from distill.model_config import TeacherSettings
 from distill.spans import Span
 from distill.types import Prompt, Rollout, Signal
+from distill.vllm.arguments import changing
 from pipelines.hiring import Hired, hired_teacher
 from pipelines.meter import Meter
 from teachers.reduced import Choose
-from teachers.store import QUANTISED, TeacherIdentity
+from teachers.store import LOADED_AS, TeacherIdentity
 
 TeacherPart = Literal["speaks", "judges"] | None
 """What a stage has the teacher do."""
@@ -43,9 +44,14 @@ class Candidate:
 
     @property
     def revision(self) -> str:
-        """What its responses are stored under: a model that is quantised when it is loaded is another one."""
-        quantization = self.settings.quantization
-        return self.checkpoint.revision + (f"{QUANTISED}{quantization}" if quantization else "")
+        """What its responses are stored under: a model that is rounded or quantised when it is loaded, or that servers
+        compute in a way of their own, is another one."""
+        settings, checkpoint = self.settings, self.checkpoint
+        changes: list[str] = [] if settings.dtype == checkpoint.dtype else [settings.dtype]
+        if settings.backend == "vllm":  # in this process nobody reads what servers are told
+            changes += [] if settings.quantization is None else [settings.quantization]
+            changes += changing(settings.server_args)
+        return LOADED_AS.join([checkpoint.revision, *changes])
 
     def identity(self, encoder: Encoder) -> TeacherIdentity:
         """What decides its responses besides the request."""

@@ -22,7 +22,7 @@ from distill.progress import say
 from distill.repetition import repetition
 from distill.types import MODES, Rollout
 from teachers.collection import VARIABLE, Collection, Kept, outside_world
-from teachers.store import QUANTISED, ResponseStore, default_root
+from teachers.store import LOADED_AS, ResponseStore, default_root
 
 Document = dict[str, Any]
 
@@ -201,7 +201,7 @@ def _encoder(collection: Collection) -> Encoder | str:
     """
     teacher = collection.meta["teacher"]
     try:
-        revision = collection.meta["revision"].partition(QUANTISED)[0]
+        revision = collection.meta["revision"].partition(LOADED_AS)[0]
         source = resolve(teacher, role="teacher", revision=revision)
         path = _in_cache(source.location, source.revision) if source.kind == "hub" else Path(source.location)
         encoder = Encoder(tokenizer_in(path))

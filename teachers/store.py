@@ -21,8 +21,8 @@ from distill.errors import DistillError, UserError
 from distill.types import Request, Rollout, Sampling, content_hash
 from teachers.collection import VARIABLE, Collection, Kept, outside_world
 
-QUANTISED = "+"
-"""Between a revision and how its weights are quantised when they are loaded."""
+LOADED_AS = "+"
+"""Between a revision and what makes its weights another model when they are loaded: number type, quantisation."""
 
 
 @dataclass(frozen=True, slots=True)

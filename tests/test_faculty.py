@@ -47,6 +47,24 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def revision_with(*assignments: str) -> str:
+    return find_teachers(resolve_run(assignments=assignments))[0].identity(ENCODER).revision
+
+
+def test_responses_are_stored_under_all_that_makes_the_weights_another_model() -> None:
+    """Two runs that load the same weights in different ways have not the same responses, and never share them."""
+    own, behind = "teacher.dtype=bfloat16", "teacher.backend=vllm"
+    checkpoint = find_teachers(resolve_run())[0].checkpoint
+    assert checkpoint.dtype == "bfloat16"
+    assert revision_with(own) == revision_with(own, behind) == checkpoint.revision
+    assert revision_with("teacher.dtype=float32") == checkpoint.revision + "+float32"
+    assert revision_with(own, behind, "teacher.quantization=fp8") == checkpoint.revision + "+fp8"
+    words = "teacher.server_args=[--kv_cache-dtype=fp8, --max-num-seqs, '8', --hf-overrides, '{}', --enforce-eager]"
+    assert revision_with(own, behind, words) == checkpoint.revision + "+--hf-overrides {}+--kv-cache-dtype fp8"
+    # What only servers are told says nothing about a model in this process.
+    assert revision_with(own, words, "teacher.quantization=fp8") == checkpoint.revision
+
+
 def config_with(other: Path, *assignments: str) -> RunConfig:
     return resolve_run(assignments=[f"specialists.sums={{model: {other}, dtype: float32}}", *assignments])
 
@@ -205,7 +223,7 @@ def test_a_run_with_a_specialist(other: Path, prompts: Path, tmp_path: Path) -> 
     for role in ("teacher_generate", "teacher_score"):
         assert summary["costs"][role]["tokens"] > 0 and summary["costs"][f"{role}.sums"]["tokens"] > 0
     # Every response is stored under the teacher that spoke it.
-    revisions = {open_checkpoint(resolve(name, role="teacher")).revision for name in ("tiny", str(other))}
+    revisions = {candidate.revision for candidate in find_teachers(config_with(other))}
     from teachers.store import ResponseStore
 
     for collection in ResponseStore(tmp_path / "store").collections():
