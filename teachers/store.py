@@ -9,6 +9,7 @@ for another's; ``teachers.collection`` says how. Left out on purpose: deleting a
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections import defaultdict
@@ -88,7 +89,8 @@ class ResponseStore:
         """Store what is new of ``rollouts``, durably; the first response of a key stays. Returns how many were new."""
         by_key = {response_key(teacher, rollout.request): rollout for rollout in reversed(rollouts)}
         num_new = 0
-        for collection, wanted in self._by_collection(teacher, [rollout.request for rollout in rollouts]):
+        requests = [rollout.request for rollout in rollouts]
+        for collection, wanted in self._by_collection(teacher, requests, makes=True):
             num_new += collection.add({key: by_key[key] for key in wanted}, teacher.name, run)
         return num_new
 
@@ -110,15 +112,16 @@ class ResponseStore:
         return found
 
     def _by_collection(
-        self, teacher: TeacherIdentity, requests: Iterable[Request]
+        self, teacher: TeacherIdentity, requests: Iterable[Request], *, makes: bool = False
     ) -> Iterator[tuple[Collection, dict[str, Request]]]:
         groups: dict[Sampling, dict[str, Request]] = defaultdict(dict)
         for request in requests:
             groups[request.sampling][response_key(teacher, request)] = request
         for sampling, wanted in groups.items():
-            yield self._collection(teacher, sampling), wanted
+            yield self._collection(teacher, sampling, makes=makes), wanted
 
-    def _collection(self, teacher: TeacherIdentity, sampling: Sampling) -> Collection:
+    def _collection(self, teacher: TeacherIdentity, sampling: Sampling, *, makes: bool) -> Collection:
+        """``makes`` its folder where there is none yet."""
         shared = {
             "revision": teacher.revision,
             "template_hash": teacher.template_hash,
@@ -126,13 +129,29 @@ class ResponseStore:
             "sampling": asdict(sampling),
         }
         identity = content_hash(shared)[:16]
-        if identity not in self._collections:
-            meta = {"teacher": teacher.name, **shared}
-            readable = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in teacher.name)[-40:]
-            there = sorted(self.root.glob(f"*{identity}")) if self.root.is_dir() else []
-            folder = there[0] if there else self.root / f"{readable.strip('.-') or 'teacher'}-{identity}"
-            self._collections[identity] = Collection(folder, meta)
-        return self._collections[identity]
+        known = self._collections.get(identity)
+        if known is None or not known.folder.is_dir():
+            # Whoever writes first names the folder; another run may call the same teacher by another name.
+            folder = self._made(identity, teacher.name) if makes else self._folder(identity, teacher.name)
+            if known is None or known.folder != folder:
+                known = Collection(folder, {"teacher": teacher.name, **shared})
+            self._collections[identity] = known
+        return known
+
+    def _folder(self, identity: str, name: str) -> Path:
+        """Where the collection is, or will be if nobody makes it under another name before."""
+        there = sorted(self.root.glob(f"*{identity}")) if self.root.is_dir() else []
+        readable = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)[-40:]
+        return there[0] if there else self.root / f"{readable.strip('.-') or 'teacher'}-{identity}"
+
+    def _made(self, identity: str, name: str) -> Path:
+        with outside_world(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with (self.root / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                folder = self._folder(identity, name)
+                folder.mkdir(exist_ok=True)
+        return folder
 
 
 def made_store(chosen: str | None) -> ResponseStore:

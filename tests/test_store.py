@@ -108,6 +108,20 @@ def test_a_collection_holds_one_sampling_and_says_which(tmp_path: Path) -> None:
     assert all(one.meta["revision"] == "r1" for one in collections)
 
 
+def test_two_names_of_the_same_teacher_are_one_collection(tmp_path: Path) -> None:
+    """Also where both runs looked before either had stored anything: the key is there once, and both find it."""
+    names = [replace(TEACHER, name="tiny"), replace(TEACHER, name="/models/tiny")]
+    stores = [ResponseStore(tmp_path / "store") for _ in names]
+    for name, store in zip(names, stores, strict=True):
+        assert not store.get(name, requests(2))
+    assert stores[0].put(names[0], [respond(one) for one in requests(1)]) == 1
+    assert stores[1].put(names[1], [respond(one, offset=100) for one in requests(2)]) == 1
+    for name, store in [*zip(names, stores, strict=True), (TEACHER, ResponseStore(tmp_path / "store"))]:
+        found = store.get(name, requests(2))
+        assert [kept.rollout.response_ids[0] for kept in found.values()] == [0, 101]
+    assert len(ResponseStore(tmp_path / "store").collections()) == 1
+
+
 def test_other_tools_can_read_a_collection(tmp_path: Path) -> None:
     import datasets
 
