@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from distill.checkpoint import open_checkpoint
-from distill.errors import GoneError, UserError
+from distill.errors import DistillError, GoneError, UserError
 from distill.family import resolve
 from distill.vllm.cuts import needs_expert_parallel
 from distill.vllm.launch import Launch, Nodes, replicas
@@ -101,6 +101,20 @@ def test_a_server_that_was_healthy_is_started_again_at_the_same_url(tmp_path: Pa
         assert is_healthy(service.url) and service.group != first
         service.check()
     assert alive(service.group) == []
+
+
+def test_a_port_that_somebody_else_has_is_refused(tmp_path: Path) -> None:
+    """His answers would be taken for the server's own: it would be ready at once, with another model."""
+    with Service(launch(tmp_path), log=tmp_path / "log") as first:
+        first.wait()
+        second = Service(replace(launch(tmp_path), port=first.port), log=tmp_path / "other")
+        with pytest.raises(DistillError, match=f"^port {first.port} of 127.0.0.1 is taken, so the teacher's vLLM ser"):
+            second.start()
+        second.stop()
+        with httpx.Client() as http:  # its end leaves a closed connection at the port, which is nobody's
+            assert http.get(first.url).is_success
+    with Service(replace(launch(tmp_path), port=first.port), log=tmp_path / "other") as again:
+        again.wait()
 
 
 @pytest.fixture

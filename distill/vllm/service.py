@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -80,6 +81,13 @@ class Service:
         return self._process.pid
 
     def start(self) -> None:
+        """Raises DistillError where somebody else listens at its port: his answers would be taken for this server's."""
+        if self.launch.answers and is_taken(self.launch.host, self.port):
+            raise DistillError(
+                f"port {self.port} of {self.launch.host} is taken, so the {self.launch.whose}'s vLLM server "
+                f"({self.launch.role}) cannot listen there; end what has it, or name another port (a run that chose it "
+                f"by itself takes another one when it is given again)"
+            )
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._process = self._spawn()
         self._thread.start()
@@ -271,6 +279,18 @@ def free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether somebody listens at that port; connections of a server that has ended do not count."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            # Of anything else, an address that this machine has not for one, vLLM speaks in its log.
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
