@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from distill.types import Request, Rollout
 from teachers.store import ResponseStore, TeacherIdentity, response_key
 
 __all__ = ["Answers", "TeacherIdentity", "answer"]
+
+STORE_SECONDS = 30.0
+"""Of a chunk that takes longer, what is finished is stored now and then: the most work that a killed process loses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,10 @@ def answer(
 ) -> Answers:
     """The teacher's response to every request.
 
-    What is missing is generated ``chunk`` requests at a time and stored after each chunk and when the sampler is
-    stopped, so that an interrupted generation goes on where it was. What is returned is what the store holds, also
-    where another process was faster. ``run`` labels what this run generates; give a resumed run the label it had.
+    What is missing is generated ``chunk`` requests at a time and stored after each chunk, every ``STORE_SECONDS``
+    within it and when the sampler is stopped, so that an interrupted generation goes on where it was. What is returned
+    is what the store holds, also where another process was faster. ``run`` labels what this run generates; give a
+    resumed run the label it had.
     """
     keys = tuple(response_key(identity, request) for request in requests)
     kept = store.get(identity, requests)
@@ -100,13 +105,22 @@ def _generate(
     run: str,
 ) -> None:
     finished: list[Rollout] = []
+    kept_at = time.monotonic()
+
+    def keep() -> None:
+        nonlocal kept_at
+        store.put(identity, finished, run=run)
+        finished.clear()
+        kept_at = time.monotonic()
 
     def note(rollout: Rollout) -> None:
         finished.append(rollout)
         bar.advance()
+        if time.monotonic() - kept_at >= STORE_SECONDS:
+            keep()  # a process that is killed stores nothing any more
 
     try:
         sampler.generate(requests, note)
     finally:
         # Interrupted or not, what was finished is kept.
-        store.put(identity, finished, run=run)
+        keep()

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+import teachers.answers
 from distill.errors import DistillError, StoppedError
 from distill.sampler import OnFinished
 from distill.types import Prompt, Request, Rollout, Sampling
@@ -405,6 +406,35 @@ def test_an_interrupted_generation_goes_on_where_it_was(tmp_path: Path) -> None:
     other = answer(asked, ResponseStore(tmp_path), FakeSampler(stop_after=0), identity=TEACHER, run="another")
     assert (other.num_generated, other.num_reused) == (0, 20)
     assert other.keys == answers.keys
+
+
+def die_while_speaking(root: Path, seconds: float) -> None:
+    """Killed when 13 of 20 responses are finished, all of them of one chunk."""
+
+    class Killed(FakeSampler):
+        def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+            try:
+                return super().generate(requests, on_finished)
+            except StoppedError:
+                os.kill(os.getpid(), signal.SIGKILL)
+                raise
+
+    teachers.answers.STORE_SECONDS = seconds
+    answer(requests(20), ResponseStore(root), Killed(stop_after=13), identity=TEACHER)
+
+
+@pytest.mark.parametrize(("seconds", "num_kept"), [(0.0, 13), (30.0, 0)])
+def test_kill_9_in_the_middle_of_a_chunk_loses_what_was_finished_lately(
+    tmp_path: Path, seconds: float, num_kept: int
+) -> None:
+    process = SPAWN.Process(target=die_while_speaking, args=(tmp_path, seconds))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    rest = FakeSampler()
+    found = answer(requests(20), ResponseStore(tmp_path), rest, identity=TEACHER)
+    assert rest.asked == requests(20)[num_kept:]
+    assert found.rollouts == tuple(respond(one) for one in requests(20))
 
 
 def test_the_store_decides_where_another_process_was_faster(tmp_path: Path) -> None:
