@@ -1,8 +1,10 @@
 """A collection of the response store: one folder of parquet shards and an index of them.
 
 A writer holds the folder's lock while it looks which keys are new and adds its shard, so that a key is stored once;
-readers share the lock. A shard appears under its name only when it is whole and on disk; one that turns out damaged is
-set aside under a hidden name. A row is a response with everything that was asked; see ``response_rows``.
+readers share the lock. A shard appears under its name only when it is whole and on disk. One that turns out damaged is
+renamed (``.hurt``, hidden as the lock and drafts are: `datasets` takes every visible file of the folder for data); who
+has the lock next writes the rows of it that are whole to a new shard and sets it aside (``.broken``). A row is a
+response with everything that was asked; see ``response_rows``.
 """
 
 from __future__ import annotations
@@ -57,6 +59,14 @@ class Collection:
 
     def read(self, wanted: Mapping[str, Request], speaker: str) -> dict[str, Kept]:
         """What is stored of ``wanted``, by key; each response is checked against its hash."""
+        while True:
+            found = self._read(wanted, speaker)
+            if not any(self.folder.glob(".part-*.hurt")):
+                return found
+            with outside_world(self.folder), self._lock():
+                pass  # what is whole of the damaged shards is saved, and can be read
+
+    def _read(self, wanted: Mapping[str, Request], speaker: str) -> dict[str, Kept]:
         with self._unchanged():
             while True:
                 self._refresh()
@@ -76,7 +86,7 @@ class Collection:
 
     def set_aside(self) -> list[str]:
         """Names of the files that were found damaged."""
-        return sorted(file.name for file in self.folder.glob(".part-*.broken"))
+        return sorted(file.name for ending in ("hurt", "broken") for file in self.folder.glob(f".part-*.{ending}"))
 
     def walk(self, broken: list[str]) -> Iterator[tuple[str, Kept]]:
         """Every response with its key, a few at a time in memory; of a key that is there twice the first one stored.
@@ -169,6 +179,8 @@ class Collection:
             # Drafts are written under the lock, so one that is there now was left by a writer that died.
             for draft in self.folder.glob(".draft-*"):
                 draft.unlink()
+            for hurt in self.folder.glob(".part-*.hurt"):
+                self._save(hurt)
             meta = self.folder / "meta.json"
             if not meta.is_file():
                 draft = self.folder / ".draft-meta.json"
@@ -248,18 +260,40 @@ class Collection:
     def _set_aside(self, name: str, error: Exception) -> None:
         """Rename a damaged shard. A refusal of the operating system (it has a number) is no damage, and is raised."""
         shard = self.folder / name
-        # Hidden, as the lock and drafts are: `datasets` takes every visible file of the folder for data.
-        aside = shard.with_name(f".{name}.broken")
         with outside_world(shard):
             if isinstance(error, OSError) and error.errno is not None:
                 raise error
             try:
-                shard.rename(aside)
+                shard.rename(shard.with_name(f".{name}.hurt"))
             except FileNotFoundError:
                 # Another process has done so.
                 return
-        reason = " ".join(str(error).split())[:200]
-        say(f"{shard} is damaged ({reason}); it is kept as {aside.name} and its responses are generated again")
+        say(f"{shard} is damaged ({' '.join(str(error).split())[:200]})")
+
+    def _save(self, hurt: Path) -> None:
+        """Write the rows of a damaged shard that are whole to a new one; for whoever is alone among writers."""
+        whole = list(_whole_rows(hurt))
+        if whole:
+            self._write(table_of(whole))
+        aside = hurt.with_suffix(".broken")
+        hurt.rename(aside)
+        say(f"{len(whole)} whole responses are saved from it; it is kept as {aside} and the others are generated again")
+
+
+def _whole_rows(shard: Path) -> Iterator[dict[str, Any]]:
+    """The rows that can be read and have the hash they were stored with."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(shard, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                try:
+                    rows = with_plain_times(file.read_row_group(group, columns=list(COLUMNS))).to_pylist()
+                except (ArrowException, OSError, IndexError):
+                    continue
+                yield from (row for row in rows if row["content_hash"] == response_hash(row))
+    except (ArrowException, OSError):
+        return  # without its end a file of parquet says nothing
 
 
 def _settle(draft: Path, final: Path) -> None:

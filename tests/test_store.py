@@ -171,13 +171,14 @@ def cut(file: Path, keep: float) -> None:
     file.write_bytes(content[: int(len(content) * keep)])
 
 
-def flip(file: Path) -> None:
+def flip(file: Path, *, group: int = 0) -> None:
     """One bit of the response ids: the file's structure stays whole."""
     content = bytearray(file.read_bytes())
     metadata = parquet.ParquetFile(file).metadata
-    places = {metadata.row_group(0).column(place).path_in_schema: place for place in range(metadata.num_columns)}
-    column = metadata.row_group(0).column(places["response_ids.list.element"])
-    content[column.data_page_offset + column.total_compressed_size - 3] ^= 1
+    places = {metadata.row_group(group).column(place).path_in_schema: place for place in range(metadata.num_columns)}
+    column = metadata.row_group(group).column(places["response_ids.list.element"])
+    begin = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    content[begin + column.total_compressed_size - 3] ^= 1
     file.write_bytes(content)
 
 
@@ -192,19 +193,19 @@ def exchange(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "lost"),
     [
-        lambda file: cut(file, 0.0),
-        lambda file: cut(file, 0.5),
-        lambda file: cut(file, 0.99),
-        flip,
-        exchange,
-        lambda file: file.write_bytes(os.urandom(500)),
+        (lambda file: cut(file, 0.0), 4),
+        (lambda file: cut(file, 0.5), 4),
+        (lambda file: cut(file, 0.99), 4),
+        (flip, 4),
+        (exchange, 1),
+        (lambda file: file.write_bytes(os.urandom(500)), 4),
     ],
     ids=["empty", "half", "end", "bit", "exchanged", "noise"],
 )
 def test_a_damaged_shard_is_set_aside_and_generated_again(
-    tmp_path: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, damage: Callable[[Path], None], lost: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = filled(tmp_path, 4, 4)
     by_size = {parquet.read_table(file)["prompt_ids"].to_pylist()[0][-1]: file for file in shards(tmp_path)}
@@ -212,13 +213,46 @@ def test_a_damaged_shard_is_set_aside_and_generated_again(
     asked = requests(8)
     for reader in (store, ResponseStore(tmp_path)):
         found = reader.get(TEACHER, asked)
-        assert [response_key(TEACHER, one) in found for one in asked] == [False] * 4 + [True] * 4
+        missing = [place for place, one in enumerate(asked) if response_key(TEACHER, one) not in found]
+        assert missing == ([1] if lost == 1 else list(range(lost)))
+        assert all(kept.rollout == respond(kept.rollout.request) for kept in found.values())
     heard = capsys.readouterr().err
     assert heard.count("is damaged") == 1
-    assert f"{by_size[0].name}.broken and its responses are generated again" in heard
+    assert f"{4 - lost} whole responses are saved from it" in heard
+    assert f"{by_size[0].name}.broken and the others are generated again" in heard
     assert by_size[0].with_name(f".{by_size[0].name}.broken").exists()
-    assert ResponseStore(tmp_path).put(TEACHER, [respond(one) for one in asked]) == 4
+    assert ResponseStore(tmp_path).put(TEACHER, [respond(one) for one in asked]) == lost
     assert stored(tmp_path, asked) == [respond(one) for one in asked]
+
+
+def test_of_a_damaged_shard_all_is_saved_that_is_whole(tmp_path: Path) -> None:
+    """One bit of a shard that was joined of many costs the rows that are read together with it, and no others."""
+    filled(tmp_path, 300, 300).compact()
+    (shard,) = shards(tmp_path)
+    flip(shard, group=1)
+    found = stored(tmp_path, requests(600))
+    assert [one is None for one in found] == [False] * 256 + [True] * 256 + [False] * 88
+    again = ResponseStore(tmp_path)
+    assert again.put(TEACHER, [respond(one, offset=100) for one in requests(600)]) == 256
+    assert stored(tmp_path, requests(600))[:256] == found[:256], "what a run has trained on stays"
+
+
+def set_aside_and_die(root: Path) -> None:
+    """A reader that notices the damage and is killed before anything is saved."""
+    (collection,) = ResponseStore(root).collections()
+    collection._read({response_key(TEACHER, one): one for one in requests(3)}, "t")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_reader_did_not_save_the_next_one_saves(tmp_path: Path) -> None:
+    filled(tmp_path, 3)
+    (shard,) = shards(tmp_path)
+    exchange(shard)
+    reader = SPAWN.Process(target=set_aside_and_die, args=(tmp_path,))
+    reader.start()
+    reader.join()
+    assert reader.exitcode == -signal.SIGKILL and not shards(tmp_path)
+    assert [one is not None for one in stored(tmp_path, requests(3))] == [True, False, True]
 
 
 def write_many(root: Path, start: int, num: int) -> None:
