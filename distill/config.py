@@ -27,7 +27,7 @@ from distill.stage_config import (
     StageSettings,
     parts_of,
 )
-from distill.types import MODES
+from distill.types import MODES, Mode
 from distill.vllm.limits import check_drawable
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -120,6 +120,13 @@ class RunConfig(Settings):
         """Most tokens that any part of the run lets a model say."""
         blocks = [self.evaluation.sampling, *(stage.sampling for stage in self.stages.values())]
         return max(sampling.max_new_tokens for block in blocks for sampling in (block.think, block.no_think))
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Those in which the stages ask prompts that leave the choice to them."""
+        shares = [stage.mixture.think_share for stage in self.stages.values()]
+        asked = {"think": any(share > 0 for share in shares), "no_think": any(share < 1 for share in shares)}
+        return tuple(mode for mode in MODES if asked[mode])
 
     @property
     def student_says_one_more(self) -> bool:

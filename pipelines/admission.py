@@ -59,6 +59,7 @@ class Admission:
                     max_new_tokens=config.longest_response,
                     same_weights_allowed=settings.same_weights or not is_taught,
                     one_more=[who for who, is_asked in asked.items() if is_asked],
+                    modes=config.modes,
                     skip=settings.skip,
                 )
             )

@@ -19,6 +19,7 @@ from distill.chat import END_OF_TEXT, IM_END
 from distill.checkpoint import Checkpoint, family_stop_ids, same_weights
 from distill.errors import UserError
 from distill.progress import say
+from distill.types import MODES, Mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class Pair:
     template: PreTrainedTokenizerBase
     same_weights_allowed: bool = False
     one_more: Collection[str] = ()
+    modes: Collection[Mode] = MODES
 
     @property
     def models(self) -> tuple[tuple[str, Checkpoint, PreTrainedTokenizerBase], ...]:
@@ -91,13 +93,14 @@ def check_pair(
     template: PreTrainedTokenizerBase | None = None,
     same_weights_allowed: bool = False,
     one_more: Collection[str] = (),
+    modes: Collection[Mode] = MODES,
     skip: Collection[str] = (),
 ) -> Iterator[Finding]:
     """What every check of ``CHECKS`` found, in order. Raises UserError at the first that fails.
 
     ``template`` is the tokenizer that renders the run's prompts: the teacher's own, or for a specialist that of the
     teacher of all other prompts. ``one_more`` are those of "teacher" and "student" whose vLLM is asked for a token
-    behind the longest response.
+    behind the longest response, ``modes`` those in which the run's stages ask.
     """
     pair = Pair(
         teacher,
@@ -109,6 +112,7 @@ def check_pair(
         template or teacher_tokenizer,
         same_weights_allowed,
         one_more,
+        modes,
     )
     for name, check in CHECKS.items():
         yield skipped(name, teacher.name) if name in skip else Finding(name, teacher.name, check(pair))
@@ -254,15 +258,22 @@ def check_rendering(pair: Pair) -> str:
             f"the tokenizer of the teacher {pair.teacher.name} has no chat template; take the post-trained model, "
             f"not its base, or put its chat_template.jinja into {pair.teacher.path}"
         )
-    messages: Any = [dict(message) for message in CONVERSATION]
-    texts = [
-        str(
-            template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
-        )
-        for thinking in (True, False)
-    ]
-    _same_ids(pair, texts, "the rendered conversation")
+    _same_ids(pair, _rendered(template), "the rendered conversation")
     return "a conversation has the same ids for both, in both modes"
+
+
+def check_modes(pair: Pair) -> str:
+    """Where the run asks in both modes, the teacher's chat template tells them apart."""
+    if len(pair.modes) < len(MODES):
+        return f"the run's stages ask in one mode ({', '.join(pair.modes)})"
+    if len(set(_rendered(pair.template))) < len(MODES):
+        raise UserError(
+            f"the chat template of {pair.teacher.name} renders a prompt alike in thinking and in non-thinking mode, so "
+            f"this model knows one of them, and this run's stages ask in both; set their mixture.think_share to 1 "
+            f"where it thinks and to 0 where it does not (and evaluation.modes to that one), or take a teacher that "
+            f"has both modes"
+        )
+    return "a prompt is rendered in two ways, thinking and not"
 
 
 def check_different_weights(pair: Pair) -> str:
@@ -288,6 +299,7 @@ CHECKS: dict[str, Check] = {
     "context": check_context,
     "template": check_template,
     "rendering": check_rendering,
+    "modes": check_modes,
     "different_weights": check_different_weights,
 }
 """The catalogue, in the order in which they run."""
@@ -306,6 +318,19 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, tuple[str
         rules = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
         found[token.content] = (index, tuple(rule for rule, is_on in rules.items() if is_on))
     return found
+
+
+def _rendered(template: PreTrainedTokenizerBase) -> list[str]:
+    """A conversation in each mode, by the hard switch."""
+    messages: Any = [dict(message) for message in CONVERSATION]
+    return [
+        str(
+            template.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=mode == "think"
+            )
+        )
+        for mode in MODES
+    ]
 
 
 def _merges(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, ...]]:

@@ -306,3 +306,21 @@ def test_findings_are_shown_a_line_each(pair: tuple[Path, Path], capsys: pytest.
         "on",
         "request",
     ]
+
+
+def test_a_teacher_of_one_mode_is_refused_where_the_run_asks_in_both(pair: tuple[Path, Path]) -> None:
+    """Models that were published for one mode have a template without the switch: half of the prompts would be asked,
+    and half of the responses taken, in a mode that they are not in."""
+    file = pair[0] / "chat_template.jinja"
+    text = file.read_text(encoding="utf-8")
+    switch = "enable_thinking is defined and enable_thinking is false"
+    assert switch in text
+    file.write_text(text.replace(switch, "false"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"template of teacher renders a prompt alike .*mixture\.think_share to 1"):
+        check(pair)
+    for share, mode in ((0, "no_think"), (1, "think")):
+        shares = [f"stages.{stage}.mixture.think_share={share}" for stage in ("off_policy", "on_policy")]
+        assert resolve_run(assignments=shares).modes == (mode,)
+        assert resolve_run(assignments=shares[:1]).modes == MODES
+        (found,) = (finding for finding in check(pair, modes=[mode]) if finding.check == "modes")
+        assert mode in found.text
