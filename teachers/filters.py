@@ -27,27 +27,35 @@ class Sifted:
 
     kept: tuple[Rollout, ...]
     fallen: dict[str, int]
+    num_unjudged: int = 0
+    """Of those that were to be judged right or wrong: responses to prompts that have no answer."""
 
     @property
     def sentence(self) -> str:
         """For whoever watches: what was left out and why."""
         reasons = ", ".join(f"{count} {name}" for name, count in self.fallen.items() if count)
+        notes = [f"left out: {reasons}"] if reasons else []
+        if self.num_unjudged:
+            notes.append(f"not judged: {self.num_unjudged}, whose prompts have no answer")
         return f"{len(self.kept)} of {len(self.kept) + sum(self.fallen.values())} responses are kept" + (
-            f" (left out: {reasons})" if reasons else ""
+            f" ({'; '.join(notes)})" if notes else ""
         )
 
 
 def sift(rollouts: Sequence[Rollout], settings: FilterSettings, encoder: Encoder, verdicts: Verdicts) -> Sifted:
     """``rollouts`` without those that ``settings`` leave out, in their order."""
     reasons = [_reason(rollout, settings, encoder) for rollout in rollouts]
+    num_unjudged = 0
     if settings.wrong:
         left = [place for place, reason in enumerate(reasons) if reason is None]
         for place, is_right in zip(left, verdicts([rollouts[place] for place in left]), strict=True):
+            num_unjudged += is_right is None
             if is_right is False:
                 reasons[place] = "wrong"
     return Sifted(
         tuple(rollout for rollout, reason in zip(rollouts, reasons, strict=True) if reason is None),
         {name: reasons.count(name) for name in FILTERS},
+        num_unjudged,
     )
 
 

@@ -75,6 +75,11 @@ def test_without_an_answer_nothing_is_wrong() -> None:
     open_question = said("<think>\n3+4=8\n</think>\n\n8", answer=None)
     assert check([open_question, GOOD, CASES["wrong"]]) == [None, True, False]
     assert sift([open_question], EVERYTHING, ENCODER, check).kept == (open_question,)
+    assert sift([open_question, GOOD, CASES["wrong"]], EVERYTHING, ENCODER, check).sentence == (
+        "2 of 3 responses are kept (left out: 1 wrong; not judged: 1, whose prompts have no answer)"
+    )
+    unwanted = EVERYTHING.model_copy(update={"wrong": False})
+    assert sift([open_question], unwanted, ENCODER, check).sentence == "1 of 1 responses are kept"
 
 
 def test_the_verifier_is_not_asked_where_nobody_wants_its_verdict() -> None:
