@@ -22,7 +22,7 @@ from distill.errors import DistillError, UserError
 from distill.topk import tail_of
 from distill.types import Rollout, TopK
 from distill.vllm.client import Client, Job
-from distill.vllm.refusal import RefusedError
+from distill.vllm.refusal import RefusedError, document_of
 from teachers.logprobs import check_logprobs
 from teachers.reduced import Choose
 from teachers.teacher import DeafTeacher
@@ -74,7 +74,7 @@ class ChosenTeacher(DeafTeacher):
             url, answer = await self.client.post("/inference/v1/generate", body, load=load)
         except RefusedError as refusal:
             _explain(refusal, ids_RK.shape[1])
-        logprobs_RK = torch.from_numpy(_read(answer.json(), tuple(ids_RK.shape), url)).to(self.device)
+        logprobs_RK = torch.from_numpy(_read(document_of(answer, url), tuple(ids_RK.shape), url)).to(self.device)
         check_logprobs(logprobs_RK, url)
         return TopK(ids_RK.to(self.device), logprobs_RK, tail_of(logprobs_RK))
 

@@ -21,7 +21,7 @@ from distill.errors import DistillError, UserError
 from distill.topk import tail_of
 from distill.types import Rollout, SampledLogprobs, Signal, TopK
 from distill.vllm.client import Client
-from distill.vllm.refusal import RefusedError
+from distill.vllm.refusal import RefusedError, document_of
 from teachers.hearing import HearingTeacher, ScoringRequest
 
 MASS_TOLERANCE = 0.01
@@ -68,7 +68,7 @@ class LogprobTeacher(HearingTeacher[Signal]):
                     f"({refusal.complaint}); start it with --max-logprobs {self.k}, or lower teacher.top_k"
                 ) from None
             raise
-        found = _entries(answer.json(), sequences, url)
+        found = _entries(document_of(answer, url), sequences, url)
         return [
             self._signal(entries[len(rollout.prompt_ids) :], rollout.response_ids, url)
             for entries, rollout in zip(found, request.rollouts, strict=True)

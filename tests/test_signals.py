@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_client import Answer, Handle, rollout, serving
+from test_client import Answer, Handle, rollout, serving, speak
 from test_run_variants import small_run
 
 from distill.checkpoint import load_model, load_tokenizer, open_checkpoint
@@ -122,6 +122,20 @@ def test_a_lying_generator_is_refused(lie: str) -> None:
     change, error, sentence = LIES[lie]
     with pytest.raises(error, match=sentence):
         scored(lambda path, body: completed(body, change), K, ROLLOUTS[2:3])
+
+
+@pytest.mark.parametrize("page", [b"<html>log in</html>", b"\xff\xfe", b""])
+def test_a_page_in_the_place_of_an_answer_is_a_sentence(page: bytes) -> None:
+    """A proxy that answers for the server, with status 200."""
+
+    def handle(path: str, body: dict[str, Any]) -> Answer:
+        return 200, {}, page
+
+    for ask in (lambda: scored(handle, K, ROLLOUTS[:1]), lambda: ask_about(handle, ROLLOUTS[:1])):
+        with pytest.raises(DistillError, match=r"answered with status 200 and no JSON .* a proxy for one"):
+            ask()
+    with pytest.raises(DistillError, match=r"answered with status 200 and no JSON .* a proxy for one"):
+        speak(handle, ROLLOUTS[0].request)
 
 
 def test_a_server_that_gives_fewer_is_named_with_the_way_out() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 
 from distill.errors import DistillError, UserError
@@ -24,6 +26,18 @@ def complaint(answer: httpx.Response) -> str:
     except (ValueError, AttributeError):
         text = answer.text
     return f"status {answer.status_code}: {' '.join(text.split())[:300]}"
+
+
+def document_of(answer: httpx.Response, url: str) -> Any:
+    """The JSON that ``url`` answered. Raises DistillError where it is none: who answers is no vLLM server then."""
+    try:
+        return answer.json()
+    except ValueError:  # neither JSON nor UTF-8
+        said = " ".join(answer.content[:80].decode(errors="replace").split())
+        raise DistillError(
+            f"{url} answered with status {answer.status_code} and no JSON ({said!r}); something else than a vLLM "
+            f"server answers there, a proxy for one"
+        ) from None
 
 
 def refusal(url: str, status: int, trouble: str) -> DistillError:

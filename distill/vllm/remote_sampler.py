@@ -16,6 +16,7 @@ from distill.errors import DistillError
 from distill.sampler import OnFinished
 from distill.types import Request, Rollout
 from distill.vllm.client import Client, Job, ask
+from distill.vllm.refusal import document_of
 from distill.vllm.segments import Question, Segment, SegmentedResponse, checked, refuse_unsupported, to_read
 
 
@@ -83,7 +84,7 @@ class RemoteSampler:
             "add_special_tokens": False,
         }
         url, answer = await self.client.post("/v1/completions", body, load=question.load, is_broken_off=_is_aborted)
-        return _read_segment(answer.json(), question, url=url, vocabulary=self.vocabulary)
+        return _read_segment(document_of(answer, url), question, url=url, vocabulary=self.vocabulary)
 
     def forget_prefixes(self) -> None:
         """Empty the server's prefix cache. Raises DistillError where it keeps some of it."""
