@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from eval.runner import evaluate
 from eval.switching import NUM_DIALOGUES, NUM_TURNS, ModeSwitching, examine_switching
 from eval.switching import TASK as MODE_SWITCHING
 from eval.tasks import EMBEDDED_LONGEST, MOST_EMBEDDED, MOST_RESPONSES, Task, load_task
-from pipelines.hiring import KEY_VARIABLE
+from pipelines.hiring import api_key
 
 WIDTH = 256
 """Responses under way at once to a server."""
@@ -247,10 +246,10 @@ def _served(url: str, tokenizer: str | None) -> Iterator[Subject]:
         )
     found, shape = open_tokenizer(resolve(tokenizer, role="teacher"))
     encoder = Encoder(found)
-    api_key = os.environ.get(KEY_VARIABLE)
-    model = served_model(url, api_key=api_key)
+    key = api_key()
+    model = served_model(url, api_key=key)
     vocabulary = shape.vocabulary if shape is not None else max(found.get_vocab().values()) + 1
-    with Client([url], width=WIDTH, api_key=api_key) as client:
+    with Client([url], width=WIDTH, api_key=key) as client:
         yield Subject(
             Path(model.name).name,
             RemoteSampler(client, encoder, speaker=model.name, vocabulary=vocabulary),

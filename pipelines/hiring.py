@@ -22,6 +22,7 @@ import torch
 from distill.checkpoint import Checkpoint, load_model
 from distill.config import RunConfig
 from distill.encode import Encoder
+from distill.errors import UserError
 from distill.interrupt import deferred_signals
 from distill.model_config import TeacherSettings
 from distill.sampler import Sampler, TransformersSampler
@@ -40,6 +41,20 @@ from teachers.teacher import Teacher
 
 KEY_VARIABLE = "DISTILL_TEACHER_API_KEY"
 """Holds the API key of the teacher's servers; a key is never part of a configuration."""
+
+
+def api_key() -> str | None:
+    """The servers' key, None where there is none.
+
+    Raises UserError, which does not show it, for one that no request can carry.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    if key and not all("!" <= letter <= "~" for letter in key):
+        raise UserError(
+            f"{KEY_VARIABLE} holds a space, a line's end or a letter that is not ASCII, and a key has none of them; "
+            f"set it to the key alone"
+        )
+    return key or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +148,12 @@ def hired_teacher(
 def found_servers(urls: Sequence[str]) -> list[str]:
     """The assignments (``a.b=c``) that make a run use servers which run already; what each one is for, it is asked."""
     with deferred_signals():
-        return _used([(url, find_role(url, api_key=os.environ.get(KEY_VARIABLE))) for url in urls])
+        return _used([(url, find_role(url, api_key=api_key())) for url in urls])
 
 
 def seen_servers(urls: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The same of those that answer now, without waiting for any; and what is the matter with each of the others."""
-    seen = [(url, *glance(url, api_key=os.environ.get(KEY_VARIABLE))) for url in urls]
+    seen = [(url, *glance(url, api_key=api_key())) for url in urls]
     used = _used([(url, role) for url, role, _ in seen if role is not None])
     return used, {url: trouble for url, role, trouble in seen if role is None}
 
@@ -176,7 +191,7 @@ def server_launches(
         tensor_parallel=settings.tensor_parallel,
         pipeline_parallel=settings.pipeline_parallel,
         quantization=settings.quantization,
-        api_key=os.environ.get(KEY_VARIABLE),
+        api_key=api_key(),
         extra=(*(signal.flags(settings) if role == signal.role else ()), *settings.server_args),
     )
     launch.check()
@@ -193,7 +208,7 @@ class _Clients:
     def of(self, role: Role, urls: Sequence[str], *, width: int, most: float = math.inf) -> Client:
         """``width`` is for one server, ``most`` for all of them."""
         shared: dict[str, Any] = {
-            "api_key": os.environ.get(KEY_VARIABLE),
+            "api_key": api_key(),
             "patience": self.settings.patience_seconds,
         }
         if urls:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from distill.family import resolve
 from distill.progress import say
 from distill.vllm.launch import Launch, Nodes, Role, replicas
 from distill.vllm.service import Service
-from pipelines.hiring import KEY_VARIABLE, devices_here
+from pipelines.hiring import api_key, devices_here
 
 _POLL_SECONDS = 0.2
 
@@ -60,7 +59,7 @@ def serve(
         nodes=nodes,
         host=host,
         port=port,
-        api_key=os.environ.get(KEY_VARIABLE),
+        api_key=api_key(),
         python=python or sys.executable,
         extra=tuple(server_args),
     )

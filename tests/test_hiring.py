@@ -23,7 +23,7 @@ from distill.journal import Journal
 from distill.vllm.launch import Launch
 from distill.vllm.served import is_healthy
 from distill.vllm.service import Service, free_port
-from pipelines.hiring import Shifts, found_servers, hired_teacher, server_launches
+from pipelines.hiring import Shifts, api_key, found_servers, hired_teacher, server_launches
 from pipelines.resolution import resolve_run
 
 
@@ -45,6 +45,17 @@ def test_servers_that_run_already_are_sorted_by_what_they_are_for() -> None:
         config = resolve_run(assignments=found_servers([one, two, three]))
     assert config.teacher.backend == "vllm"
     assert config.teacher.urls.score == (one, three) and config.teacher.urls.generate == (two,)
+
+
+@pytest.mark.parametrize("key", ["s3cret\n", "s3 cret", "s3cr\u00e9t"])
+def test_a_key_that_no_request_can_carry_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line's end comes with many a file that a key is read from; the servers would be waited for in vain."""
+    monkeypatch.setenv("DISTILL_TEACHER_API_KEY", key)
+    with pytest.raises(UserError, match=r"^DISTILL_TEACHER_API_KEY holds a space, a line's end or ") as refused:
+        found_servers(["http://127.0.0.1:9"])
+    assert "s3" not in str(refused.value)
+    monkeypatch.setenv("DISTILL_TEACHER_API_KEY", "")
+    assert api_key() is None
 
 
 def test_a_dry_run_waits_for_no_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
