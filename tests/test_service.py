@@ -18,6 +18,7 @@ import pytest
 from distill.checkpoint import open_checkpoint
 from distill.errors import DistillError, GoneError, UserError
 from distill.family import resolve
+from distill.vllm.address import checked_url
 from distill.vllm.cuts import needs_expert_parallel
 from distill.vllm.launch import Launch, Nodes, replicas
 from distill.vllm.served import is_healthy
@@ -101,6 +102,12 @@ def test_a_server_that_was_healthy_is_started_again_at_the_same_url(tmp_path: Pa
         assert is_healthy(service.url) and service.group != first
         service.check()
     assert alive(service.group) == []
+
+
+def test_an_ipv6_address_makes_a_url(tmp_path: Path) -> None:
+    service = Service(replace(launch(tmp_path), host="::1", port=8001), log=tmp_path / "log")
+    assert service.url == "http://[::1]:8001" and checked_url(service.url) == service.url
+    assert not is_healthy(service.url)
 
 
 def test_a_port_that_somebody_else_has_is_refused(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Service:
     @property
     def url(self) -> str:
         host = "127.0.0.1" if self.launch.host in ("0.0.0.0", "::") else self.launch.host
-        return f"http://{host}:{self.port}"
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def group(self) -> int:
