@@ -74,17 +74,22 @@ class Schedules:
 
     def add(self, spec: JobSpec, *, replace: bool = False) -> Schedule:
         """A new schedule, or a new definition of one. Raises UserError where that is not what was said."""
-        now, timetable = int(self.clock.now()), timetable_of(spec)
+        timetable = timetable_of(spec)
+        if replace:
+            # What came due before is settled by what it was before.
+            self.consider(spec.name)
         with self.queue.transaction() as connection:
-            known = self._find(spec.name)
+            now, known = int(self.clock.now()), self._find(spec.name)
             if known is not None and not replace:
                 raise UserError(f"there is a schedule {spec.name} already; give --replace, or another --name")
+            # A clock that has been set back makes nothing due again, by another definition either.
+            considered = now if known is None else max(now, known.considered)
             connection.execute(
                 "INSERT OR REPLACE INTO schedules (name, spec, paused, considered, next_due, created) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 (
                     *(spec.name, spec.to_text(), False if known is None else known.paused),
-                    *(now, timetable.next_after(now), now if known is None else known.created),
+                    *(considered, timetable.next_after(considered), now if known is None else known.created),
                 ),
             )
         return self.get(spec.name)

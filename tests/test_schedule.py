@@ -51,12 +51,14 @@ def schedules(tmp_path: Path, clock: SetClock) -> Schedules:
     return Schedules(Queue(tmp_path / "queue", clock))
 
 
-def add(schedules: Schedules, cron: str = "0 * * * *", prompts: Path | None = None, **settings: Any) -> None:
+def add(
+    schedules: Schedules, cron: str = "0 * * * *", prompts: Path | None = None, replace: bool = False, **settings: Any
+) -> None:
     source = {"kind": "embedded"} if prompts is None else {"kind": "file", "path": str(prompts)}
     config = {"name": "job", "prompts": source, "student": {"model": "nano"}}
     folder = schedules.queue.folder
     schedule = ScheduleSettings(cron=cron, **settings)
-    schedules.add(JobSpec("job", folder, folder / "out", schedule, (RunSpec("", config),), False))
+    schedules.add(JobSpec("job", folder, folder / "out", schedule, (RunSpec("", config),), False), replace=replace)
 
 
 def end(schedules: Schedules, job: Job, state: State = "done") -> None:
@@ -207,6 +209,22 @@ def test_a_clock_that_is_set_back_makes_nothing_due_again(schedules: Schedules, 
             end(schedules, job)
     assert due(schedules.queue.jobs()) == [f"2026-03-02T{hour}:00:00Z" for hour in (13, 14, 15)]
     assert schedules.missed("job") == []
+
+
+def test_what_came_due_before_another_definition_is_accounted_for(schedules: Schedules, clock: SetClock) -> None:
+    add(schedules, concurrency_policy="allow")
+    clock.moment = BEGIN + 3.5 * HOUR
+    add(schedules, cron="30 * * * *", replace=True, concurrency_policy="allow")
+    assert due(schedules.queue.jobs()) == ["2026-03-02T15:00:00Z"]
+    assert [row[:3] for row in reasons(schedules)] == [("13:00", "14:00", 2)]
+    clock.moment = BEGIN + 4.5 * HOUR
+    assert due(schedules.consider()) == ["2026-03-02T16:30:00Z"]
+    # Set back, and defined anew: what had come due does not come due again.
+    clock.moment = BEGIN + 3.25 * HOUR
+    add(schedules, cron="*/30 * * * *", replace=True, concurrency_policy="allow")
+    clock.moment = BEGIN + 5 * HOUR
+    assert due(schedules.consider()) == ["2026-03-02T17:00:00Z"]
+    assert [row[:3] for row in reasons(schedules)] == [("13:00", "14:00", 2)]
 
 
 def test_a_clock_that_was_a_year_ahead_does_not_silence_a_schedule(schedules: Schedules, clock: SetClock) -> None:
