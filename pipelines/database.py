@@ -24,6 +24,10 @@ _VERSION = 1
 """Of the tables. Who changes them counts on and turns older ones into the new; tests/data has a queue of each."""
 _BUSY_SECONDS = 60.0
 
+_OF_THE_FILE = sqlite3.DatabaseError
+_OUR_OWN = (sqlite3.IntegrityError, sqlite3.ProgrammingError)
+"""What may be wrong with the file, a damaged one included, and the kinds of it that are mistakes of this code."""
+
 _SCHEMA = """
 CREATE TABLE schedules (
     name TEXT PRIMARY KEY, spec TEXT NOT NULL, paused INTEGER NOT NULL, considered INTEGER NOT NULL, next_due INTEGER,
@@ -132,14 +136,20 @@ class Database:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
-        except sqlite3.OperationalError as error:
+        except _OF_THE_FILE as error:
+            if isinstance(error, _OUR_OWN):
+                raise
             raise DistillError(
-                f"{self.folder / 'queue.db'} could not be changed: {error}; nothing was. Make room, or mend the folder"
+                f"{self.folder / _FILE} could not be changed: {error}; nothing was. Make room, or mend the folder"
             ) from error
 
     def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         """What a query finds."""
         try:
             return self._connection.execute(query, values).fetchall()
-        except sqlite3.OperationalError as error:
-            raise DistillError(f"{self.folder / 'queue.db'} could not be read: {error}") from error
+        except _OF_THE_FILE as error:
+            if isinstance(error, _OUR_OWN):
+                raise
+            raise DistillError(
+                f"{self.folder / _FILE} could not be read: {error}; mend the folder, or name another with --queue"
+            ) from error

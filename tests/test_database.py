@@ -85,3 +85,23 @@ def test_a_queue_of_a_newer_version_is_a_sentence(typed: Any, tmp_path: Path, ar
     assert (code, out) == (2, "") and "Traceback" not in err
     assert "is a queue of a newer version of distill (its tables are of version 2, and this one knows 1)" in err
     assert hashlib.sha256(file.read_bytes()).hexdigest() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("queue", "list"),
+        ("schedule", "list"),
+        ("queue", "add", "job.yaml"),
+        ("queue", "retry", "1"),
+        ("worker", "--once"),
+    ],
+)
+def test_a_damaged_queue_is_a_sentence(typed: Any, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    file = queue_of(1, tmp_path / "old")
+    (tmp_path / "job.yaml").write_text("extends: embedded\n")
+    # The first page, which says what the file is, stays as it was.
+    file.write_bytes(file.read_bytes()[:4096] + b"\xa5" * (file.stat().st_size - 4096))
+    code, out, err = typed(*arguments)
+    assert (code, out) == (1, "") and "Traceback" not in err
+    assert "queue.db could not be" in err and "malformed" in err
