@@ -20,6 +20,7 @@ import yaml
 
 from distill.errors import UserError
 from distill.journal import read_json, write_atomically, write_json, writing
+from distill.progress import say
 from distill.prompt_files import prompt_files
 from pipelines.job import RunSpec
 from pipelines.queue import Job, Queue
@@ -54,8 +55,26 @@ def _config(job: Job, run: RunSpec, copies: dict[Path, Path], last: Job | None) 
     if run.prompts is not None:
         config["prompts"] = {**config["prompts"], "path": str(copies[run.prompts])}
     if last is not None and job.spec.settings.start_from == "last":
-        config["student"] = {**config["student"], "model": str(last.out / run.folder / "student"), "revision": None}
+        if _begins_as(last, run):
+            config["student"] = {**config["student"], "model": str(last.out / run.folder / "student"), "revision": None}
+        else:
+            say(
+                f"job {job.id} ({job.name}): {job.out / run.folder} starts from its configured student "
+                f"{config['student']['model']}: job {last.id}, the last that was done, has no run of this name with it"
+            )
     return config
+
+
+def _begins_as(last: Job, run: RunSpec) -> bool:
+    """Whether ``last`` has a run of this name that was configured with the same student.
+
+    A schedule that was added anew may have another one, or runs that there were not.
+    """
+    student = run.config["student"]
+    wanted = run.folder, student["model"], student.get("revision")
+    return wanted in [
+        (one.folder, one.config["student"]["model"], one.config["student"].get("revision")) for one in last.spec.runs
+    ]
 
 
 def _copy_prompts(job: Job, target: Path) -> dict[Path, Path]:

@@ -474,6 +474,29 @@ def test_a_run_starts_from_the_last_runs_student(tmp_path: Path, monkeypatch: py
     assert models[second.id] == [str(first.out / run.folder / "student") for run in spec.runs]
 
 
+def test_a_student_that_the_last_run_did_not_have_is_the_configured_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A schedule that was added anew, with another student and with runs that there were not."""
+    monkeypatch.chdir(tmp_path)
+    queue = Queue(tmp_path / "queue")
+    anew = SWEEP.replace("- student: {model: nano}", "- {name: tiny-to-nano, student: {model: nano-moe}}")
+    anew = anew.replace("- student: {model: nano-moe}", "- name: tiny-to-nano-moe\n      student: {model: nano-moe}")
+    anew = anew.replace("name: long", "name: longer")
+    first, second = (
+        queue.add(resolve_job(written(tmp_path / "on.yaml", text), schedule={"start_from": "last"}))
+        for text in (SWEEP, anew)
+    )
+    prepare(queue, first, last=None)
+    prepare(queue, second, last=first)
+    models = [
+        yaml.safe_load((queue.job_folder(second.id) / f"{run.folder}.yaml").read_text())["student"]["model"]
+        for run in second.spec.runs
+    ]
+    assert models == ["nano-moe", str(first.out / "tiny-to-nano-moe" / "student"), "nano"]
+    assert capsys.readouterr().err.count("starts from its configured student") == 2
+
+
 def test_the_job_files_that_are_shown_are_some(tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent / "docs" / "schedule.md").read_text().replace("/data", str(tmp_path))
     written(tmp_path / "prompts", "")
