@@ -155,6 +155,12 @@ class RunConfig(Settings):
         """Processes that every stage's steps can be shared among."""
         return min(parts_of(stage)[1] for stage in self.stages.values())
 
+    def check_teachers(self) -> None:
+        """Raises UserError where a run would pass over something that is set of a teacher."""
+        self.teacher.check_read("teacher")
+        for domain, settings in self.specialists.items():
+            settings.check_read(f"specialists.{domain}")
+
     def check_processes(self, num: int) -> None:
         """Raises UserError where a run of ``num`` processes cannot be sampled, or not be shared among them."""
         self.sampler.check_processes(num)

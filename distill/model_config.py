@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,15 @@ class TeacherUrls(Settings):
     score: tuple[ServerUrl, ...] = ()
     """Where the teacher judges, in the on-policy stage: servers that were started to score where ``signal`` is hidden,
     to generate where it is another; for those, the ones of ``generate`` do as well."""
+
+
+_CUTS = ("tensor_parallel", "pipeline_parallel", "replicas")
+_OF_SERVERS = ("wire", "quantization", "server_args", "patience_seconds")
+"""What else vLLM servers of a teacher are for, besides ``urls``."""
+
+
+def _written(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
 
 
 class TeacherSettings(Settings):
@@ -62,7 +71,7 @@ class TeacherSettings(Settings):
     @model_validator(mode="after")
     def _check_cuts(self) -> Self:
         """A plan may put the teacher behind vLLM whatever ``backend`` says, and reads all else of this block then; how
-        its servers are cut it finds itself."""
+        its servers are cut it finds itself. A run refuses the rest (``check_read``)."""
         for name in self.cuts_without_servers:
             raise ValueError(
                 f"{name} is for the run's own vLLM servers, and backend={self.backend} has none; set backend to vllm, "
@@ -73,10 +82,29 @@ class TeacherSettings(Settings):
     @property
     def cuts_without_servers(self) -> list[str]:
         """The settings of servers' cuts that nobody reads, since there are no servers."""
+        return [name for name in self.unread_settings if name in _CUTS]
+
+    @property
+    def unread_settings(self) -> dict[str, Any]:
+        """The settings, by name, that a run does not read, since its teacher is behind no servers."""
         if self.backend == "vllm":
-            return []
-        cuts = {"tensor_parallel", "pipeline_parallel", "replicas"}
-        return [name for name, value in self if name in cuts and value != type(self).model_fields[name].default]
+            return {}
+        own = {name: value for name, value in self if name in (*_CUTS, *_OF_SERVERS)}
+        own |= {f"urls.{role}": urls for role, urls in self.urls}
+        return {name: value for name, value in own.items() if value != self.default_of(name)}
+
+    @classmethod
+    def default_of(cls, name: str) -> Any:
+        """Of a setting that ``unread_settings`` may name."""
+        return () if name.startswith("urls.") else cls.model_fields[name].default
+
+    def check_read(self, where: str) -> None:
+        """Raises UserError where a run would pass over something that is set; ``where`` is the block's name."""
+        for name, value in self.unread_settings.items():
+            raise UserError(
+                f"{where}.{name} is {_written(value)}, and {where}.backend=local has no vLLM servers that it is for; "
+                f"set {where}.backend to vllm, or leave {where}.{name} out"
+            )
 
 
 class LoraSettings(Settings):

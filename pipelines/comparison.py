@@ -126,6 +126,8 @@ def check(config: ComparisonConfig, out: Path) -> list[tuple[Member, RunConfig]]
     found = [
         (member, member_config(config, member, out, learned=_placeholder(member.arm))) for member in members(config)
     ]
+    for _, run in found:
+        run.check_teachers()
     if any(run.evaluation.curve is None for _, run in found):
         raise UserError(
             "common.evaluation.curve is null, and the arms are compared by their learning curves; set, for example, "

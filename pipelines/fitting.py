@@ -7,6 +7,7 @@ result is tried apart (``CHANGES``), and said. This module imports no torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -121,7 +122,8 @@ def search(
         found.layouts.append(Layout(config, teacher, layout, devices.teacher, devices.student, tuple(changes), new))
 
     item = teacher_bytes(base)
-    if devices.is_one and item > 1:
+    # Who is quantised as it is loaded is so by vLLM alone.
+    if devices.is_one and item > 1 and base.teacher.quantization is None:
         for count in _counts(most, processes):
             for student in seen.local(count):
                 add(TeacherLayout("local", item), student)
@@ -370,6 +372,6 @@ def _new_settings(
     ):
         if old != new:
             yield f"{key}={str(new).lower()}"
-    # A teacher that moves into the student's processes leaves no servers, whose cuts a configuration may not keep.
-    for name in before.teacher.model_copy(update={"backend": teacher.backend}).cuts_without_servers:
-        yield f"teacher.{name}={TeacherSettings.model_fields[name].default}"
+    # A teacher that moves into the student's processes leaves no servers, whose settings a run may not keep.
+    for name in before.teacher.model_copy(update={"backend": teacher.backend}).unread_settings:
+        yield f"teacher.{name}={json.dumps(TeacherSettings.default_of(name))}"

@@ -90,6 +90,8 @@ def resolve_job(
     name = checked_name(path.stem if name is None else name)
     configs = resolve_runs(job, path)
     check_new_data(settings, configs, path)
+    for config in configs:
+        config.check_teachers()
     return JobSpec(
         name=name,
         cwd=Path.cwd(),

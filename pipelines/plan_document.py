@@ -202,9 +202,9 @@ def commands(plan: Plan) -> list[str]:
         lines, urls[role] = hosts.serve([*serve, "--role", role], port)
         served += lines
     asked: list[tuple[str, Role]] = [("generate", "generate"), ("score", judge)]
-    sets = [text for text in rest if "quantization" not in text]
-    sets += [f"teacher.urls.{key}=[{', '.join(urls[role])}]" for key, role in asked]
-    return [*served, *hosts.run([*run, *_sets(sets)])]
+    # The run is told how its teacher is quantised too: the responses are stored under that.
+    urls_of = [f"teacher.urls.{key}=[{', '.join(urls[role])}]" for key, role in asked]
+    return [*served, *hosts.run([*run, *_sets([*rest, *urls_of])])]
 
 
 class _Hosts:

@@ -55,6 +55,7 @@ def rehearse_comparison(config: ComparisonConfig, runs: Iterable[tuple[Member, R
 
 
 def _check_run(config: RunConfig, *, has_student: bool) -> None:
+    config.check_teachers()
     check_names(config, has_student=has_student)
     models = [teacher.model for teacher in (config.teacher, *config.specialists.values())]
     if has_student and os.path.isdir(config.student.model):

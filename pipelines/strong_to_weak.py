@@ -92,6 +92,7 @@ class _Run:
         hosts = ranks.hosts()
         with ranks.together():
             config.check_processes(ranks.count)
+            config.check_teachers()
             if config.student.adamw == "8bit":
                 # It is made when everything has been examined and sampled: too late to learn that there is none.
                 eight_bit_adamw(ranks.device)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.clusters import LaunchSettings
+from distill.config import RunConfig
 from distill.errors import UserError
 from distill.jobs import BLOCKS, JobFile, split_job
 from pipelines.job import check_new_data, resolve_runs
@@ -45,14 +47,22 @@ def _check_runs(recipe: str, job: JobFile, assignments: Sequence[str]) -> str:
     if job.sweep is not None:
         configs = resolve_runs(job, path)
         check_new_data(job.schedule, configs, path)
+        _check_teachers(job, configs)
         return f"a sweep of {len(configs)} runs, {', '.join(str(config.name) for config in configs)}"
     own = [text for text in assignments if not is_of_job(text)]
     if is_comparison(recipe):
         return _check_comparison(recipe, own)
     config = resolve_run(recipe=recipe, assignments=own)
+    _check_teachers(job, [config])
     check_names(config)
     check_new_data(job.schedule, [config], path)
     return f"{config.teacher.model} to {config.student.model}, stages {', '.join(config.stages)}"
+
+
+def _check_teachers(job: JobFile, configs: Sequence[RunConfig]) -> None:
+    # Where a job is launched, its plan says where the teacher is.
+    for config in configs if job.launch == LaunchSettings() else ():
+        config.check_teachers()
 
 
 def _check_comparison(recipe: str, assignments: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ ODD: tuple[Any, ...] = (
 EVERYTHING = """
 extends: opd-then-grpo
 name: everything
-teacher: {urls: {generate: ["http://a:1"], score: ["http://b:2"]}, quantization: fp8, server_args: [--x]}
+teacher: {backend: vllm, urls: {generate: ["http://a:1"], score: ["http://b:2"]}, quantization: fp8, server_args: [--x]}
 specialists: {maths: {model: 32B}}
 student: {lora: {rank: 8, target_modules: [q_proj]}, adamw: 8bit}
 prompts: {kind: file, path: own.yaml}

@@ -633,6 +633,35 @@ def test_a_plan_that_moves_a_teacher_out_of_its_servers_leaves_none_of_their_cut
     assert backends == {"local", "vllm"}
 
 
+def test_a_plan_that_moves_a_teacher_out_of_its_servers_leaves_none_of_their_settings() -> None:
+    """What a run refuses to pass over the plan takes back; and a teacher in the run's processes is never quantised."""
+    set_to = ["teacher.wire=fp32", "teacher.server_args=[--x]", "teacher.urls.score=[http://a:1]"]
+    config = resolve_run(teacher="4B", student="0.6B", assignments=set_to)
+    backends = set()
+    for layout in search(config, pair_of("4B", "0.6B"), devices("2xH200")).layouts:
+        found = resolve_run(teacher="4B", student="0.6B", assignments=[*set_to, *layout.assignments])
+        found.check_teachers()
+        backends.add(found.teacher.backend)
+        if layout.is_shared:
+            assert found.teacher == resolve_run(teacher="4B", student="0.6B").teacher
+    assert backends == {"local", "vllm"}
+    for method in ("fp8", "awq"):
+        config = resolve_run(teacher="4B", student="0.6B", assignments=[f"teacher.quantization={method}"])
+        layouts = search(config, pair_of("4B", "0.6B"), devices("2xH200")).layouts
+        assert layouts and not any(layout.is_shared for layout in layouts)
+
+
+def test_a_run_is_told_how_the_servers_of_its_plan_are_quantised() -> None:
+    """Or it would store their responses as those of the teacher that is not."""
+    config = resolve_run(teacher="tiny", student="nano")
+    (layout, *_) = search(config, pair_of("tiny", "nano"), devices("2xCPU"), ["fp8"]).layouts
+    pair = pair_of("tiny", "nano")
+    work = workload(config)
+    plan = Plan(config, pair, devices("2xCPU"), work, estimate(layout, pair, work), (), ())
+    serve, *_, run = commands(plan)
+    assert "--quantization fp8" in serve and "--set teacher.quantization=fp8" in run
+
+
 def words_of(line: str) -> dict[str, str]:
     """A command's options with their values, the machine it is for as ``on``."""
     words = shlex.split(line, comments=True)

@@ -14,7 +14,11 @@ from distill.config import RunConfig
 from distill.errors import UserError
 from distill.model_config import SamplerSettings, TeacherSettings
 from distill.recipe import assign, dump_yaml, load_recipe, merge, parse_assignment, parse_yaml, validate
+from pipelines.job import resolve_job
+from pipelines.rehearsal import rehearse
 from pipelines.resolution import recipe_names, resolve_run
+from pipelines.strong_to_weak import run
+from pipelines.validation import check_recipe
 
 
 def test_dump_of_a_configuration_is_a_recipe_for_it() -> None:
@@ -191,6 +195,39 @@ def test_what_a_plan_reads_of_a_teacher_is_taken_where_it_is_in_this_process() -
     resolve_run(assignments=[f"teacher={json.dumps({'model': '4B', 'backend': 'local', 'urls': urls, **read})}"])
     written = TeacherSettings().model_dump(mode="json")
     assert resolve_run(assignments=[f"teacher={json.dumps(written)}"]).teacher == TeacherSettings()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("urls.score", "[http://a:1]"),
+        ("urls.generate", "[http://a:1]"),
+        ("wire", "fp32"),
+        ("quantization", "fp8"),
+        ("server_args", "[--x, --y]"),
+        ("patience_seconds", "5.0"),
+    ],
+)
+@pytest.mark.parametrize("place", ["teacher", "specialists.maths"])
+def test_what_a_run_would_pass_over_is_refused(
+    place: str, setting: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run, by its rehearsal, and where a job of it is added: responses of a teacher that nobody quantised were
+    stored as a quantised one's."""
+    monkeypatch.chdir(tmp_path)
+    set_to = [f"{place}.model=tiny", f"{place}.dtype=float32", f"{place}.{setting}={value}"]
+    config = resolve_run(recipe="embedded", assignments=set_to)
+    sentence = rf"^{place}\.{setting} is {re.escape(value)}, and {place}\.backend=local has no vLLM servers"
+    with pytest.raises(UserError, match=sentence):
+        run(config, tmp_path / "run", command=["distill", "run"])
+    with pytest.raises(UserError, match=sentence):
+        rehearse(config, tmp_path / "other", processes=1)
+    (tmp_path / "job.yaml").write_text(dump_yaml(config))
+    with pytest.raises(UserError, match=sentence):
+        resolve_job(tmp_path / "job.yaml")
+    with pytest.raises(UserError, match=sentence):
+        check_recipe("job.yaml")
+    resolve_run(recipe="embedded", assignments=[*set_to, f"{place}.backend=vllm"]).check_teachers()
 
 
 def test_processes_that_a_step_cannot_be_shared_among_are_refused() -> None:
