@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -148,6 +149,33 @@ def test_a_batch_script_is_one_to_a_shell(file: str, tmp_path: Path) -> None:
     script.write_text(rendered(tmp_path, *CASES[file]).text)
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.usefixtures("short_recipe")
+def test_jobs_that_share_a_machine_have_ports_of_their_own(tmp_path: Path) -> None:
+    """Half a machine each, side by side: with one port for both the second ended, or met the first one's processes."""
+    (tmp_path / "token").write_text("x")
+    secrets = {"secret_files": {"HF_TOKEN": str(tmp_path / "token")}}
+    text = rendered(tmp_path, "beside", "slurm", out=str(tmp_path / "runs"), slurm=secrets).text
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    stubs = {"srun": 'echo "$MASTER_PORT $*" >> "$SEEN"', "scontrol": "echo gpu-1", "squeue": "", "scancel": ""}
+    for name, line in stubs.items():
+        (tools / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tools / name).chmod(0o755)
+    found = []
+    for number in (4711, 4712, 4810):
+        seen = tmp_path / f"seen-{number}"
+        environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": str(number), "SEEN": str(seen)}
+        done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        generate, score, student = sorted(seen.read_text().splitlines(), key=lambda line: "distill run" in line)
+        served = [line.partition("--port ")[2].split()[0] for line in (generate, score)]
+        # What the student is told is where they are, whichever step began first.
+        assert sorted(re.findall(r"http://gpu-1:(\d+)", student)) == sorted(served)
+        found.append({int(port) for port in (*served, student.split()[0])})
+    assert all(len(ports) == 3 and max(ports) < 65536 for ports in found)
+    assert not any(one & other for one, other in itertools.combinations(found, 2))
 
 
 def documents(one: Order) -> list[dict[str, Any]]:

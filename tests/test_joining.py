@@ -81,7 +81,7 @@ esac
 }
 
 BATCH = {
-    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_ID": "100",
     "SLURM_JOB_NAME": NAME,
     "SLURM_JOB_NODELIST": "two-machines",
     "SLURM_JOB_NUM_NODES": "2",

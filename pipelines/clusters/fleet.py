@@ -10,7 +10,7 @@ else's and no part.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import yaml
@@ -33,6 +33,9 @@ STUDENT_PORT = 29500
 
 MEETING_PORT = 29501
 """Where the machines of one server meet; a further role's is the next."""
+
+PortAt = Callable[[int], str]
+"""How a port is written in a command: as it is, or, where jobs share a machine, moved by what the shell knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +82,18 @@ class Server(Part):
         """Whether one server is spread over several machines."""
         return "--nodes" in self.words
 
-    def command(self, *, host: str, machine: Read, first: Read) -> list[str]:
+    def command(self, *, host: str, machine: Read, first: Read, at: PortAt = str) -> list[str]:
         """What each machine runs; ``machine`` is its number among the part's, ``first`` the name of number 0."""
-        spread = ["--node-rank", machine, "--node-address", joined(first, f":{self.meeting_port}")]
+        spread = ["--node-rank", machine, "--node-address", joined(first, ":", at(self.meeting_port))]
         log = joined(Read('"$run"'), f"-{self.name}-", machine, ".log")
-        return [*self.words, "--host", host, "--log", log, *(spread if self.is_spread else [])]
+        serve = [*self.words, "--port", at(self.port)]
+        return [*serve, "--host", host, "--log", log, *(spread if self.is_spread else [])]
 
-    def urls(self, hosts: Sequence[Read]) -> Read:
+    def urls(self, hosts: Sequence[Read], at: PortAt = str) -> Read:
         """The assignment that names the role's servers to a run; ``hosts`` are all of the part's machines."""
         found = hosts[:1] if self.is_spread else hosts
         places = [(host, port) for host in found for port in self.ports]
-        parts = [part for host, port in places for part in (', "http://', host, f':{port}"')]
+        parts = [part for host, port in places for part in (', "http://', host, ":", at(port), '"')]
         return joined(f"teacher.urls.{self.role}=[", parts[0].removeprefix(", "), *parts[1:], "]")
 
 
@@ -120,12 +124,12 @@ class Fleet:
         """Of all machines together."""
         return sum(part.machines * part.gpus for part in self.parts)
 
-    def run_command(self, recipe: Read, *, hosts: Mapping[str, Sequence[Read]]) -> list[str]:
+    def run_command(self, recipe: Read, *, hosts: Mapping[str, Sequence[Read]], at: PortAt = str) -> list[str]:
         """The student's command; ``hosts`` are the machines of each server, by the part's name.
 
         The student has the first of the job's GPUs on its machine, counted from 0, and its vLLM those behind them.
         """
-        settings: list[str] = [server.urls(hosts[server.name]) for server in self.servers]
+        settings: list[str] = [server.urls(hosts[server.name], at) for server in self.servers]
         if self.student.has_gpus and self.student.sampler_devices:
             gpus = range(self.student.processes, self.student.devices)
             settings.append(f"sampler.devices={json.dumps([str(gpu) for gpu in gpus])}")
@@ -234,7 +238,7 @@ def _refuse_unserved(config: RunConfig) -> None:
 
 def _server(teacher: TeacherSettings, role: Role, meeting_port: int, layout: TeacherLayout, pool: Pool) -> Server:
     each = layout.tensor_parallel * layout.pipeline_parallel
-    words = ["distill", "teacher", "serve", "--teacher", teacher.model, "--role", role, "--port", str(PORTS[role])]
+    words = ["distill", "teacher", "serve", "--teacher", teacher.model, "--role", role]
     words += ["--dtype", teacher.dtype, "--tp", str(layout.tensor_parallel), "--pp", str(layout.pipeline_parallel)]
     if teacher.quantization is not None:
         words += ["--quantization", teacher.quantization]

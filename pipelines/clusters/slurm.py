@@ -25,6 +25,8 @@ _SOME_GPUS = (
 )
 """Runs a command on so many of a machine's GPUs, from so far on."""
 
+_ASIDE = "aside=$((SLURM_JOB_ID % 100 * 200))  # jobs that share a machine have ports of their own"
+
 _WAIT = """\
 # TERM comes before the wall time ends: the run writes a checkpoint and leaves with 75.
 # srun would end the step at once if it got the signal itself.
@@ -101,6 +103,7 @@ def render(fleet: Fleet) -> str:
         *(f'{name}="$(cat -- {line([file])})" || exit 1; export {name}' for name, file in slurm.secret_files.items()),
         written(recipe, fleet.recipe),
         nodes,
+        _ASIDE,
         *(keyed if fleet.servers else []),
         "",
         "servers=()",
@@ -113,14 +116,14 @@ def render(fleet: Fleet) -> str:
         # A step for each machine, since its number is part of the command.
         for number in range(server.machines):
             machine = Read(str(number))
-            command = server.command(host="0.0.0.0", machine=machine, first=hosts[server.name][0])
+            command = server.command(host="0.0.0.0", machine=machine, first=hosts[server.name][0], at=_port)
             lines += [
                 f"{_step(server, places[server.name], 1, devices=devices, command=command, machine=number)} &",
                 "servers+=($!)",
             ]
     tasks = fleet.student.machines * fleet.student.processes
-    run = [*fleet.run_command(recipe, hosts=hosts), *(["--processes", "1"] if tasks == 1 else [])]
-    meeting = f'MASTER_ADDR="${{nodes[0]}}" MASTER_PORT={STUDENT_PORT} '
+    run = [*fleet.run_command(recipe, hosts=hosts, at=_port), *(["--processes", "1"] if tasks == 1 else [])]
+    meeting = f'MASTER_ADDR="${{nodes[0]}}" MASTER_PORT={_port(STUDENT_PORT)} '
     lines += [
         meeting + _step(fleet.student, places["student"], tasks, devices=devices, command=run) + " &",
         "student=$!",
@@ -222,6 +225,11 @@ def _seconds(wall: str) -> int:
     else:
         hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _port(port: int) -> Read:
+    """As the shell reads it: a port of this job."""
+    return Read(f"$(({port} + aside))")
 
 
 def _node(number: int) -> Read:
