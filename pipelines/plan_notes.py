@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from distill.memory import student_memory
 from distill.server_memory import USABLE
 from pipelines.layouts import Layout
 from pipelines.pace import rows_together
@@ -37,8 +38,10 @@ def notes(plan: Plan) -> list[str]:
             "embedding and head are one tensor: with the final norm they are one FSDP group, gathered together"
         )
     if layout.config.student.cpu_offload:
-        held = 12 * plan.pair.student.total_parameters / 1e9
-        found.append(f"offload: the student's machines have to hold {held:,.0f} GB of it in their own memory together")
+        found.append(
+            f"offload: the student's machines have to hold {_offloaded(plan) / 1e9:,.0f} GB of it in their own memory "
+            "together"
+        )
     found += _sampler_notes(layout)
     if not layout.is_shared and plan.config.teacher.signal != "hidden":
         found.append(
@@ -53,6 +56,15 @@ def notes(plan: Plan) -> list[str]:
     found += _few_rows(plan)
     found.append("left out: loading models, starting servers, writing checkpoints, waiting of uneven processes")
     return found
+
+
+def _offloaded(plan: Plan) -> int:
+    """Bytes that all processes together keep in their machines' memory: what each would hold on its GPU."""
+    config, pair, num = plan.best.layout.config, plan.pair, plan.best.layout.student.processes
+    settings = config.student.model_copy(update={"cpu_offload": False})
+    whole = config.model_copy(update={"student": settings})
+    parts = student_memory(whole, pair.student, pair.teacher, processes=num, engine="sharded").parts
+    return num * (parts["weights"] + parts["moments"] + parts["gradients"])
 
 
 def _sampler_notes(layout: Layout) -> Iterator[str]:

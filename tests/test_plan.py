@@ -360,6 +360,14 @@ def test_offload_is_taken_only_where_nothing_fits_without() -> None:
         assert len({one.config.student.cpu_offload for one in found}) <= 1
 
 
+def test_what_is_offloaded_is_in_the_machines_memory() -> None:
+    """Masters, gradients and both moments, four bytes each a parameter."""
+    plan = plan_for("32B", "32B", "8xH100")
+    assert plan.best.layout.config.student.cpu_offload
+    (said,) = (note for note in notes(plan) if note.startswith("offload"))
+    assert f"have to hold {16 * SIZES['32B'].total_parameters / 1e9:.0f} GB" in said
+
+
 def test_caches_are_not_made_smaller_than_the_longest_sequence() -> None:
     sets = ["evaluation.sampling.think.max_new_tokens=400000", "sampler_tokens=500000", "teacher.backend=local"]
     config, pair = resolve_run(teacher="4B", student="0.6B", assignments=sets), pair_of("4B", "0.6B")
