@@ -140,6 +140,22 @@ class StudentSettings(Settings):
     cpu_offload: bool = False
     """Keep masters, gradients and moments in the machine's memory and step there; shards the student."""
 
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        """What wants a student that is whole is refused beside what cuts it, and not overruled."""
+        whole = (
+            ("parallel=replicated", self.parallel == "replicated", "set student.parallel to auto"),
+            ("lora", self.lora is not None, "leave student.lora out"),
+            ("adamw=8bit", self.adamw == "8bit", "set student.adamw to fp32"),
+        )
+        for name, is_set, instead in whole if self.cpu_offload else ():
+            if is_set:
+                raise ValueError(
+                    f"cpu_offload is for a student that is cut into slices, and student.{name} for one that every "
+                    f"process holds whole; {instead}, or leave student.cpu_offload out"
+                )
+        return self
+
 
 class SamplerSettings(Settings):
     """Who draws the student's responses."""

@@ -197,6 +197,17 @@ def test_what_a_plan_reads_of_a_teacher_is_taken_where_it_is_in_this_process() -
     assert resolve_run(assignments=[f"teacher={json.dumps(written)}"]).teacher == TeacherSettings()
 
 
+@pytest.mark.parametrize("other", ["parallel=replicated", "lora.rank=8", "adamw=8bit"])
+def test_offload_is_refused_beside_what_wants_a_whole_student(other: str) -> None:
+    """The run would overrule the first; the others it refused after a plan had said that nothing fits."""
+    name = other.partition(".")[0]
+    with pytest.raises(UserError, match=rf"student: cpu_offload is for .* slices, and student\.{name} for one"):
+        resolve_run(assignments=["student.cpu_offload=true", f"student.{other}"])
+    for alone in ("cpu_offload=true", other):
+        resolve_run(assignments=[f"student.{alone}"])
+    resolve_run(assignments=["student.cpu_offload=true", "student.parallel=sharded"])
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
