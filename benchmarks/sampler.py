@@ -3,7 +3,7 @@
 Two students: the embedded one, and the published 0.6B shape with random weights (few tokens there). Four samplers: a
 vLLM server and a vLLM engine in this process (null where vLLM is not installed, and on a GPU), transformers' own
 ``generate``, and ours. Two workloads without stop tokens, whose lengths are the requests' limits: ``mixed``, a long
-tail (half end by 16 tokens, a tenth run to 256; an eighth of that for the 0.6B shape on a CPU), and ``equal``. Prompts
+tail (half end by 16 tokens, a tenth run to 256; a quarter of that for the 0.6B shape on a CPU), and ``equal``. Prompts
 have 10 to 30 tokens.
 
 ``generate`` decodes a batch until its longest row has ended; tokens beyond a row's limit do not count. In process the
@@ -71,7 +71,7 @@ class Size:
     """Lengths are the workload's, divided by this."""
 
 
-SIZE = {"embedded": Size(256, 64, 1), "0.6B": Size(16, 16, 8)}
+SIZE = {"embedded": Size(256, 64, 1), "0.6B": Size(16, 16, 4)}
 GPU_SIZE = {"embedded": Size(256, 64, 1), "0.6B": Size(128, 64, 1)}
 
 
