@@ -104,6 +104,14 @@ def test_a_server_that_was_healthy_is_started_again_at_the_same_url(tmp_path: Pa
     assert alive(service.group) == []
 
 
+@pytest.mark.parametrize("log", [".", "fake/log"])
+def test_a_log_that_cannot_be_written_is_a_sentence(log: str, tmp_path: Path) -> None:
+    service = Service(launch(tmp_path), log=tmp_path / log)
+    with pytest.raises(DistillError, match=rf"^the log {tmp_path / log} of the .* cannot be written \(.*--log"):
+        service.start()
+    service.stop()
+
+
 def test_an_ipv6_address_makes_a_url(tmp_path: Path) -> None:
     service = Service(replace(launch(tmp_path), host="::1", port=8001), log=tmp_path / "log")
     assert service.url == "http://[::1]:8001" and checked_url(service.url) == service.url

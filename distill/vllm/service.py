@@ -81,14 +81,22 @@ class Service:
         return self._process.pid
 
     def start(self) -> None:
-        """Raises DistillError where somebody else listens at its port: his answers would be taken for this server's."""
+        """Raises DistillError where its log cannot be written, and where somebody else listens at its port: his answers
+        would be taken for this server's."""
         if self.launch.answers and is_taken(self.launch.host, self.port):
             raise DistillError(
                 f"port {self.port} of {self.launch.host} is taken, so the {self.launch.whose}'s vLLM server "
                 f"({self.launch.role}) cannot listen there; end what has it, or name another port (a run that chose it "
                 f"by itself takes another one when it is given again)"
             )
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.open("ab").close()
+        except OSError as error:
+            raise DistillError(
+                f"the log {self.log} of the {self.launch.whose}'s vLLM server cannot be written ({error.strerror}); "
+                f"make room, or name another file (--log of distill teacher serve)"
+            ) from None
         self._process = self._spawn()
         self._thread.start()
 
