@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from distill.cache import cache_home
 from distill.errors import DistillError, UserError
@@ -104,7 +105,7 @@ class ResponseStore:
         for meta in sorted(self.root.glob("*/meta.json")):
             with outside_world(meta):
                 try:
-                    found.append(Collection(meta.parent, json.loads(meta.read_text(encoding="utf-8"))))
+                    found.append(Collection(meta.parent, _described(json.loads(meta.read_text(encoding="utf-8")))))
                 except ValueError as error:
                     raise DistillError(
                         f"{meta} is damaged ({error}); remove it, and the next run that uses the collection writes it"
@@ -152,6 +153,15 @@ class ResponseStore:
                 folder = self._folder(identity, name)
                 folder.mkdir(exist_ok=True)
         return folder
+
+
+def _described(meta: Any) -> dict[str, Any]:
+    """``meta`` if it is what a collection's file says. Raises ValueError where it is not."""
+    needed = {"teacher", "revision", "template_hash", "tokenizer_hash", "sampling"}
+    missing = sorted(needed - (meta.keys() if isinstance(meta, dict) else set()))
+    if missing:
+        raise ValueError(f"it does not say {', '.join(missing)}")
+    return dict(meta)
 
 
 def made_store(chosen: str | None) -> ResponseStore:

@@ -123,6 +123,16 @@ def test_two_names_of_the_same_teacher_are_one_collection(tmp_path: Path) -> Non
     assert len(ResponseStore(tmp_path / "store").collections()) == 1
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"teacher": "t"}', "{", ""])
+def test_a_damaged_description_of_a_collection_is_a_sentence(tmp_path: Path, content: str) -> None:
+    filled(tmp_path, 1)
+    (meta,) = tmp_path.glob("*/meta.json")
+    meta.write_text(content)
+    with pytest.raises(DistillError, match=rf"^{meta} is damaged \(.*\); remove it"):
+        ResponseStore(tmp_path).collections()
+    assert stored(tmp_path, requests(1)) == [respond(request(0))], "whoever knows what he wants does not need it"
+
+
 def test_other_tools_can_read_a_collection(tmp_path: Path) -> None:
     import datasets
 
