@@ -37,6 +37,10 @@ _NUM_STOP_TOKENS = 2
 """On which a model of the family may end; the student always asks about them."""
 
 
+FALLING_GUARDS = ("entropy", "kl")
+"""Guards of what is worse the lower it is."""
+
+
 class GuardLimits(Settings):
     """Where a guard warns, and where it stops a run that it has warned of."""
 
@@ -62,6 +66,21 @@ class GuardSettings(Settings):
     """The student's entropy over that of the stage's first steps."""
     kl: GuardLimits | None = GuardLimits(warn=1e-4, stop=1e-5)
     """Reverse KL to the teacher, nats a token. Rounding to 16 bits alone makes 5e-6 of a model to itself."""
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        """A stop takes a warning before it: one on the warning's other side would be passed without a word."""
+        for name, limits in self:
+            if not isinstance(limits, GuardLimits):
+                continue
+            falls = name in FALLING_GUARDS
+            if limits.stop > limits.warn if falls else limits.stop < limits.warn:
+                raise ValueError(
+                    f"{name} warns at {limits.warn:g} and stops at {limits.stop:g}, and what it watches is worse the "
+                    f"{'lower' if falls else 'higher'} it is: nothing stops before it has warned; set {name}.warn to "
+                    f"{limits.stop:g} or a {'higher' if falls else 'lower'} number"
+                )
+        return self
 
     def limits(self, guard: str) -> GuardLimits | None:
         found = dict(self)[guard]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from distill.config import GuardLimits, GuardSettings
+from distill.config import FALLING_GUARDS, GuardLimits, GuardSettings
 from distill.embedded import checkpoint_dir
-from distill.errors import GuardError
+from distill.errors import GuardError, UserError
 from distill.repetition import repetition
 from eval.report import write_report
 from pipelines.guards import GUARDS, Guards
@@ -158,6 +158,23 @@ def test_the_teacher_as_its_own_student(tmp_path: Path) -> None:
         ("stop", 2, "kl"),
     ]
     assert "The guard kl stopped this run at only step 2." in write_report(out).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "cure"),
+    [
+        ("length", "{warn: 2, stop: 1.5}", r"warns at 2 and stops at 1\.5, .* set length\.warn to 1\.5 or a lower"),
+        ("kl", "{warn: 1.0e-4, stop: 1.0e-3}", r"stops at 0\.001, .* set kl\.warn to 0\.001 or a higher"),
+    ],
+)
+def test_a_guard_that_could_not_stop_where_it_should_is_refused(name: str, limits: str, cure: str) -> None:
+    """A stop takes a warning: the run would go on beyond the limit that was set."""
+    with pytest.raises(UserError, match=cure):
+        resolve_run(assignments=[f"guards.{name}={limits}"])
+
+
+def test_the_guards_that_fall_are_named_where_limits_are_compared() -> None:
+    assert {name for name, guard in GUARDS.items() if guard.worse == "below"} == set(FALLING_GUARDS)
 
 
 def test_a_resumed_guard_knows_what_it_saw(wrecked: Stream) -> None:
