@@ -128,11 +128,18 @@ class Queue(Database):
             return self.job(id_)
 
     def retry(self, id_: int) -> Job:
-        """Have a job run again from where it stands, with all its retries. Raises UserError where it needs none."""
+        """Have a job run again from where it stands, with all its retries. Raises UserError where it needs none, and
+        where one of its schedule is not finished and the policy forbids a second."""
         with self.transaction() as connection:
             job = self.job(id_)
             if job.state in ACTIVE or job.state == "done":
                 raise UserError(f"job {id_} is {job.state}; a job that failed or was left out is what can be retried")
+            if job.schedule is not None and job.spec.settings.concurrency_policy == "forbid":
+                for active in self.jobs(states=ACTIVE, schedule=job.schedule, last=1):
+                    raise UserError(
+                        f"job {active.id} of {job.schedule} is {active.state}, and its concurrency_policy is forbid; "
+                        f"wait for it, or distill queue cancel {active.id}"
+                    )
             connection.execute(
                 "UPDATE jobs SET state = 'queued', not_before = ?, failures = 0, stops = 0, seconds = 0, stop = NULL, "
                 "finished = NULL, exit_code = NULL, reason = NULL WHERE id = ?",

@@ -141,6 +141,25 @@ def test_forbid_leaves_the_new_one_out(schedules: Schedules, clock: SetClock) ->
     assert due(schedules.consider()) == ["2026-03-02T15:00:00Z"]
 
 
+def test_a_retry_follows_the_policy_too(schedules: Schedules, clock: SetClock) -> None:
+    """Two jobs of a schedule that forbids it would run at once."""
+    add(schedules)
+    clock.moment = BEGIN + HOUR
+    (first,) = schedules.consider()
+    end(schedules, first, "failed")
+    clock.moment += HOUR
+    (second,) = schedules.consider()
+    with pytest.raises(UserError, match=r"job 2 of job is queued, and its concurrency_policy is forbid; wait for it"):
+        schedules.queue.retry(first.id)
+    end(schedules, second)
+    assert schedules.queue.retry(first.id).state == "queued"
+    add(schedules, replace=True, concurrency_policy="allow")
+    clock.moment += HOUR
+    (third,) = schedules.consider()
+    end(schedules, third, "failed")
+    assert schedules.queue.retry(third.id).state == "queued"
+
+
 def test_the_last_one_that_was_done_is_the_one_that_ended_last(schedules: Schedules, clock: SetClock) -> None:
     add(schedules, concurrency_policy="allow")
     assert schedules.last_done("job") is None
