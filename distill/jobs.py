@@ -104,6 +104,12 @@ class ScheduleSettings(Settings):
         return timezone
 
     @property
+    def of_schedules(self) -> list[str]:
+        """What is set of due times and of the jobs before, which a job has none of that somebody queues himself."""
+        names = ("cron", "concurrency_policy", "starting_deadline_seconds", "catch_up", "when", "start_from")
+        return [name for name, value in self if name in names and value != type(self).model_fields[name].default]
+
+    @property
     def zone(self) -> ZoneInfo:
         return ZoneInfo(self.timezone)
 

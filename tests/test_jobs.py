@@ -421,6 +421,16 @@ def test_wrong_commands_are_sentences(typed: Any, tmp_path: Path, arguments: tup
     assert sentence in " ".join(err.split()) and "Traceback" not in err, err
 
 
+def test_what_a_queued_job_does_not_read_of_its_schedule_is_said(typed: Any, tmp_path: Path) -> None:
+    block = "schedule: {cron: 0 2 * * *, start_from: last, backoff_limit: 2, timezone: Europe/Berlin}"
+    written(tmp_path / "job.yaml", f"extends: embedded\n{block}\n")
+    code, out, err = typed("queue", "add", "job.yaml", "--json")
+    assert code == 0 and json.loads(out)["id"] == 1
+    assert "job 1 runs once: of its schedule block cron, start_from play no part" in err
+    written(tmp_path / "job.yaml", "extends: embedded\nschedule: {backoff_limit: 2}\n")
+    assert "no part" not in typed("queue", "add", "job.yaml")[2]
+
+
 def test_what_a_job_runs_with_is_laid_down_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     queue = Queue(tmp_path / "queue")

@@ -10,6 +10,7 @@ import typer
 
 from distill.cli.options import JobName, JobOut, Json, QueueFolder
 from distill.errors import UserError
+from distill.progress import say
 
 if TYPE_CHECKING:
     from pipelines.queue import Job, Queue
@@ -64,7 +65,7 @@ def queue_add(
     queue: QueueFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Have the job in FILE run once, when its turn comes; cron in its schedule block plays no part.
+    """Have the job in FILE run once, when its turn comes; what its schedule block says of due times plays no part.
 
     Examples:
 
@@ -77,6 +78,8 @@ def queue_add(
     # First: a job that is none leaves no queue behind.
     spec = resolve_job(file, name=name, out=out)
     job = _queue(queue, create=True).add(spec)
+    if unread := spec.settings.of_schedules:
+        say(f"job {job.id} runs once: of its schedule block {', '.join(unread)} play no part (distill schedule add)")
     print(json.dumps(job.to_json(), allow_nan=False) if as_json else f"job {job.id} ({job.name}) is queued")
 
 
