@@ -10,7 +10,7 @@ import difflib
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -198,11 +198,31 @@ def validate(tree: Mapping[str, Any], *, where: str = "the configuration") -> Ru
 
 def validate_as(model: type[S], tree: Mapping[str, Any], *, where: str) -> S:
     """``validate`` for any block of settings."""
+    if (place := _nul_in(tree)) is not None:
+        raise UserError(
+            f"{where} is not valid: {'.'.join(place)} holds a NUL character, which no path and no word of a command "
+            "can have; leave it out"
+        )
     try:
         return model.model_validate(tree)
     except pydantic.ValidationError as error:
         problems = [_sentence(details, model) for details in error.errors(include_url=False)]
         raise UserError(f"{where} is not valid: " + "; ".join(problems)) from None
+
+
+def _nul_in(value: Any) -> tuple[str, ...] | None:
+    """The keys that lead to a text with a NUL in it: the system takes none, and says so by a ValueError of its own."""
+    if isinstance(value, str):
+        return () if "\0" in value else None
+    held: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        held = value.items()
+    elif isinstance(value, list | tuple):
+        held = enumerate(value)
+    for key, entry in held:
+        if (place := _nul_in(entry)) is not None:
+            return (str(key), *place)
+    return None
 
 
 def recipe_schema() -> dict[str, Any]:

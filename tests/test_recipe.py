@@ -33,6 +33,16 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
     assert next(iter(config.stages)) == "off_policy" and len(config.stages) >= 2
 
 
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [('store="a\\0b"', "store"), ('teacher={backend: vllm, server_args: [--x, "\\0"]}', "teacher.server_args.1")],
+)
+def test_a_nul_is_a_sentence(assignment: str, key: str) -> None:
+    """The system refuses one with a ValueError, which the dry run of a store showed as it was."""
+    with pytest.raises(UserError, match=rf"is not valid: {re.escape(key)} holds a NUL character"):
+        resolve_run(assignments=[assignment])
+
+
 def test_a_recipe_extends_another(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("extends: embedded\nseed: 3\nstages:\n  on_policy: null\n  off_policy: {epochs: 5}\n")
