@@ -21,7 +21,10 @@ WORKERS = min(4, os.cpu_count() or 1)
 """Processes that compare; as many threads may call ``equal`` at once without waiting."""
 
 COMPARE_SECONDS = 5
-"""Time limit of one comparison; what takes longer is not equal."""
+"""Computing time of one comparison; what takes longer is not equal."""
+
+_PATIENCE = 12
+"""Seconds by the wall for each of these: a machine that is busy with the training gives the process a part of them."""
 
 _START_SECONDS = 120
 
@@ -48,7 +51,7 @@ class _Worker:
         try:
             process.stdin.write(json.dumps([reference, candidate]).encode() + b"\n")
             process.stdin.flush()
-            verdict = _line(process, COMPARE_SECONDS)
+            verdict = _line(process, _PATIENCE * COMPARE_SECONDS)
         except BrokenPipeError:
             pass
         finally:

@@ -1,5 +1,7 @@
 """The process in which two mathematical expressions are compared: `python -P math_worker.py SECONDS`.
 
+SECONDS are of its own computing, so that how busy the machine is decides on no answer.
+
 Reads one JSON pair [reference, candidate] a line, writes one line a pair: 1 (equal), 0 (not), e (neither could be
 read as mathematics). Simplifying a candidate can take for ever or eat all memory, so this is a process of its own
 with limits; whoever started it kills and restarts it. It imports nothing of this project. Only LaTeX is parsed (by a
@@ -43,12 +45,14 @@ def main() -> None:
     # An interrupt is the parent's to handle; it closes the pipe when it ends, and that ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    # The first comparison loads and builds much of what it needs: seconds that are no candidate's.
+    compare("\\frac{1}{2}", "x^2+1")
     print("ready", flush=True)
     for line in sys.stdin:
-        # The parent waits no longer than this either; an orphan must not compute for ever.
-        signal.alarm(seconds + 1)
+        # Not handled: the signal ends this process, wherever it is.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         verdict = compare(*json.loads(line))
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(verdict, flush=True)
 
 

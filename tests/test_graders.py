@@ -4,8 +4,10 @@ import json
 import random
 import re
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -184,6 +186,19 @@ def test_a_comparison_that_never_ends_is_wrong_and_the_next_one_works(monkeypatc
     assert time.monotonic() - begun < 60
     monkeypatch.undo()
     assert grade("math", "\\boxed{1+x}", "x+1")
+
+
+def test_a_busy_machine_makes_no_answer_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that a comparison may take is its own, not that which others took meanwhile."""
+    monkeypatch.setattr(equality, "COMPARE_SECONDS", 1)
+    worker = equality._Worker()
+    assert worker.same("1+x", "x+1")
+    process = worker._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    threading.Timer(2.0, process.send_signal, [signal.SIGCONT]).start()
+    assert worker.same("2+x", "x+2") and worker._process is process
+    worker.stop()
 
 
 def test_an_interrupted_comparison_does_not_answer_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
