@@ -129,27 +129,50 @@ class Found:
 
 
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
+# "#### Step 1" and "#### 2. Multiply" are headings, and no answers in GSM8K's form.
+_HEADING = re.compile(r"[*_ \t]*(?:[A-Za-z]{2,}|\d+[.)][ \t]+\S)")
 _PHRASE = re.compile(r"(?i:\banswer)\**(?:\s+(?:is|was|should be|must be)\b|\s*[:=])\s*:?\s*(.+)")
 _INLINE = re.compile(r"\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_LATEX = re.compile(r"\\(?!boxed)[A-Za-z]|[\^_]")
+_MARKUP = " \t\r\n*`_$\\[]()-"
+"""What a line that says nothing is made of: emphasis, fences, rules, the ends of formulas."""
 # A hyphen after a letter, digit or bracket is a dash or a minus between two terms, not this number's sign.
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\d.])\.\d+"
+_DIGITS = r"(?:\d+ (?=\d+/\d))?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\d.])\.\d+"
 _NUMBER = re.compile(rf"(?:(?<![\w)\]}}])[-+]\\?\$?)?(?:{_DIGITS})")
 _EQUALS = re.compile(rf"=\s*((?:[-+]\s*)?\\?\$?\s*(?:[-+]\s*)?(?:{_DIGITS}))")
 
 
 def final_answer(text: str) -> Found | None:
-    """The last `\\boxed{...}` or `####`, whichever comes later; else the last line, from "answer is" on; else None."""
+    """The last `\\boxed{...}` or `####`, whichever comes later; else the last line, from "answer is" on; else None.
+
+    A `####` before a word is a heading, unless nothing follows.
+    """
+    text = _with_ascii_minus(text)
     boxed_at, boxed = _last_box(text)
-    hashed = _last(_HASHES, text)
+    hashed = _last_hashes(text)
     if hashed is not None and hashed.start() > boxed_at:
-        return Found(hashed[1].strip(), marked=True)
+        return Found(_from_phrase_on(hashed[1]), marked=True)
     if boxed is not None:
         return Found(boxed.strip(), marked=True)
-    line = next((line for line in reversed(text.splitlines()) if line.strip(" \t*`_")), None)
-    if line is None:
-        return None
+    line = next((line for line in reversed(text.splitlines()) if line.strip(_MARKUP)), None)
+    return None if line is None else Found(_from_phrase_on(line), marked=False)
+
+
+def _from_phrase_on(line: str) -> str:
     phrase = _last(_PHRASE, line)
-    return Found((line if phrase is None else phrase[1]).replace("**", "").strip(), marked=False)
+    return (line if phrase is None else phrase[1]).replace("**", "").strip()
+
+
+def _last_hashes(text: str) -> re.Match[str] | None:
+    """The last line in GSM8K's form."""
+    end = len(text.rstrip(_MARKUP))
+    found = reversed(list(_HASHES.finditer(text)))
+    return next((match for match in found if match.end() >= end or not _HEADING.match(match[1])), None)
+
+
+def _with_ascii_minus(text: str) -> str:
+    """The minus of typography is a minus; read as a dash it would take a number's sign away."""
+    return text.replace("\u2212", "-")
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -158,23 +181,26 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def as_number(text: str) -> Fraction | None:
-    """The rational number that a short text is: `18`, `$70,000.00`, `-3/4`, `\\frac{1}{2}`, `18 dollars`, `x = 5`."""
+    """The rational number that a short text is: `18`, `$70,000.00`, `-3/4`, `3\\frac{1}{2}`, `18 dollars`, `x = 5`."""
     if len(text) > 200:
         return None
     text = re.sub(r"^[^=,;<>!\\]*=", "", text)
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?", "", text)
-    text = re.sub(r"\\[dt]?frac\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}", r"\1/\2", text)
+    # With a space in its place: what stands on both sides of a unit or before a fraction is no one number.
+    text = re.sub(r"\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?", " ", text)
+    text = re.sub(r"\\[dt]?frac\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}", r" \1/\2", text)
     text = re.sub(r"\\!\s*|\\,|\^\{?\\circ\}?|\\?[$%]|[\u20ac\u00a3]|\\[()]", "", text.replace("{,}", ","))
     match = re.fullmatch(
-        r"\s*([-+]?)\s*(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(?:\s*/\s*(\d+))?\s*\.?(?:\s+[A-Za-z][A-Za-z .]+)?\s*", text
+        r"\s*([-+]?)\s*(?:(\d+)\s+(?=\d+\s*/))?(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(?:\s*/\s*(\d+))?"
+        r"\s*\.?(?:\s+[A-Za-z][A-Za-z .]+)?\s*",
+        _with_ascii_minus(text),
     )
-    if match is None or not (match[2] or match[3]):
+    if match is None or not (match[3] or match[4]):
         return None
-    digits = match[2].replace(",", "") + (match[3] or "")
-    denominator = int(match[4] or 1)
+    digits = match[3].replace(",", "") + (match[4] or "")
+    denominator = int(match[5] or 1)
     if denominator == 0:
         return None
-    value = Fraction(digits if match[2] else f"0{digits}") / denominator
+    value = int(match[2] or 0) + Fraction(digits if match[3] else f"0{digits}") / denominator
     return -value if match[1] == "-" else value
 
 
@@ -182,6 +208,10 @@ def _found_number(found: Found) -> Fraction | None:
     value = as_number(found.text)
     if value is not None or found.marked:
         return value
+    formula = _last(_INLINE, found.text)
+    if formula is not None and _LATEX.search(formula[0][1:-1]) and not _NUMBER.search(found.text, formula.end()):
+        # The 4 of \frac{3}{4} and the 12 of 12\pi are no answers.
+        return as_number(_expression(found).rpartition("=")[2])
     # Running text: what the last equation comes to, else the last number.
     numbers = _EQUALS.findall(found.text) or _NUMBER.findall(found.text)
     return as_number(numbers[-1]) if numbers else None
@@ -195,7 +225,7 @@ def _expression(found: Found) -> str:
 
 def _reference(answer: str) -> str:
     """The final answer of a reference, which may be a whole worked solution in GSM8K's form."""
-    return answer.rpartition("####")[2].strip()
+    return _with_ascii_minus(answer.rpartition("####")[2].strip())
 
 
 def _plain(text: str) -> str:
@@ -228,7 +258,8 @@ _CHOICES = (
     re.compile(rf"[\"'](?i:answer)[\"']\s*:\s*[\"']?{_LETTER}{_ALONE}"),
     re.compile(rf"\\boxed\{{\s*{_STYLE}\s*{_LETTER}{_ALONE}"),
     re.compile(
-        rf"{_NOUN}\**(?:\s+(?i:is|should be|must be)\b|\s*[:=])\s*:?[\s*]*(?i:option|choice)?[\s*]*{_LETTER}{_ALONE}"
+        rf"{_NOUN}[*`]*(?:\s+(?i:is|should be|must be)\b|\s*[:=])\s*:?[\s*]*(?i:option|choice)?"
+        rf"[\s*`\"'$]*(?:\\\()?{_STYLE}{_LETTER}{_ALONE}"
     ),
     re.compile(rf"(?i:\b(?:option|choice))\s+{_LETTER}\s+(?i:is\s+(?:the\s+)?(?:correct|right))\b"),
 )

@@ -80,6 +80,12 @@ def test_the_embedded_grader_is_the_tasks_own() -> None:
         ("90^\\circ", "90"),
         ("12\\text{ cm}^2", "12"),
         ("33%", "33"),
+        ("3\\frac{1}{2}", "7/2"),
+        ("-2\\dfrac{3}{4}", "-11/4"),
+        ("3 1/2 cups", "7/2"),
+        ("\u22125", "-5"),
+        ("3\\text{ or }4", None),
+        ("2\\text{ hours }30", None),
         ("5x", None),
         ("2^{10}", None),
         ("x \\geq 5", None),
@@ -107,6 +113,36 @@ def test_the_final_answer_is_the_last_one_that_is_marked() -> None:
     assert grade("number", "\\boxed{5", "5"), "a box cut off by the token limit leaves the last line"
 
 
+@pytest.mark.parametrize("grader", ["number", "math"])
+def test_a_number_within_a_formula_is_not_what_the_formula_says(grader: str) -> None:
+    for line, right, wrong in (
+        ("So the probability is $\\frac{3}{4}$.", "3/4", "4"),
+        ("So the area is $12\\pi$.", "12\\pi", "12"),
+        ("It is \\(2\\sqrt{3}\\)", "2\\sqrt{3}", "3"),
+        ("That makes $x = \\frac{36}{2} = 18$ of them.", "18", "2"),
+        ("With $\\frac{1}{2}$ of 36 she has 18.", "18", "1/2"),
+        ("He needs 3 1/2 cups.", "7/2", "1/2"),
+        ("It has \u22125 degrees.", "-5", "5"),
+        ("\\boxed{3\\frac{1}{2}}", "3.5", "31/2"),
+    ):
+        assert grade(grader, line, right), line
+        assert not grade(grader, line, wrong), line
+
+
+def test_a_heading_is_no_answer() -> None:
+    """GSM8K's mark is markdown's fourth heading too."""
+    for text in (
+        "#### Step 1: subtract\n16 - 7 = 9\n\n#### 2. Multiply\n9 * 2 = 18\n\nShe makes **18** dollars.",
+        "\\boxed{18}\n\n#### Explanation\nThere are 9 left.",
+        "It follows:\n\n#### Final Answer: 18",
+        "#### **18**",
+        "It comes to\n\\[\nx = 18\n\\]\n",
+        "It comes to\n$$\n\\frac{36}{2} = 18\n$$\n---\n",
+    ):
+        assert grade("number", text, "18") and grade("gsm8k", text, "18"), text
+    assert grade("math", "#### 2\\sqrt{3}\nThat is all.", "\\sqrt{12}")
+
+
 def test_a_rounded_fraction_is_not_the_fraction() -> None:
     assert grade("number", "\\boxed{0.5}", "1/2")
     assert not grade("number", "\\boxed{0.333}", "1/3")
@@ -128,6 +164,10 @@ def test_a_rounded_fraction_is_not_the_fraction() -> None:
         ("Option D is correct.", "D"),
         ("'answer': 'B'", "B"),
         ("$\\mathbf{B}$", "B"),
+        ('Answer: "C"', "C"),
+        ("`answer`: `C`", "C"),
+        ("The answer is $C$.", "C"),
+        ("The answer is \\(\\text{C}\\).", "C"),
         ("The answer is A or B.", None),
         ('{"answer": "A, B"}', None),
         ("The answer is Clear", None),
