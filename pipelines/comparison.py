@@ -3,7 +3,7 @@
     OUT/comparison.yaml                     the configuration
     OUT/<start>/off_policy-seed0/           a run of the off-policy stage: where the arms part
     OUT/<start>/<arm>-seed0/                a run of one arm from that start's student
-    OUT/responses/                          the teacher's responses, apart from other stores: every arm pays for its own
+    OUT/responses/<start>/<arm>-seed0/      the teacher's responses to that run alone: every arm pays for its own
     OUT/comparison.json                     what ``distill compare`` makes of them
     OUT/report.html
 
@@ -80,7 +80,9 @@ def member_config(config: ComparisonConfig, member: Member, root: Path, *, learn
     tree["stages"] = {member.arm: merge(stage, arm.stage)}
     overlay: dict[str, Any] = {"name": f"{member.start}-{member.arm}-seed{member.seed}", "seed": member.seed}
     if "store" not in tree:
-        overlay["store"] = str(root.absolute() / "responses")
+        # Starts of one seed begin with the same questions, and an arm of one goes on where another start still is: in
+        # a store that they share, who asks second would have for nothing what the first one paid for.
+        overlay["store"] = str(member.folder(root.absolute() / "responses"))
     if member.arm != OFF_POLICY:
         student = Member(member.start, OFF_POLICY, member.seed).folder(root) / "student"
         overlay |= {

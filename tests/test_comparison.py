@@ -64,7 +64,8 @@ def test_every_shipped_comparison_has_valid_members(name: str, quick: bool, tmp_
             assert found.student.model.endswith(f"{member.start}/off_policy-seed{member.seed}/student")
             assert found.first_prompt == config.starts[member.start].get("num_prompts", 1024)
             assert not found.evaluation.references
-    assert len({found.store for found in configs.values()}) == 1
+    # Some of them ask the same questions, and each one pays for its answers.
+    assert len({found.store for found in configs.values()}) == len(configs)
 
 
 def test_arms_of_table21_see_the_same_prompts_in_the_same_modes(tmp_path: Path) -> None:
