@@ -15,6 +15,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.journal import read_json
+from distill.progress import say
 from distill.recipe import parse_yaml
 from eval.curves import Curve, Point, compute_at_equal_score_over_seeds, score_at_compute
 from eval.evaluation import Evaluation
@@ -41,9 +42,12 @@ def compare(arms: Sequence[Arm], *, headline: tuple[str, str] | None = None) -> 
     """The comparison of ``arms`` as one JSON document.
 
     ``headline`` names the arm that should need little compute and the one that it is measured against; None leaves
-    compute against score out. Raises UserError for a run that is not finished or arms that cannot be compared.
+    compute against score out. Raises UserError for a run that is not finished or arms that cannot be compared, which
+    is so too where two have no score in common.
     """
+    assert len({arm.name for arm in arms}) == len(arms), "arms are told apart by their names"
     scores = {arm.name: [_scores(folder, arm.stage) for folder in arm.folders] for arm in arms}
+    _check_common(scores)
     document: Document = {
         "arms": {arm.name: _described(arm, scores[arm.name]) for arm in arms},
         "paired": [entry for a, b in combinations(scores, 2) for entry in _paired(b, a, scores)],
@@ -56,6 +60,26 @@ def compare(arms: Sequence[Arm], *, headline: tuple[str, str] | None = None) -> 
         document["compute_at_equal_score"] = _compute_at_equal_score(*(by_name[name] for name in headline))
         document["score_at_equal_compute"] = _score_at_equal_compute(arms, by_name[headline[0]])
     return document
+
+
+def _check_common(scores: Mapping[str, Sequence[Mapping[Key, Scores]]]) -> None:
+    """Say which scores some of the runs lack. Raises UserError for two arms without any that both have."""
+    for a, b in combinations(scores, 2):
+        ours, theirs = _shared(scores[a]), _shared(scores[b])
+        if not set(ours) & set(theirs):
+            raise UserError(
+                f"{a} and {b} have no score in common: {a} has {_listed(ours)}, and {b} {_listed(theirs)}; give both "
+                "runs the same evaluation.tasks, modes and samples"
+            )
+    runs = [run for arm in scores.values() for run in arm]
+    lacking = [key for key in dict.fromkeys(key for run in runs for key in run) if not all(key in run for run in runs)]
+    if lacking:
+        say(f"not compared, as not every run has it: {_listed(lacking)}")
+
+
+def _listed(keys: Sequence[Key]) -> str:
+    shown = [f"{metric} of {task} ({mode})" for task, mode, metric in keys[:4]]
+    return ", ".join(shown) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "") if shown else "none"
 
 
 def read_curve(folder: Path, stage: str) -> list[Point]:

@@ -171,17 +171,22 @@ def compare_folders(folders: Sequence[Path]) -> dict[str, Any]:
     if len(set(folders)) < 2:
         raise UserError("a comparison needs two run directories or more, or the one of `distill run --recipe table21`")
     arms = _as_arms({folder: _config_of(folder) for folder in folders})
-    by_kind = {_last_stage(config)[1].kind: arm for arm, config in arms}
-    headline = [by_kind[kind].name for kind in ("on_policy", "grpo") if kind in by_kind]
-    with_curves = all((folder / "curve.jsonl").exists() for arm, _ in arms for folder in arm.folders)
+    judged = [[arm for arm, config in arms if _last_stage(config)[1].kind == kind] for kind in ("on_policy", "grpo")]
     seeds = [[config.seed for config in (_config_of(folder) for folder in arm.folders)] for arm, _ in arms]
     if any(other != seeds[0] for other in seeds):
         shown = "; ".join(f"{arm.name}: {found}" for (arm, _), found in zip(arms, seeds, strict=True))
         raise UserError(f"arms are paired seed by seed, and their seeds differ ({shown}); name runs of the same seeds")
-    return compare(
-        [arm for arm, _ in arms],
-        headline=(headline[0], headline[1]) if len(headline) == 2 == len(arms) and with_curves else None,
-    )
+    return compare([arm for arm, _ in arms], headline=_headline(*judged))
+
+
+def _headline(ours: Sequence[Arm], theirs: Sequence[Arm]) -> tuple[str, str] | None:
+    """The two arms whose compute is compared, where there is one of each and both have learning curves."""
+    if len(ours) != 1 or len(theirs) != 1:
+        return None
+    pair = (ours[0], theirs[0])
+    if not all((folder / "curve.jsonl").exists() for arm in pair for folder in arm.folders):
+        return None
+    return pair[0].name, pair[1].name
 
 
 def _config_of(folder: Path) -> RunConfig:
@@ -196,7 +201,8 @@ def _last_stage(config: RunConfig) -> tuple[str, Any]:
 
 
 def _as_arms(configs: Mapping[Path, RunConfig]) -> list[tuple[Arm, RunConfig]]:
-    """Runs by arm, each arm's by seed; an arm is called like its first run's folder."""
+    """Runs by arm, each arm's by seed; an arm is called like its first run's folder, with as much of the path before
+    it as tells the arms apart."""
     groups: dict[str, dict[int, Path]] = {}
     for folder, config in configs.items():
         # Where things lie and what a run is called changes no number; a folder's student differs with the seed it has.
@@ -210,11 +216,19 @@ def _as_arms(configs: Mapping[Path, RunConfig]) -> list[tuple[Arm, RunConfig]]:
             )
         same[config.seed] = folder
     found = []
-    for by_seed in groups.values():
+    names = _names([next(iter(by_seed.values())) for by_seed in groups.values()])
+    for name, by_seed in zip(names, groups.values(), strict=True):
         folders = tuple(by_seed[seed] for seed in sorted(by_seed))
         config = configs[folders[0]]
-        found.append((Arm(next(iter(by_seed.values())).name, _last_stage(config)[0], folders), config))
+        found.append((Arm(name, _last_stage(config)[0], folders), config))
     return found
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each folder's path, as few as differ."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    shortened = ([os.path.join(*one[-num:]) for one in parts] for num in range(1, max(map(len, parts)) + 1))
+    return next(names for names in shortened if len(set(names)) == len(folders))
 
 
 def _placeholder(arm: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import yaml
 from shapes import assert_document
 
 from distill.errors import UserError
+from distill.journal import write_json
 from distill.recipe import dump_yaml
+from distill.types import Sampling
 from eval.compare import (
     Arm,
     _compute_at_equal_score,
@@ -30,6 +33,7 @@ from eval.compare import (
 )
 from eval.comparison_table import columns, headlines, print_comparison
 from eval.curves import Point
+from eval.evaluation import summarise
 from pipelines.comparison import ARMS, check, compare_folders, members
 from pipelines.resolution import comparison_names, is_comparison, resolve_comparison, resolve_run
 
@@ -271,6 +275,55 @@ def test_unfinished_runs_are_not_compared(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match="holds no finished run"):
         compare(arms)
+
+
+def examined(folder: Path, *, seed: int, stage: str, kind: str, samples: int = 2, rate: str = "1e-3") -> Path:
+    """A finished run of one stage, and an examination of four questions."""
+    finished_run(folder, stage=stage, curve=[(1.0, 0.4), (8.0, 0.6)])
+    assignments = ["stages.off_policy=null", "stages.on_policy=null", f"stages.{stage}.kind={kind}"]
+    config = resolve_run(seed=seed, assignments=[*assignments, f"stages.{stage}.optimiser.learning_rate={rate}"])
+    (folder / "config.yaml").write_text(dump_yaml(config))
+    (folder / "summary.json").write_text("{}")
+    row = dict.fromkeys(("num_tokens", "num_thinking_tokens", "num_prompt_tokens", "seconds"), 1)
+    row |= dict.fromkeys(("broken", "unclosed"), False) | {"closed": True, "finish_reason": "stop", "thinking": ""}
+    rows = [
+        {**row, "prompt_id": str(question), "correct": (question + sample) % 2 == 0, "language": None, "domain": None}
+        for question in range(4)
+        for sample in range(samples)
+    ]
+    found = summarise(
+        rows, checkpoint=stage, task="sums", mode="think", switch="hard", settings_hash="", seed=0,
+        sampling=Sampling(8), samples=samples, pass_at=(), shape=None,
+    )  # fmt: skip
+    write_json(folder / "eval" / f"{stage}-sums-think.json", found.to_json())
+    return folder
+
+
+def test_arms_in_folders_of_one_name_are_all_there(tmp_path: Path) -> None:
+    """Three arms, and the two of them that make the headline."""
+    kinds = {"ours": ("opd", "on_policy"), "theirs": ("rl", "grpo"), "more": ("sft", "off_policy")}
+    folders = [
+        examined(tmp_path / name / f"seed{seed}", seed=seed, stage=stage, kind=kind)
+        for name, (stage, kind) in kinds.items()
+        for seed in (0, 1)
+    ]
+    found = compare_folders(folders)
+    assert list(found["arms"]) == ["ours/seed0", "theirs/seed0", "more/seed0"] and found["seeds"] == 2
+    assert len(found["paired"]) == 3 * 2  # two metrics a pair
+    ratio = found["compute_at_equal_score"]
+    assert (ratio["a"], ratio["b"], ratio["ratio"]) == ("ours/seed0", "theirs/seed0", 1.0)
+    assert set(found["score_at_equal_compute"]["arms"]) == set(found["arms"])
+
+
+def test_arms_without_a_score_in_common_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = examined(tmp_path / "one", seed=0, stage="rl", kind="grpo", samples=1)
+    two = examined(tmp_path / "two", seed=0, stage="rl", kind="grpo", samples=2, rate="2e-3")
+    with pytest.raises(UserError, match=r"no score in common: one has avg@1 of sums \(think\), and two avg@2"):
+        compare_folders([one, two])
+    three = examined(tmp_path / "three", seed=0, stage="rl", kind="grpo", samples=2, rate="3e-3")
+    shutil.copy(one / "eval" / "rl-sums-think.json", three / "eval" / "another.json")
+    assert {entry["metric"] for entry in compare_folders([one, three])["paired"]} == {"avg@1"}
+    assert "not compared, as not every run has it: avg@2 of sums (think), pass@2" in capsys.readouterr().err
 
 
 def test_a_column_shows_the_mean_and_pass_at_k_of_many_samples() -> None:
