@@ -73,12 +73,15 @@ def until(called_off: threading.Event) -> Iterator[None]:
 
 @contextmanager
 def watching(watch: Callable[[], None]) -> Iterator[None]:
-    """Within the block ``check`` calls ``watch`` in this thread, which raises what has gone wrong elsewhere."""
-    _here.watch = watch
+    """Within the block ``check`` calls ``watch`` in this thread, which raises what has gone wrong elsewhere.
+
+    An inner block's stands in for the outer one's.
+    """
+    outer, _here.watch = _here.watch, watch
     try:
         yield
     finally:
-        _here.watch = None
+        _here.watch = outer
 
 
 @contextmanager

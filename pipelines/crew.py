@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
+from distill import interrupt
 from distill.chat import switch_in
 from distill.encode import Encoder
 from distill.family import Shape
@@ -139,7 +140,9 @@ def student_responses(
     if not heard:
         return sampler.generate(own)
     try:
-        rollouts = sampler.generate(own, crew.teachers.hear)
+        # A judgement that went wrong is not kept until the next response ends, which may take long.
+        with interrupt.watching(crew.teachers.check):
+            rollouts = sampler.generate(own, crew.teachers.hear)
         crew.teachers.heard_all()
     except BaseException:
         crew.teachers.break_off()

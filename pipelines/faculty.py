@@ -99,7 +99,7 @@ class Faculty:
         self._by_domain = {domain: tutor for tutor in tutors for domain in tutor.candidate.domains}
         self._by_name = {tutor.name: tutor for tutor in tutors}
         self.failure: Exception | None = None
-        """What hearing of a response raised last. Whoever speaks meets it, and it is not his."""
+        """What hearing of a response, or judging it, raised last. Whoever speaks meets it, and it is not his."""
 
     def of(self, prompt: Prompt) -> Tutor:
         """Who teaches this prompt."""
@@ -120,6 +120,12 @@ class Faculty:
         """Have the response's teacher take note of it; see ``Teacher.hear``."""
         with self._failing():
             self.of(rollout.request.prompt).hired.judge.hear(rollout)
+
+    def check(self) -> None:
+        """Raise what went wrong with what any teacher heard; see ``Teacher.check``."""
+        with self._failing():
+            for tutor in self.tutors:
+                tutor.hired.judge.check()
 
     def heard_all(self) -> None:
         """Tell every teacher that the batch has been spoken; see ``Teacher.heard_all``."""

@@ -81,8 +81,21 @@ class Hearing(Generic[R]):
     def hear(self, rollout: Rollout) -> None:
         """Start judging ``rollout`` in the background, with others that end while the servers are busy.
 
-        Raises what went wrong with those of its batch that were heard before, and what the client's ``check`` raises
-        while something is under way: a server that is gone for good answers none of it, and nobody waits for it yet.
+        Raises what ``check`` raises.
+        """
+        with self._lock:
+            self.check()
+            self._held_back.append(rollout)
+            self._held_tokens += _num_inputs(rollout)
+            is_enough = self._held_tokens >= HEARD_TOKENS or len(self._held_back) >= REQUEST_SEQUENCES
+            if is_enough or self._is_idle():
+                self._open.append(self._submit(self._take_held_back()))
+
+    def check(self) -> None:
+        """Raise what went wrong with what was heard of the batch that is being spoken.
+
+        And what the client's ``check`` raises while something is under way: a server that is gone for good answers none
+        of it, and nobody waits for it yet.
         """
         with self._lock:
             if not self._is_idle():  # else no server is needed yet, and those of another role may be on duty
@@ -90,11 +103,6 @@ class Hearing(Generic[R]):
             for asked in self._open:
                 if asked.future.done():
                     asked.future.result()
-            self._held_back.append(rollout)
-            self._held_tokens += _num_inputs(rollout)
-            is_enough = self._held_tokens >= HEARD_TOKENS or len(self._held_back) >= REQUEST_SEQUENCES
-            if is_enough or self._is_idle():
-                self._open.append(self._submit(self._take_held_back()))
 
     def heard_all(self) -> None:
         """Close the batch: ask about what is held back, since nothing else is coming that could go with it.
@@ -197,6 +205,10 @@ class HearingTeacher(Generic[R]):
     def hear(self, rollout: Rollout) -> None:
         """Start judging ``rollout`` in the background; see ``Hearing.hear``."""
         self._hearing.hear(rollout)
+
+    def check(self) -> None:
+        """Raise what went wrong with what it heard; see ``Hearing.check``."""
+        self._hearing.check()
 
     def heard_all(self) -> None:
         """Close the batch; see ``Hearing.heard_all``."""

@@ -39,6 +39,9 @@ class ReducedTeacher:
     def hear(self, rollout: Rollout) -> None:
         self.teacher.hear(rollout)
 
+    def check(self) -> None:
+        self.teacher.check()
+
     def heard_all(self) -> None:
         self.teacher.heard_all()
 

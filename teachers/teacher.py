@@ -34,6 +34,10 @@ class Teacher(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Raise what went wrong in the background with what was heard since the last ``heard_all``."""
+        ...
+
     def heard_all(self) -> None:
         """Nothing else of this batch is coming: whatever waits for company may be judged now."""
         ...
@@ -78,6 +82,9 @@ class DeafTeacher:
 
     def hear(self, rollout: Rollout) -> None:
         """Nothing is judged in the background."""
+
+    def check(self) -> None:
+        """Nothing goes wrong there."""
 
     def heard_all(self) -> None:
         """Nothing was kept."""

@@ -571,6 +571,19 @@ def test_a_lie_about_what_was_heard_is_noticed_at_the_next_word() -> None:
                 time.sleep(0.01)
 
 
+def test_a_lie_about_what_was_heard_is_noticed_though_nobody_speaks() -> None:
+    with serving(LIES["not a number"][0]) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        teacher.check()
+        teacher.hear(rollout(1))
+        with pytest.raises(DistillError, match="not finite"):
+            for _ in range(1000):
+                teacher.check()
+                time.sleep(0.01)
+        teacher.break_off()
+        teacher.check()
+
+
 def test_a_teacher_that_is_gone_for_good_is_noticed_while_others_still_speak() -> None:
     gone = [False]
 

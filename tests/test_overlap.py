@@ -253,6 +253,35 @@ def test_an_error_of_the_teacher_that_the_sampler_hears_first_is_not_lost(stalen
     assert time.perf_counter() - heard[-1] < 0.6  # not after another step
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_judgement_that_fails_is_not_kept_until_the_next_response_ends(staleness: int) -> None:
+    crew = simulated_crew(sample=0.05, score=0.02, train=0.02)
+    sampler, teacher, heard, failed = sampler_of(crew), teacher_of(crew), list[Rollout](), list[float]()
+    hear = teacher.hear
+
+    def judge() -> None:
+        failed.append(time.perf_counter())
+
+    def check() -> None:
+        if failed:
+            raise DistillError("no answer")
+
+    def hearing(rollout: Rollout) -> None:
+        check()
+        hear(rollout)
+        heard.append(rollout)
+        if len(heard) == 20:
+            sampler.seconds = 80.0  # five a response, from now on
+            threading.Timer(0.2, judge).start()
+
+    teacher.hear, teacher.check = hearing, check  # type: ignore[method-assign]
+    stage = stage_of(crew, 5)
+    with pytest.raises(DistillError, match=r"^on_policy, scoring step 1: no answer$"):
+        metrics_of(stage, crew, batches_of(stage, crew, staleness=staleness))
+    assert time.perf_counter() - failed[0] < 1
+    assert len(heard) == 20
+
+
 @pytest.mark.parametrize(("score", "train"), [(5.0, 0.02), (0.02, 5.0)])
 def test_an_error_in_the_batch_ahead_is_raised_at_once(score: float, train: float) -> None:
     """Neither the judging nor the training of the batch before it is waited for."""
