@@ -686,6 +686,35 @@ def test_a_server_that_is_merely_slow_is_waited_for() -> None:
     assert asked == ["/pooling"]
 
 
+@pytest.mark.usefixtures("short_stall")
+@pytest.mark.parametrize("at_work", [True, False])
+def test_a_request_is_given_up_when_its_time_is_over_but_not_by_a_server_at_work(
+    monkeypatch: pytest.MonkeyPatch, at_work: bool
+) -> None:
+    """Hundreds that share a slow server take hundreds of times as long as one alone; sent again, they never end."""
+    monkeypatch.setattr("distill.vllm.client.SLOWEST_TOKENS_PER_SECOND", 1e9)
+    asked = []
+
+    def slow(path: str, body: dict[str, Any]) -> Answer:
+        asked.append(path)
+        if at_work or len(asked) == 1:
+            time.sleep(2.0)
+        return pooled(body)
+
+    started = time.monotonic()
+    says = engine_says(lambda: int(10 * (time.monotonic() - started)))
+
+    def get(path: str) -> Answer:
+        status, headers, content = says(path)
+        # The request was lost where nothing is under way; what moves is another one's number.
+        return status, headers, content if at_work else content.replace(b"} 3.0", b"} 0.0")
+
+    with serving(slow, get=get) as url, Client([url], width=1000) as client:
+        teacher = RemoteTeacher(client, TEACHER, wire="fp32", dtype=torch.float32, device=torch.device("cpu"))
+        assert len(teacher.score([rollout(1, prompt=40)])) == 1
+    assert len(asked) == (1 if at_work else 2)
+
+
 def test_a_server_is_asked_what_it_is_for() -> None:
     def having(*routes: str) -> Callable[[str], Answer]:
         return lambda path: (405 if path in routes else 404, {}, b"")

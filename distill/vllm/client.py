@@ -35,7 +35,8 @@ from distill.vllm.served import ServedModel
 PATIENCE_SECONDS = 600.0
 """How long a server that does not answer is waited for."""
 SLOWEST_TOKENS_PER_SECOND = 5.0
-"""A request is given up and sent again when it took longer than it would at this speed, and ``STALL_SECONDS``."""
+"""A request is given up and sent again when it took longer than it would at this speed, and ``STALL_SECONDS``; not
+while the server says that it is at work: the speed is that of one request, and many may share a slow server."""
 MAX_SERVER_ERRORS = 5
 """Answers with a server error (5xx) after which a request is given up: the server is there and cannot do it."""
 
@@ -260,10 +261,12 @@ class Client:
             request = asyncio.ensure_future(http.post(replica.url + path, json={"model": model, **body}))
             replica.requests.add(request)
             try:
-                async with asyncio.timeout(deadline):
-                    answer = await request
-            except TimeoutError:
-                raise httpx.ReadTimeout(f"no answer within {deadline:.0f} s") from None
+                wait = deadline
+                while not (await asyncio.wait([request], timeout=wait))[0]:
+                    if not replica.pulse.is_busy:
+                        raise httpx.ReadTimeout(f"no answer within {time.monotonic() - began:.0f} s")
+                    wait = pulse.PROBE_SECONDS
+                answer = request.result()
             except asyncio.CancelledError:
                 # The replica's watch ends the requests of one that has hung; else it is this task that is to end.
                 if replica.has_hung and not _is_being_cancelled():

@@ -54,12 +54,21 @@ class Pulse:
     @property
     def is_idle(self) -> bool:
         """Whether the engine had nothing to do when it last said so."""
-        waiting = [
+        requests = self._requests()
+        return bool(requests) and not any(requests)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine had something to do when it last said so."""
+        return any(self._requests())
+
+    def _requests(self) -> list[float]:
+        """Those that the engine works on and those that wait for it, as it last said."""
+        return [
             float(line.rpartition(" ")[2])
             for line in (self._engine or "").splitlines()
             if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{"))
         ]
-        return bool(waiting) and not any(waiting)
 
 
 def _engine_lines(metrics: str) -> str:
