@@ -148,7 +148,8 @@ def check_weights(probe: Probe) -> str:
         return "the weights are in this process"
     num_bytes = sum(file.stat().st_size for file in set(probe.checkpoint.weight_files.values()))
     if num_bytes > REFERENCE_BYTES:
-        return f"{num_bytes / 1e9:.0f} GB are too large to be loaded here for a comparison; see responses"
+        told = "".join(f"; {url} says that it serves {model}" for url, model in _served(probe).items())
+        return f"{num_bytes / 1e9:.0f} GB are too large to be loaded here for a comparison; see responses{told}"
     import torch
 
     model = load_model(probe.checkpoint, torch.float32, "cpu")
@@ -164,6 +165,13 @@ def check_weights(probe: Probe) -> str:
                 f"this checkpoint, or name the one that it serves with --teacher"
             )
     return f"{max(found, key=lambda distance: distance.value)} off the checkpoint in this process"
+
+
+def _served(probe: Probe) -> dict[str, str]:
+    """The name that each server which judges gives its model, by URL."""
+    clients = [client for client in probe.hired.judged_at.values() if client is not None]
+    replicas = [replica for client in clients for replica in client.replicas]
+    return {replica.url: replica.model for replica in replicas if replica.model is not None}
 
 
 def check_responses(probe: Probe) -> str:

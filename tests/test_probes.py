@@ -86,7 +86,7 @@ class FakeClient:
     """Somebody's server, as far as it says how long a sequence may be."""
 
     def __init__(self, longest: int | None) -> None:
-        self.replicas = [SimpleNamespace(url=URL, longest=longest)]
+        self.replicas = [SimpleNamespace(url=URL, longest=longest, model="14B")]
 
     def only(self, url: str) -> AbstractContextManager[None]:
         assert url == URL
@@ -148,7 +148,17 @@ def test_a_body_that_is_stale_under_the_right_head_is_seen_by_comparing_weights(
 def test_large_weights_are_not_loaded_and_the_list_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.probes.REFERENCE_BYTES", 1000)
     (finding,) = ask(probe(Server(tiny(noise=0.1)), spoken(tiny())), names=("weights",))
-    assert "too large" in finding.text and "see responses" in finding.text
+    assert "too large" in finding.text and f"see responses; {URL} says that it serves 14B" in finding.text
+
+
+def test_of_probabilities_alone_another_large_model_is_not_seen() -> None:
+    """A limit that the documentation names: one server speaks and judges, and agrees with itself. Hidden states do not
+    fit the trainer's head then."""
+    other = tiny(noise=0.3)
+    said = spoken(other)
+    assert failed(probe(Server(other), said), skip=("weights",)) == "responses"
+    assert failed(probe(ReducedTeacher(judge_of(other), to_topk(20)), said), skip=("weights",)) == "none"
+    assert failed(probe(ReducedTeacher(judge_of(other), to_topk(20)), said)) == "weights"
 
 
 def test_normalised_states_are_refused() -> None:
