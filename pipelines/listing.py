@@ -87,7 +87,8 @@ def print_statistics(collections: Sequence[Document]) -> None:
 
 def _print_broken(console: Console, found: Document) -> None:
     if found["broken_shards"]:
-        console.print(f"  damaged, their responses are generated again: {', '.join(found['broken_shards'])}")
+        names = ", ".join(found["broken_shards"])
+        console.print(f"  damaged, what is whole of them is saved, the rest generated again: {names}")
 
 
 def _sampling(sampling: Document) -> str:
