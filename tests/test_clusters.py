@@ -438,6 +438,14 @@ def test_prompts_may_be_on_the_cluster_alone(tmp_path: Path) -> None:
     assert "the prompts /data/prompts.jsonl have to be there on the cluster too" in notes(one.fleet)
 
 
+def test_what_a_cluster_does_not_read_of_the_schedule_is_said(tmp_path: Path) -> None:
+    on = "nightly", "kubernetes"
+    assert not any("is for a worker" in note for note in notes(rendered(tmp_path, *on).fleet))
+    said = notes(rendered(tmp_path, *on, "schedule.backoff_seconds=60", "schedule.gpu_slots=4").fleet)
+    for key in ("gpu_slots", "backoff_seconds"):
+        assert f"schedule.{key} is for a worker, and the cluster does not read it" in said
+
+
 def test_a_worker_passes_over_what_is_the_cluster_s(tmp_path: Path) -> None:
     job = read_job(job_file(tmp_path, "nightly"))
     assert "launch" not in job.recipe

@@ -126,7 +126,11 @@ def _plan(config: RunConfig, settings: LaunchSettings, hardware: Path | None) ->
 
 def notes(fleet: Fleet) -> list[str]:
     """What to see to before the job is submitted."""
-    found = []
+    found = [
+        f"schedule.{key} is for a worker, and the cluster does not read it"
+        for key in ("gpu_slots", "backoff_seconds", "backoff_cap_seconds")
+        if key in fleet.schedule.model_fields_set
+    ]
     config = fleet.config
     if config.prompts.kind == "file":
         found.append(f"the prompts {config.prompts.path} have to be there on the cluster too")
