@@ -10,6 +10,11 @@ from distill.hardware import Device, Pool
 from pipelines.fitting import CHANGES, Search, changed, search
 from pipelines.layouts import Change, Devices, Pair
 
+_APART = (
+    "; servers that teacher.urls names are planned for too: their GPUs are named apart, with --gpus-teacher and "
+    "--gpus-student (launch.gpus_teacher and launch.gpus_student in a job file)"
+)
+
 MOST_FACTOR = 256
 """Times as many devices that are tried to find what would fit."""
 
@@ -34,7 +39,9 @@ class Ways:
         fixed = "" if self.processes is None else f" with {self.processes} processes of the student"
         if self.devices.roles_at_once > 1:
             fixed += " with the servers of both roles of the teacher up at once, each on GPUs of its own"
-        return f"nothing fits {self.devices}{fixed}: {found.lacks}; {would}"
+        urls = self.config.teacher.urls
+        apart = "" if not self.devices.is_one or not (urls.generate or urls.score) else _APART
+        return f"nothing fits {self.devices}{fixed}: {found.lacks}; {would}{apart}"
 
     def _more(self) -> str | None:
         """The fewest more of the same that do."""

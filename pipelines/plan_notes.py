@@ -42,6 +42,12 @@ def notes(plan: Plan) -> list[str]:
             f"offload: the student's machines have to hold {_offloaded(plan) / 1e9:,.0f} GB of it in their own memory "
             "together"
         )
+    urls = plan.config.teacher.urls
+    if not layout.is_shared and (urls.generate or urls.score):
+        found.append(
+            "servers that teacher.urls names are planned, paid for and started like the run's own: name their GPUs "
+            "apart with --gpus-teacher and --gpus-student, and leave out of the commands what serves there already"
+        )
     found += _sampler_notes(layout)
     if not layout.is_shared and plan.config.teacher.signal != "hidden":
         found.append(

@@ -368,6 +368,17 @@ def test_what_is_offloaded_is_in_the_machines_memory() -> None:
     assert f"have to hold {16 * SIZES['32B'].total_parameters / 1e9:.0f} GB" in said
 
 
+def test_that_somebody_else_s_servers_are_planned_for_is_said() -> None:
+    """A plan counts and pays their GPUs too, and proposes to start such servers."""
+    urls = [f"teacher.urls.{role}=[http://a:1]" for role in ("score", "generate")]
+    own = plan_for("32B", "4B", "8xH100", "teacher.backend=vllm")
+    said = "servers that teacher.urls names are planned, paid for and started"
+    assert not any(note.startswith(said) for note in notes(own))
+    assert any(note.startswith(said) for note in notes(plan_for("32B", "4B", "8xH100", "teacher.backend=vllm", *urls)))
+    with pytest.raises(UserError, match="names are planned for too: their GPUs are named apart"):
+        plan_for("235B", "4B", "4xH100", "teacher.backend=vllm", *urls)
+
+
 def test_caches_are_not_made_smaller_than_the_longest_sequence() -> None:
     sets = ["evaluation.sampling.think.max_new_tokens=400000", "sampler_tokens=500000", "teacher.backend=local"]
     config, pair = resolve_run(teacher="4B", student="0.6B", assignments=sets), pair_of("4B", "0.6B")
