@@ -6,6 +6,7 @@ wants a local disk.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -27,6 +28,10 @@ _BUSY_SECONDS = 60.0
 _OF_THE_FILE = sqlite3.DatabaseError
 _OUR_OWN = (sqlite3.IntegrityError, sqlite3.ProgrammingError)
 """What may be wrong with the file, a damaged one included, and the kinds of it that are mistakes of this code."""
+
+_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_FOR_A_WHILE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+"""A full disk, one that fails, and a file that somebody else holds."""
 
 _SCHEMA = """
 CREATE TABLE schedules (
@@ -93,7 +98,8 @@ class Database:
                 )
             lock = (folder / ".lock").open("w")
         except OSError as error:
-            raise UserError(
+            kind = DistillError if error.errno in _DISK_REFUSES else UserError
+            raise kind(
                 f"the queue's folder {folder} cannot be had: {error.strerror}; name another with --queue or {VARIABLE}"
             ) from None
         with lock:
@@ -112,7 +118,9 @@ class Database:
             if version == 0:
                 connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
         except sqlite3.Error as error:
-            raise UserError(f"{file} cannot be used as a queue: {error}; name another folder with --queue") from None
+            # What another time may be otherwise is no mistake of who names the queue.
+            kind = DistillError if error.sqlite_errorcode & 0xFF in _FOR_A_WHILE else UserError
+            raise kind(f"{file} cannot be used as a queue: {error}; name another folder with --queue") from None
         if version not in (0, _VERSION):
             connection.close()
             raise UserError(

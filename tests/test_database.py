@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,21 @@ def test_a_damaged_queue_is_a_sentence(typed: Any, tmp_path: Path, arguments: tu
     code, out, err = typed(*arguments)
     assert (code, out) == (1, "") and "Traceback" not in err
     assert "queue.db could not be" in err and "malformed" in err
+
+
+def test_a_disk_that_is_full_is_no_mistake_of_the_command(tmp_path: Path) -> None:
+    """Exit code 1, which who starts workers tries again, and not 2: the queue cannot even be opened."""
+    queue_of(1, tmp_path / "old")
+    limited = f"resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); Database(pathlib.Path({str(tmp_path / 'old')!r}))"
+    program = f"""
+import pathlib, resource, sys
+from distill.errors import DistillError
+from pipelines.database import Database
+try:
+    {limited}
+except DistillError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "") and "cannot be used as a queue: disk I/O error" in done.stdout
