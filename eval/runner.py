@@ -11,7 +11,7 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -239,6 +239,19 @@ def speak(
 def file_name(text: str) -> str:
     """``text`` as a file's name, without what a file system or a shell takes amiss."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".")
+
+
+def refuse_namesakes(names: Iterable[str]) -> None:
+    """Raises UserError where two of the tasks that are called so would be examined into the same files."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.get(file_name(name))
+        if other is not None:
+            raise UserError(
+                f"the tasks {other} and {name} have one name in the results, and each would replace the other's; give "
+                "one of them a label in the recipe, or rename its file"
+            )
+        seen[file_name(name)] = name
 
 
 def read_back(path: Path, settings: str, parse: Callable[[Any], T]) -> T | None:

@@ -105,6 +105,26 @@ def check_task(wanted: str | TaskSettings) -> TaskSettings:
     return settings
 
 
+def called(settings: TaskSettings) -> str:
+    """What results call the task."""
+    return settings.label or settings.name or Path(settings.path or "").stem
+
+
+def check_samples(settings: TaskSettings, samples: int | None) -> None:
+    """Raises UserError for a k of pass@k that is more than the responses to a question; nothing is read."""
+    published = PUBLISHED.get(settings.name or "")
+    _check_pass_at(settings, settings.samples or samples or (1 if published is None else published.samples))
+
+
+def _check_pass_at(settings: TaskSettings, samples: int) -> None:
+    highest = max(settings.pass_at, default=0)
+    if highest > samples:
+        raise UserError(
+            f"the task {called(settings)}: pass@{highest} needs at least {highest} samples a question, and {samples} "
+            f"{'is' if samples == 1 else 'are'} drawn; raise samples, or lower pass_at"
+        )
+
+
 def load_task(
     wanted: str | TaskSettings,
     *,
@@ -121,8 +141,8 @@ def load_task(
     ``held_out``, the caller's own; a file of one's own is a path that ends in ``.jsonl`` or ``.parquet`` (columns
     prompt and answer; ``FILE@GRADER`` names the grader); the other names are those of ``eval.published.PUBLISHED``.
 
-    Raises UserError for an unknown name, a file that cannot be read, a set that cannot be had, and for more responses
-    than anybody waits for.
+    Raises UserError for an unknown name, a file that cannot be read, a set that cannot be had, a k of pass@k above the
+    number of responses, and for more responses than anybody waits for.
     """
     settings = check_task(wanted)
     grader = settings.grader
@@ -134,6 +154,7 @@ def load_task(
             f"the task {settings.label or task.name} is asked {num_asked:,} questions with {each:,} responses each, "
             f"and more than {MOST_RESPONSES:,} responses in one mode are not made; ask for fewer samples or questions"
         )
+    _check_pass_at(settings, each)
     if num_questions is not None and num_questions > len(task.prompts):
         say(f"the task {task.name} has {len(task.prompts)} questions, fewer than the {num_questions} asked for")
     given = {mode: text for mode in MODES if (text := getattr(settings.instruction, mode)) is not None}

@@ -31,7 +31,7 @@ from eval.budget import budget_curves
 from eval.evaluation import Evaluation
 from eval.report import write_report
 from eval.run_files import LATER
-from eval.runner import evaluate
+from eval.runner import evaluate, refuse_namesakes
 from eval.switching import NUM_DIALOGUES, NUM_TURNS, ModeSwitching, examine_switching
 from eval.switching import TASK as MODE_SWITCHING
 from eval.tasks import EMBEDDED_LONGEST, MOST_EMBEDDED, MOST_RESPONSES, Task, load_task
@@ -168,6 +168,7 @@ def examine(
     wanted = [one for one in tasks if one.name != MODE_SWITCHING]
     conversations = [_own_questions(one, num_questions) for one in tasks if one.name == MODE_SWITCHING]
     loaded = [load_task(one, num_questions=num_questions, samples=samples, seed=seed) for one in wanted]
+    refuse_namesakes([*(task.name for task in loaded), *(MODE_SWITCHING for _ in conversations)])
     evaluations, switching = list[Evaluation](), list[ModeSwitching]()
     with _served(checkpoint, tokenizer) if source is None else _opened(checkpoint, source, tokenizer) as subject:
         for task in loaded:

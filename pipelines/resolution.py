@@ -268,15 +268,17 @@ def resolve_comparison(
 
 
 def check_names(config: RunConfig, *, has_student: bool = True, is_here: bool = True) -> None:
-    """Raises UserError for a model's, task's or grader's name that nobody knows, for prompts that are not there, and
-    for adapters that cannot be laid over a student of a known size.
+    """Raises UserError for a model's, task's or grader's name that nobody knows, for tasks that cannot be examined as
+    they are set or not be told apart, for prompts that are not there, and for adapters that cannot be laid over a
+    student of a known size.
 
     Without ``has_student`` the student is still to be made. Where the run is elsewhere, not ``is_here``, so are its
     prompts and the models that are full paths. Nothing is opened, and nothing is asked of the hub.
     """
     from eval.graders import GRADERS
+    from eval.runner import refuse_namesakes
     from eval.switching import TASK as MODE_SWITCHING
-    from eval.tasks import check_task
+    from eval.tasks import called, check_samples, check_task
 
     if has_student and (is_here or not os.path.isabs(config.student.model)):
         resolve(config.student.model, role="student", revision=config.student.revision)
@@ -287,9 +289,12 @@ def check_names(config: RunConfig, *, has_student: bool = True, is_here: bool = 
     if is_here and config.prompts.kind == "file":
         prompt_files(Path(os.path.expanduser(config.prompts.path)))
     curve = config.evaluation.curve
-    for task in (*(config.evaluation.tasks or ()), *([curve.task] if curve and curve.task else ())):
-        if task != MODE_SWITCHING:
-            check_task(task)
+    if curve and curve.task and curve.task != MODE_SWITCHING:
+        check_task(curve.task)
+    examined = [check_task(task) for task in config.evaluation.tasks or () if task != MODE_SWITCHING]
+    for settings in examined:
+        check_samples(settings, config.evaluation.samples)
+    refuse_namesakes(map(called, examined))
     for name, stage in config.stages.items():
         grader = stage.policy_gradient.grader if isinstance(stage, GrpoStage | OpdRewardStage) else None
         if grader is not None and grader not in GRADERS:

@@ -14,7 +14,9 @@ from distill.family import EMBEDDED_NAMES
 from distill.sampler import Sampler
 from distill.types import Mode, Prompt
 from eval.budget import budget_curves
+from eval.comparison_table import PASS
 from eval.evaluation import Evaluation
+from eval.runner import refuse_namesakes
 from eval.statistics import paired_difference
 from eval.switching import TASK as MODE_SWITCHING
 from eval.switching import ModeSwitching
@@ -27,7 +29,7 @@ from pipelines.meter import MeteredSampler
 class Scores:
     """What a run's checkpoints scored. Reads the tasks when it is made, before anything is spent.
 
-    Raises UserError where nothing is left to measure a gap on.
+    Raises UserError where nothing is left to measure a gap on, and for tasks that cannot be told apart.
     """
 
     def __init__(self, config: RunConfig, held_out: Sequence[Prompt]) -> None:
@@ -42,6 +44,9 @@ class Scores:
         if not self.tasks:
             raise UserError("evaluation.tasks names mode_switching alone, which no gap is measured on; add a task")
         self._examines_switching = MODE_SWITCHING in wanted
+        passing = [] if settings.pass_at is None else [f"{self.tasks[0].name}{PASS}"]
+        switching = [MODE_SWITCHING] if self._examines_switching else []
+        refuse_namesakes([*(task.name for task in self.tasks), *passing, *switching])
         self._evaluations: list[Evaluation] = []
         self._switching: list[ModeSwitching] = []
 
@@ -61,7 +66,7 @@ class Scores:
         if (passing := settings.pass_at) is not None:
             few = replace(
                 self.tasks[0],
-                name=f"{self.tasks[0].name}-pass",
+                name=f"{self.tasks[0].name}{PASS}",
                 prompts=self.tasks[0].prompts[: passing.num_questions],
                 samples=passing.samples,
                 pass_at=(passing.k,),

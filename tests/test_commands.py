@@ -118,6 +118,9 @@ def test_a_dry_run_refuses_what_the_run_would(typed: Any, tmp_path: Path, monkey
         (["--set", "evaluation.tasks=[bare.jsonl]"], "has no answer"),
         (["--set", "evaluation.tasks=[{name: gsm8k, path: nope}]"], "there is no file or folder nope"),
         (["--set", "evaluation.tasks=[embeded]"], "nearest: embedded"),
+        # Known only when a checkpoint is examined, it would cost the training that made that one.
+        (["--set", "evaluation.tasks=[{name: embedded, pass_at: [8]}]"], "pass@8 needs at least 8 samples a question"),
+        (["--set", "evaluation.tasks=[embedded, {name: embedded, samples: 4}]"], "one name in the results"),
         (["--set", "evaluation.curve={task: nope.jsonl}"], "there is no file"),
         (["--set", "student.lora={target_modules: [q_porj]}"], "did you mean q_proj"),
         (["--set", "student.lora={target_modules: [lm_head]}"], "the student's head"),

@@ -91,6 +91,10 @@ def test_a_local_copy_of_a_published_set_and_its_languages(tmp_path: Path) -> No
 
 
 def test_what_cannot_be_examined_is_a_sentence(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "test.jsonl").write_text('{"prompt": "3+4=", "answer": "7"}\n')
     for arguments, sentence in (
         (("http://127.0.0.1:9",), "needs --tokenizer"),
         (("http://127.0.0.1:9", "--tokenizer", "tiny"), "no server answers at"),
@@ -103,6 +107,8 @@ def test_what_cannot_be_examined_is_a_sentence(tmp_path: Path) -> None:
         (("tiny", "--task", "gsm8k", "--task", "aime24", "--data", "y.jsonl"), "is one task's"),
         (("tiny", "--data", "y.jsonl"), "takes no path"),
         (("tiny", "--task", "mode_swiching"), "nearest: mode_switching"),
+        (("tiny", "--task", "embedded-2", "--samples", "2", "--task", "embedded-2"), "one name in the results"),
+        (("tiny", *(word for folder in folders for word in ("--task", str(folder / "test.jsonl")))), "one name in the"),
     ):
         assert sentence in refused(*arguments), arguments
 
