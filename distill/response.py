@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distill.chat import THINK_OPEN
 from distill.types import FinishReason, Request, Rollout
 
 if TYPE_CHECKING:
@@ -26,6 +27,14 @@ def is_thinking(ids: Sequence[int], encoder: Encoder) -> bool:
         if token == encoder.think_close_id or token in encoder.stop_ids:
             return False
     return False
+
+
+def opening(rollout: Rollout, encoder: Encoder) -> str:
+    """What to read before a response: the tag, where its prompt left the thinking open, else nothing.
+
+    Without it thinking that never ends would be read as an answer.
+    """
+    return THINK_OPEN if is_thinking(rollout.prompt_ids, encoder) else ""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from distill.chat import split_thinking
 from distill.errors import DistillError
 from distill.journal import writing
+from distill.response import is_thinking, opening
 from distill.types import Prompt, Request, Rollout
 from eval.equality import WORKERS
 from eval.graders import grade
@@ -91,8 +92,9 @@ def _grading(asked: Asked, said: Rollout | str, grader: str, encoder: Encoder) -
     }
     try:
         text = decoded(said, encoder)
-        parts = split_thinking(text)
-        correct = bool(grade(grader, text, answer))
+        whole = opening(said, encoder) + text
+        parts = split_thinking(whole)
+        correct = bool(grade(grader, whole, answer))
     except DistillError:
         raise
     except Exception as error:  # whatever one sample does to a tokenizer or a grader, the others are still examined
@@ -132,7 +134,7 @@ def thinking_length(rollout: Rollout, encoder: Encoder) -> int:
     if any(rollout.forced):
         # An early-stop string that is one token holds the closing tag itself.
         return len(ids) - rollout.forced[::-1].index(True)
-    return len(ids) if encoder.think_open_id in ids else 0
+    return len(ids) if encoder.think_open_id in ids or is_thinking(rollout.prompt_ids, encoder) else 0
 
 
 def shown(prompt: Prompt) -> str:

@@ -20,6 +20,7 @@ from distill.errors import DistillError
 from distill.family import Shape
 from distill.journal import write_json
 from distill.progress import track
+from distill.response import opening
 from distill.seeding import derive
 from distill.types import MODES, Message, Mode, Prompt, Request, Rollout, Sampling, content_hash
 from eval.dialogues import KINDS, Turn, dialogues
@@ -212,7 +213,7 @@ def _row(turn: Turn, request: Request, said: Rollout | str, encoder: Encoder) ->
         nothing = {"thinking": "", "answer": "", "right": False, "num_tokens": 0, "num_thinking_tokens": 0}
         return facts | nothing | {"response": f"[{said}]"}
     text = decoded(said, encoder)
-    parts = split_thinking(text)
+    parts = split_thinking(opening(said, encoder) + text)
     return facts | {
         "response": text,
         "thinking": parts.thinking,

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from distill.encode import Encoder
 from distill.errors import UserError
 from distill.prompts import PromptSource
+from distill.response import opening
 from distill.types import Prompt, Rollout
 from eval.equality import WORKERS
 from eval.graders import GRADERS, grade, grader_of
@@ -49,7 +50,8 @@ class Verifier:
     def _is_right(self, rollout: Rollout) -> bool:
         answer = rollout.request.prompt.answer
         assert answer is not None, "for_prompts saw an answer to every prompt"
-        return grade(self.grader, self.encoder.decode(rollout.response_ids), answer)
+        text = opening(rollout, self.encoder) + self.encoder.decode(rollout.response_ids)
+        return grade(self.grader, text, answer)
 
 
 def verdicts_where_known(rollouts: Sequence[Rollout], source: PromptSource, encoder: Encoder) -> list[bool | None]:

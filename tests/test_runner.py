@@ -18,6 +18,7 @@ from eval import samples as sample_module
 from eval.evaluation import Evaluation
 from eval.runner import evaluate
 from eval.tasks import Task, load_task
+from pipelines.verifier import Verifier
 
 SAMPLING = Sampling(max_new_tokens=40, temperature=0.6, top_p=0.95, top_k=20)
 SHAPE = Shape(2, 2, 1, 16, 32, 64, 320, True)
@@ -94,6 +95,25 @@ def test_scores_lengths_and_rates_by_hand(encoder: Encoder) -> None:
     assert result.mean_thinking_length == (9 + 3 + 40 + 0) / 4
     assert result.num_broken == 0
     assert result.flops is not None and result.flops > 2 * SHAPE.active_parameters * result.num_tokens
+
+
+def test_thinking_that_the_prompt_opened_is_no_answer_until_it_is_closed() -> None:
+    """Templates of models that always think end the prompt with the tag; the response never holds it."""
+    tokenizer = build_tokenizer()
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template += "{{- '<think>\\n' -}}"
+    encoder = Encoder(tokenizer)
+    said = {"question 0": "1+1=7\n", "question 1": "1+1=2\n</think>\n\n7<|im_end|>"}
+
+    def script(request: Request) -> str:
+        return said[request.prompt.messages[0]["content"]]
+
+    sampler = Scripted(encoder, script)
+    result = run(encoder, task_of("7", "7"), sampler)
+    assert list(result.scores.values()) == [(0.0,), (1.0,)]
+    assert (result.num_unclosed, result.closure, result.nonempty_thinking) == (1, 0.5, 1.0)
+    assert result.mean_thinking_length == (6 + 7) / 2
+    assert Verifier("number", encoder).verdicts(sampler.generate(sampler.seen[:2])) == [False, True]
 
 
 def test_entries_are_the_summarys_interface(encoder: Encoder) -> None:
