@@ -176,6 +176,11 @@ def compare_folders(folders: Sequence[Path]) -> dict[str, Any]:
     if any(other != seeds[0] for other in seeds):
         shown = "; ".join(f"{arm.name}: {found}" for (arm, _), found in zip(arms, seeds, strict=True))
         raise UserError(f"arms are paired seed by seed, and their seeds differ ({shown}); name runs of the same seeds")
+    if len({_before_last(config) for _, config in arms}) > 1:
+        say(
+            "costs are those of each run's last stage, and the stages before it are not the same: add what those cost, "
+            "and read compute and scores as of runs with different starts"
+        )
     return compare([arm for arm, _ in arms], headline=_headline(*judged))
 
 
@@ -198,6 +203,11 @@ def _config_of(folder: Path) -> RunConfig:
 
 def _last_stage(config: RunConfig) -> tuple[str, Any]:
     return list(config.stages.items())[-1]
+
+
+def _before_last(config: RunConfig) -> str:
+    """The stages that lead to the last one."""
+    return "".join(f"{name} {stage.model_dump_json()}\n" for name, stage in list(config.stages.items())[:-1])
 
 
 def _as_arms(configs: Mapping[Path, RunConfig]) -> list[tuple[Arm, RunConfig]]:

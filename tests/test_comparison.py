@@ -315,6 +315,20 @@ def test_arms_in_folders_of_one_name_are_all_there(tmp_path: Path) -> None:
     assert set(found["score_at_equal_compute"]["arms"]) == set(found["arms"])
 
 
+def test_costs_of_runs_that_did_not_begin_alike_are_said_to_be_of_their_last_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = examined(tmp_path / "one", seed=0, stage="rl", kind="grpo")
+    two = examined(tmp_path / "two", seed=0, stage="rl", kind="grpo", rate="2e-3")
+    compare_folders([one, two])
+    assert capsys.readouterr().err == ""
+    tree = yaml.safe_load((two / "config.yaml").read_text())
+    tree["stages"] = {"off_policy": {"kind": "off_policy"}, **tree["stages"]}
+    (two / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    compare_folders([one, two])
+    assert "costs are those of each run's last stage" in capsys.readouterr().err
+
+
 def test_arms_without_a_score_in_common_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = examined(tmp_path / "one", seed=0, stage="rl", kind="grpo", samples=1)
     two = examined(tmp_path / "two", seed=0, stage="rl", kind="grpo", samples=2, rate="2e-3")
