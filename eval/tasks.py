@@ -225,6 +225,9 @@ def _once(name: str, prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
 
 def _own(name: str, prompts: Sequence[Prompt]) -> Task:
     """A task of one's own prompts; the references decide on the grader."""
+    num_bound = sum(prompt.mode is not None for prompt in prompts)
+    if num_bound:
+        say(f"the task {name}: {num_bound} prompts name a mode; they are asked in every mode that is examined")
     return Task(name, _once(name, prompts), suited_grader([prompt.answer or "" for prompt in prompts]))
 
 

@@ -66,6 +66,12 @@ def test_messages_language_and_domain_of_a_file_are_kept(tmp_path: Path) -> None
     assert plain.prompts[0].language == "en"
 
 
+def test_a_mode_that_is_not_kept_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ({"prompt": "3+4=", "answer": "7", "mode": "think"}, {"prompt": "1+1= /no_think", "answer": "2"})
+    load_task(own(tmp_path, *rows, {"prompt": "2+2=", "answer": "4"}))
+    assert "the task mine: 2 prompts name a mode; they are asked in every mode" in capsys.readouterr().err
+
+
 def test_two_lines_of_a_recipe_make_a_task_of_ones_own(tmp_path: Path) -> None:
     path = own(tmp_path, {"prompt": "3+4=", "answer": "7"}, {"prompt": "Half?", "answer": "1/2"})
     recipe = f"evaluation:\n  tasks:\n    - path: {path}\n      grader: math\n"
