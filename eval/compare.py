@@ -132,7 +132,7 @@ def _described(arm: Arm, runs: Sequence[Mapping[Key, Scores]]) -> Document:
     roles = dict.fromkeys(role for cost in costs for role in cost)
     return {
         "runs": [str(folder) for folder in arm.folders],
-        "scores": [_entry(arm.stage, key, [run[key] for run in runs]) for key in _shared(runs)],
+        "scores": [_entry(arm.stage, key, runs) for key in _shared(runs)],
         # Means over the seeds, of the arm's own stage: its start was paid for by all.
         "flops": _mean(sum(role["flops"] for role in cost.values()) for cost in costs),
         "tokens": _mean(sum(role["tokens"] for role in cost.values()) for cost in costs),
@@ -146,21 +146,29 @@ def _shared(runs: Sequence[Mapping[Key, Scores]]) -> list[Key]:
     return [key for key in runs[0] if all(key in run for run in runs)]
 
 
-def _entry(checkpoint: str, key: Key, runs: Sequence[Scores]) -> Document:
+def _entry(checkpoint: str, key: Key, runs: Sequence[Mapping[Key, Scores]]) -> Document:
     """As in ``summary.json``, pooled over the seeds, whose own means are in ``by_seed``."""
     task, mode, metric = key
     entry: Document = {"checkpoint": checkpoint, "task": task, "mode": mode, "metric": metric}
+    # All responses: a question's pass@k is one number that was made of many.
+    count = {"num_samples": sum(_num_samples(run, task, mode) for run in runs)}
     if len(runs) == 1:
-        single = estimate(runs[0])
-        return entry | single.entry | {"by_seed": [single.mean]}
-    pooled = pooled_score(runs)
+        single = estimate(runs[0][key])
+        return entry | single.entry | count | {"by_seed": [single.mean]}
+    pooled = pooled_score([run[key] for run in runs])
     return entry | {
         "mean": pooled.mean,
         "ci95": list(pooled.ci95),
         "num_questions": pooled.num_questions,
-        "num_samples": sum(len(row) for run in runs for row in run.values()),
+        **count,
         "by_seed": list(pooled.by_seed),
     }
+
+
+def _num_samples(run: Mapping[Key, Scores], task: str, mode: str) -> int:
+    """Responses of an examination: those that its avg@K is the mean of."""
+    means = (scores for key, scores in run.items() if key[:2] == (task, mode) and key[2].startswith("avg@"))
+    return sum(len(row) for scores in means for row in scores.values())
 
 
 def _paired(a: str, b: str, scores: Mapping[str, Sequence[Mapping[Key, Scores]]]) -> list[Document]:

@@ -313,6 +313,11 @@ def test_arms_in_folders_of_one_name_are_all_there(tmp_path: Path) -> None:
     ratio = found["compute_at_equal_score"]
     assert (ratio["a"], ratio["b"], ratio["ratio"]) == ("ours/seed0", "theirs/seed0", 1.0)
     assert set(found["score_at_equal_compute"]["arms"]) == set(found["arms"])
+    # Four questions, two responses each, two seeds: pass@2 is made of as many.
+    counts = {entry["metric"]: entry["num_samples"] for entry in found["arms"]["more/seed0"]["scores"]}
+    assert counts == {"avg@2": 16, "pass@2": 16}
+    alone = compare_folders([folders[0], folders[2]])["arms"]["theirs/seed0"]["scores"]
+    assert [entry["num_samples"] for entry in alone] == [8, 8]
 
 
 def test_costs_of_runs_that_did_not_begin_alike_are_said_to_be_of_their_last_stages(
