@@ -2,14 +2,16 @@
 
 ``TMPDIR``, where it is set, says where; else they are in /dev/shm, where the machine has that. Memory may be small (a
 container has 64 MB of it unless told otherwise), and nothing goes elsewhere by itself: a folder on a disk is slower,
-and is for the user to name.
+and is for the user to name. What a process that was killed left in it, the next one to send weights removes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ from torch import Tensor
 from distill.errors import DistillError
 
 _MEMORY = Path("/dev/shm")
+_PREFIX = "distill-in-flight-"
+_LEFT_SECONDS = 60.0
+"""So old a folder is at least that is taken for one that was left: whoever makes one locks it right away."""
 
 
 @contextmanager
@@ -28,8 +33,35 @@ def private_folder() -> Iterator[Path]:
     parent = Path(os.environ.get("TMPDIR") or (_MEMORY if _MEMORY.is_dir() else tempfile.gettempdir()))
     with ExitStack() as stack:
         with _writing(parent):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="distill-", dir=parent))
-        yield Path(folder)
+            _remove_left(parent)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)))
+            stack.callback(os.close, _lock(folder))
+        yield folder
+
+
+def _lock(folder: Path) -> int:
+    """An open file of ``folder`` that is locked as long as its process lives. Raises OSError where another holds it."""
+    held = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise
+    return held
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove the folders of processes that were killed, and could not: the weights of a whole model lie in memory."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            found = folder.lstat()
+            if found.st_uid != os.getuid() or time.time() - found.st_mtime < _LEFT_SECONDS:
+                continue
+            held = _lock(folder)
+        except OSError:
+            continue  # gone meanwhile, or whoever made it is alive: in another container perhaps
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
 
 
 @contextmanager

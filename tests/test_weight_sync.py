@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from distill.vllm.launch import Launch
 from pipelines.student_sampling import check_sampler, student_sampler
 from students.adapter import MODULES, RANKS
 from students.engine_sync import EngineSync
+from students.handover import private_folder
 from students.ranks import ALONE, Ranks
 from students.sleep import check_sleep
 from students.student import Student
@@ -462,6 +465,43 @@ def test_an_adapter_has_a_new_name_and_a_private_folder_each_time(monkeypatch: p
     assert len(folders) == 2
     assert not any(Path(folder).exists() for folder in folders)
     assert all("load_inplace" not in body for _, body in asked)
+
+
+SENDER = """
+import sys, time
+from students.handover import private_folder
+with private_folder() as folder:
+    (folder / "weights.safetensors").write_bytes(bytes(1000))
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_is_in_use_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "distill-mine").mkdir()
+    senders = [
+        subprocess.Popen([sys.executable, "-c", SENDER], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        for _ in range(2)
+    ]
+    try:
+        killed, living = (Path(sender.stdout.readline().strip()) for sender in senders if sender.stdout)
+        senders[0].kill()
+        senders[0].wait()
+        assert (killed / "weights.safetensors").exists()
+        with private_folder():  # it may be just being made
+            assert killed.exists()
+        for folder in tmp_path.iterdir():
+            os.utime(folder, (0, 0))
+        with private_folder() as own:
+            assert set(tmp_path.iterdir()) == {tmp_path / "distill-mine", living, own}
+            assert (living / "weights.safetensors").exists()
+    finally:
+        for sender in senders:
+            sender.kill()
+            sender.communicate()
 
 
 def file_sync() -> FileSync:
