@@ -88,6 +88,47 @@ def test_a_server_and_what_it_started_end_together(tmp_path: Path) -> None:
     assert not is_healthy(service.url)
 
 
+ENGINE = """
+import pathlib, signal, sys, time
+def leave(*_):
+    time.sleep({seconds})
+    pathlib.Path({held!r}).unlink()
+    sys.exit()
+signal.signal(signal.SIGTERM, leave)
+pathlib.Path({held!r}).touch()
+time.sleep(600)
+"""
+LEAVES = """#!{python}
+import http.server, pathlib, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {engine!r}])
+while not pathlib.Path({held!r}).exists():
+    time.sleep(0.01)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(("seconds", "is_given_back"), [(0.5, True), (60.0, False)])
+def test_an_engine_has_time_to_give_back_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, is_given_back: bool
+) -> None:
+    """The server itself is gone at once; its workers' queues in shared memory would stay for ever."""
+    monkeypatch.setattr("distill.vllm.service.GRACE_SECONDS", 10.0 if is_given_back else 0.5)
+    held = str(tmp_path / "held")
+    plain = launch(tmp_path)
+    engine = ENGINE.format(seconds=seconds, held=held)
+    Path(plain.python).write_text(LEAVES.format(python=sys.executable, engine=engine, held=held))
+    with Service(plain, log=tmp_path / "log") as service:
+        service.wait()
+        began = time.monotonic()
+    assert time.monotonic() - began < 8
+    assert alive(service.group) == []
+    assert Path(held).exists() != is_given_back
+
+
 def test_a_server_that_was_healthy_is_started_again_at_the_same_url(tmp_path: Path) -> None:
     with Service(launch(tmp_path), log=tmp_path / "log") as service:
         service.wait()

@@ -4,8 +4,10 @@
 
 The parent holds the other end of this process's standard input. When that closes, on purpose or because the parent is
 gone (SIGKILL included), or when the command ends by itself, the whole process group is ended: TERM, at most
-GRACE_SECONDS for the command to go, then KILL, which also ends this process. Nothing the command started stays behind
-as long as it stays in the group. Imports nothing but the standard library: it runs before and beside everything else.
+GRACE_SECONDS for all of it to go, then KILL, which also ends this process. Nothing the command started stays behind
+as long as it stays in the group. What a process holds beside its own memory (vLLM's workers speak through queues in
+/dev/shm) it gives back itself where it has the time, and nobody else does. Imports nothing but the standard library: it
+runs before and beside everything else.
 """
 
 from __future__ import annotations
@@ -37,9 +39,24 @@ def main() -> None:
         print(ENDED, server.returncode, flush=True)
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + grace
-    while server.poll() is None and time.monotonic() < deadline:
+    while (server.poll() is None or others()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS / 4)
     os.killpg(0, signal.SIGKILL)
+
+
+def others() -> bool:
+    """Whether somebody else of this process's group still runs. False where the system has no /proc to tell."""
+    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as file:
+                    state, _, group = file.read().rpartition(b")")[2].split()[:3]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            # One that has ended and waits for its parent to take note does not run.
+            if int(group) == os.getpgrp() and state != b"Z":
+                return True
+    return False
 
 
 if __name__ == "__main__":
