@@ -46,9 +46,9 @@ def claim(path: Path, *, marker: str) -> Any:
     return lock
 
 
-_WHEREABOUTS = ("teacher.urls.", "teacher.replicas ", "teacher.patience_seconds ", "tracker ")
-"""Where the teacher is says nothing about what it says, and who watches nothing about what is done: these may change
-while a run rests."""
+_WHEREABOUTS = ("teacher.urls.", "teacher.replicas ", "teacher.patience_seconds ", "tracker ", "parallel ")
+"""Where the teacher is says nothing about what it says, who watches nothing about what is done, and how many runs of a
+comparison go on at a time nothing about what they come to: these may change while a run rests."""
 
 
 def refuse_other(file: Path, config: Settings) -> None:

@@ -34,7 +34,7 @@ from eval.compare import (
 from eval.comparison_table import columns, headlines, print_comparison
 from eval.curves import Point
 from eval.evaluation import summarise
-from pipelines.comparison import ARMS, check, compare_folders, members
+from pipelines.comparison import ARMS, _claimed, check, compare_folders, members
 from pipelines.resolution import comparison_names, is_comparison, resolve_comparison, resolve_run
 
 TINY: dict[str, Any] = {
@@ -104,6 +104,18 @@ def test_what_is_wrong_with_a_comparison_is_said_before_anything_runs(tmp_path: 
     with pytest.raises(UserError, match="a comparison of several runs"):
         resolve_run(recipe="table21")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_that_needed_too_much_at_once_goes_on_with_less(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for assignment in ("parallel=4", "parallel=1"):
+        with _claimed(out, resolve_comparison("table21", assignments=[assignment])):
+            pass
+    with (
+        pytest.raises(UserError, match=r"rl_flops is 10\.0 there"),
+        _claimed(out, resolve_comparison("table21", assignments=["rl_flops=3"])),
+    ):
+        pass
 
 
 def working_in(folder: Path) -> list[str]:
@@ -284,7 +296,7 @@ def examined(folder: Path, *, seed: int, stage: str, kind: str, samples: int = 2
     config = resolve_run(seed=seed, assignments=[*assignments, f"stages.{stage}.optimiser.learning_rate={rate}"])
     (folder / "config.yaml").write_text(dump_yaml(config))
     (folder / "summary.json").write_text("{}")
-    row = dict.fromkeys(("num_tokens", "num_thinking_tokens", "num_prompt_tokens", "seconds"), 1)
+    row: dict[str, Any] = dict.fromkeys(("num_tokens", "num_thinking_tokens", "num_prompt_tokens", "seconds"), 1)
     row |= dict.fromkeys(("broken", "unclosed"), False) | {"closed": True, "finish_reason": "stop", "thinking": ""}
     rows = [
         {**row, "prompt_id": str(question), "correct": (question + sample) % 2 == 0, "language": None, "domain": None}
