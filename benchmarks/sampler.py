@@ -47,7 +47,7 @@ from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
 from students.rescoring import rescore
 from students.student import Student
-from students.vllm_sampler import VllmSampler
+from students.vllm_sampler import TOLERANCE, VllmSampler
 from students.weight_sync import FileSync, MemorySync, Way, flags_of, variables_of
 
 
@@ -216,7 +216,9 @@ def by_server(checkpoint: Checkpoint, student: Student, size: Size, repeats: int
         with Client([service.url], width=256, whose="student") as client:
             vocabulary = checkpoint.shape.vocabulary
             remote = RemoteSampler(client, cast(Encoder, Ids()), speaker="student", vocabulary=vocabulary)
-            sampler = VllmSampler(student, remote, FileSync(client, student.merged_weights), tolerance=1e-3)
+            sampler = VllmSampler(
+                student, remote, FileSync(client, student.merged_weights), tolerance=TOLERANCE[student.settings.dtype]
+            )
             return by_vllm(sampler, size, repeats, in_process=False)
 
 
@@ -226,7 +228,9 @@ def by_engine(checkpoint: Checkpoint, student: Student, size: Size, repeats: int
         Engine(launch(checkpoint, "memory", student.settings.dtype), log=Path(folder) / "log") as engine,
     ):
         speaker = EngineSampler(engine, cast(Encoder, Ids()), speaker="student", width=256)
-        sampler = VllmSampler(student, speaker, MemorySync(engine, student.merged_weights), tolerance=1e-3)
+        sampler = VllmSampler(
+            student, speaker, MemorySync(engine, student.merged_weights), tolerance=TOLERANCE[student.settings.dtype]
+        )
         return by_vllm(sampler, size, repeats, in_process=True)
 
 
