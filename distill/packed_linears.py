@@ -41,14 +41,14 @@ class PackedLinears:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Within it the layers make their products with the ordered weights. There is no gradient through them."""
-        for linear, product in self._products:
-            # What an instance has goes before what its class has. nn.Module's own way of setting it is slower.
-            linear.__dict__["forward"] = product
         try:
+            for linear, product in self._products:
+                # What an instance has goes before what its class has. nn.Module's own way of setting it is slower.
+                linear.__dict__["forward"] = product
             yield
         finally:
             for linear, _ in self._products:
-                del linear.__dict__["forward"]
+                linear.__dict__.pop("forward", None)
 
 
 def _product(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
