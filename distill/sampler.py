@@ -192,7 +192,7 @@ class _Batch:
         self._device, self._dtype = model.device, model.dtype
         self._vocabulary = int(model.config.vocab_size)
         self._fused = fused_body(model)
-        self._packed = packed_linears(model)
+        self._packed = packed_linears(model) if self._fused is None else None
         self._cache = SlotCache()
         self._replays = replays(model, self._cache, self._decode)
         self._draw = Draw.of([], self._vocabulary, self._device)
