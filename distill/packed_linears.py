@@ -62,8 +62,7 @@ def _apply(weight: Tensor, bias_O: Tensor | None, x: Tensor) -> Tensor:
 
 
 def packed_linears(model: PreTrainedModel) -> PackedLinears | None:
-    """For a dense model on a CPU that is neither too small nor too large, and whole. Of one with adapters these are
-    layers too, and what they are beside."""
+    """For a dense model on a CPU that is neither too small nor too large, and whole. Adapters are linear layers too."""
     if model.device.type != "cpu" or not _can_pack(model.dtype) or hasattr(model.config, "num_experts_per_tok"):
         return None
     modules = list(model.modules())
