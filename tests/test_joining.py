@@ -179,7 +179,7 @@ def test_a_batch_script_is_one_run_also_when_it_is_queued_again(
         time.sleep(0.02)
     attempt.send_signal(signal.SIGTERM)
     said = ended(attempt, 75)
-    assert said.count("the same command resumes it") == 1 and "job 7 is queued again" in said
+    assert said.count("the same command resumes it") == 1 and "job 100 is queued again" in said
     assert 3 <= len(metrics(out)) < len(metrics(alone))
     assert (tmp_path / "requeued").read_text() == "again\n"
 
