@@ -29,6 +29,12 @@ SHAPE = {
 }
 
 
+pytestmark = pytest.mark.skipif(not module._can_pack(torch.float32), reason="this torch is built without oneDNN")
+in_16_bits = pytest.mark.skipif(
+    not module._can_pack(torch.bfloat16), reason="oneDNN has no products in bfloat16 for this processor"
+)
+
+
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACKED_FROM", 0)
@@ -59,15 +65,18 @@ def test_a_product_is_exact_to_rounding(rows: tuple[int, ...], inputs: int, outp
     assert (found - exact).abs().max() < 1e-5
 
 
+@in_16_bits
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 16, 64])
-def test_in_16_bits_a_product_is_the_layers_own(rows: int) -> None:
-    """Where the two round differently, the log-probabilities of sampling would not be those of training."""
+def test_in_16_bits_a_product_is_rounded_once(rows: int) -> None:
+    """Sums in 16 bits would make the log-probabilities of sampling others than those of training."""
     torch.manual_seed(0)
-    linear, x = nn.Linear(256, 512, bias=False).bfloat16(), torch.randn(rows, 256).bfloat16()
+    linear, x = nn.Linear(1024, 512, bias=False).bfloat16(), torch.randn(rows, 1024).bfloat16()
     with PackedLinears([linear]).in_use():
         found = linear(x)
-    assert torch.equal(found, linear(x))
+    exact = x.double() @ linear.weight.double().t()
+    # Half of the last of eight binary digits, and what sums in float32 are off.
+    assert ((found - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
 
 
 @torch.no_grad()
@@ -107,7 +116,7 @@ def test_adapters_speak_too() -> None:
     assert (found - expected).abs().max() < 1e-5 < (found - base).abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=in_16_bits)])
 def test_a_sampler_decodes_with_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(dtype)
     request = Request(
