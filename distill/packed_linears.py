@@ -24,6 +24,9 @@ from transformers import PreTrainedModel
 
 from distill.memory import COPIED_BYTES
 
+Product = Callable[[Tensor], Tensor]
+"""[..., I] -> [..., O]"""
+
 PACKED_FROM = 20_000_000
 """Parameters. A call of oneDNN costs some 10 microseconds more than one of a BLAS, which smaller models would feel."""
 
@@ -36,23 +39,26 @@ class PackedLinears:
     """The linear layers ``linears``, with the weights that they have now."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
-        self._products = [(linear, _product(linear)) for linear in linears]
+        self._products = {linear: _product(linear) for linear in linears}
+
+    def product(self, linear: nn.Linear) -> Product:
+        """A layer's by itself."""
+        return self._products[linear]
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Within it the layers make their products with the ordered weights. There is no gradient through them."""
         try:
-            for linear, product in self._products:
+            for linear, product in self._products.items():
                 # What an instance has goes before what its class has. nn.Module's own way of setting it is slower.
                 linear.__dict__["forward"] = product
             yield
         finally:
-            for linear, _ in self._products:
+            for linear in self._products:
                 linear.__dict__.pop("forward", None)
 
 
-def _product(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """[..., I] -> [..., O]"""
+def _product(linear: nn.Linear) -> Product:
     return partial(_apply, _onednn._reorder_linear_weight(linear.weight.detach()), linear.bias)
 
 

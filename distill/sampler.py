@@ -191,8 +191,8 @@ class _Batch:
         self._body, self._head = cast(nn.Module, model.get_decoder()), cast(nn.Module, model.get_output_embeddings())
         self._device, self._dtype = model.device, model.dtype
         self._vocabulary = int(model.config.vocab_size)
-        self._fused = fused_body(model)
-        self._packed = packed_linears(model) if self._fused is None else None
+        self._packed = packed_linears(model)
+        self._fused = fused_body(model, self._packed)
         self._cache = SlotCache()
         self._replays = replays(model, self._cache, self._decode)
         self._draw = Draw.of([], self._vocabulary, self._device)

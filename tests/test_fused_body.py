@@ -1,4 +1,4 @@
-"""The small model in fewer operations against its own modules in float64."""
+"""A model in fewer operations: the folded way against its modules in float64, the faithful one to their bits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from distill import fused_body as module
+from distill import packed_linears as packing_module
 from distill.attention import PACKED, Packing
 from distill.fused_body import fused_body
 from distill.kv_cache import Decoding, Group, SlotCache
+from distill.packed_linears import PackedLinears, packed_linears
 
 SHAPE = {
     "vocab_size": 50,
@@ -26,6 +28,28 @@ SHAPE = {
     "head_dim": 16,
     "initializer_range": 0.2,
 }
+
+
+DTYPES = [
+    pytest.param(
+        dtype, marks=pytest.mark.skipif(not packing_module._can_pack(dtype), reason="oneDNN has no such products")
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    # Epsilon is as large as what it is added to.
+    {"rms_norm_eps": 0.5},
+    # Cosine and sine are scaled.
+    {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+]
 
 
 def random_model(**options: Any) -> Qwen3ForCausalLM:
@@ -78,30 +102,14 @@ def by_modules(model: PreTrainedModel) -> Callable[..., Tensor]:
     return call
 
 
-def fused(model: PreTrainedModel) -> Callable[..., Tensor]:
-    body = fused_body(model)
+def fused(model: PreTrainedModel, packed: PackedLinears | None = None) -> Callable[..., Tensor]:
+    body = fused_body(model, packed)
     assert body is not None
     return lambda id_T, position_T, cache, decoding, packing: body(id_T, position_T, decoding, packing)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        # Epsilon is as large as what it is added to.
-        {"rms_norm_eps": 0.5},
-        # Cosine and sine are scaled.
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ],
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_its_states_are_those_of_the_modules(options: dict[str, Any]) -> None:
     model = random_model(**options)
     found = passes(fused(model), torch.float32)
@@ -128,30 +136,51 @@ def test_it_is_made_of_the_weights_of_the_moment() -> None:
     assert (after - passes(by_modules(model), torch.float32)).abs().max() < 1e-4 < (after - before).abs().max()
 
 
+@pytest.fixture
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models as small as these have their weights put in order too, and are not folded."""
+    monkeypatch.setattr(packing_module, "PACKED_FROM", 0)
+    monkeypatch.setattr(module, "FOLDED_PARAMETERS", 0)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("every_size")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_with_ordered_weights_its_bits_are_those_of_the_modules(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model = random_model(**options).to(dtype)
+    packed = packed_linears(model)
+    assert packed is not None
+    found = passes(fused(model, packed), dtype)
+    with packed.in_use():
+        modules = passes(by_modules(model), dtype)
+    assert found.dtype == dtype and found.isfinite().all() and torch.equal(found, modules)
+
+
 def test_any_other_model_is_left_to_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused_body(random_model()) is not None
-    assert fused_body(random_model().bfloat16()) is None
-    assert fused_body(random_model().double()) is None
-    assert fused_body(random_model().to("meta")) is None
-    assert fused_body(random_model(attention_bias=True)) is None
-    assert fused_body(random_model(hidden_act="gelu")) is None
+    assert fused_body(random_model(), None) is not None
+    assert fused_body(random_model().bfloat16(), None) is None
+    assert fused_body(random_model().double(), None) is None
+    assert fused_body(random_model().to("meta"), None) is None
+    assert fused_body(random_model(attention_bias=True), None) is None
+    assert fused_body(random_model(hidden_act="gelu"), None) is None
 
     watched = random_model()
     watched.get_decoder().layers[1].mlp.register_forward_hook(lambda *_: None)
-    assert fused_body(watched) is None
+    assert fused_body(watched, None) is None
 
     adapted = random_model()
     get_peft_model(adapted, LoraConfig(target_modules=["q_proj"]))
-    assert fused_body(adapted) is None
+    assert fused_body(adapted, None) is None
 
     experts = Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    assert fused_body(Qwen3MoeForCausalLM(experts)) is None
+    assert fused_body(Qwen3MoeForCausalLM(experts), None) is None
 
-    monkeypatch.setattr(module, "MOST_PARAMETERS", 1000)
-    assert fused_body(random_model()) is None
+    monkeypatch.setattr(module, "FOLDED_PARAMETERS", 1000)
+    assert fused_body(random_model(), None) is None
 
 
 def test_a_student_that_recomputes_its_activations_is_decoded_by_it() -> None:
     model = random_model()
     model.enable_input_require_grads()  # a hook on the embedding, which is called as a module
-    assert fused_body(model) is not None
+    assert fused_body(model, None) is not None

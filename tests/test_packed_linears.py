@@ -135,7 +135,7 @@ def test_a_sampler_decodes_with_them(dtype: torch.dtype, monkeypatch: pytest.Mon
         return TransformersSampler(model, cast(Encoder, Ids()), speaker="student", batch=2).generate(requests)
 
     monkeypatch.setattr(module, "_apply", counted)
-    monkeypatch.setattr("distill.sampler.fused_body", lambda model: None)
+    monkeypatch.setattr("distill.sampler.fused_body", lambda model, packed: None)
     with_them = sampled()
     # Seven a layer and the head, in eight passes.
     assert applied == 8 * (7 * 2 + 1)
