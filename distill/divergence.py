@@ -95,13 +95,13 @@ def _jsd(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
 def _skew_forward_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     teacher_BV = _log_share_(pair.ratio_BV.neg_(), beta)
     values_B = row_dot(pair.q_BV, teacher_BV, pair.spare_BV)
-    return values_B, teacher_BV.exp_().sub_(1).mul_(pair.p_BV).mul_(beta - 1)
+    return values_B, teacher_BV.expm1_().mul_(pair.p_BV).mul_(beta - 1)
 
 
 def _skew_reverse_kl(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     student_BV = _log_share_(pair.ratio_BV, beta)
     values_B = row_dot(pair.p_BV, student_BV, pair.spare_BV)
-    excess_BV = torch.exp(student_BV, out=pair.spare_BV).sub_(1)
+    excess_BV = torch.expm1(student_BV, out=pair.spare_BV)  # exp less 1 would lose all of it near the teacher
     return values_B, student_BV.sub_(excess_BV, alpha=beta).mul_(pair.p_BV)
 
 
