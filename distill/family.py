@@ -108,6 +108,21 @@ def _check_attention(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"attention_dropout is {dropout!r}, and this toolkit trains without; name a copy of the model with 0"
         )
+    _check_positions(config)
+
+
+def _check_positions(config: Mapping[str, Any]) -> None:
+    """Sequences are read beside others, and these rotations go by the longest sequence of a pass: a response, its
+    log-probabilities and what a teacher says of it would depend on the company."""
+    # transformers 5 writes rope_parameters; older files and the published ones say rope_scaling, and older ones "type".
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
+        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+            raise UserError(
+                f"{key} is of type {kind!r}, which turns every sequence of a batch by the length of the longest; name "
+                f"a copy of the model with yarn, as the Qwen3 model cards have it for long texts, or with none"
+            )
 
 
 def shape_in(config: Any, where: object) -> Shape:

@@ -235,6 +235,14 @@ def shift_data(folder: Path) -> None:
             edit_json("config.json", attention_dropout=0.1),
             r"config\.json: attention_dropout is 0\.1, .*copy of the model with 0",
         ),
+        (
+            edit_json("config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            r"config\.json: rope_parameters is of type 'dynamic', .*yarn",
+        ),
+        (
+            edit_json("config.json", rope_scaling={"type": "longrope"}),
+            r"config\.json: rope_scaling is of type 'longrope', .*yarn",
+        ),
         (edit_json("config.json", max_position_embeddings=None), r"None for max_position_embeddings"),
         (edit_json("generation_config.json", eos_token_id="x"), r"'x' as eos_token_id"),
         (edit_json("model.safetensors.index.json", weight_map={}), r"no weight_map"),
