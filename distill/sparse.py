@@ -216,9 +216,13 @@ def linear_topk_divergence(
 
 # --- The sampled token ------------------------------------------------------------------------------------------------
 
+_STEEPEST = 60.0
+"""Where a token's log q - log p is larger, k3 stands still: from 88 on it is infinite in float32, and the weight 0 of a
+token that was forced would make no number of that. The gradient has no exponential in it."""
+
 ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda log_ratio_B: log_ratio_B,
-    "k3": lambda log_ratio_B: torch.expm1(-log_ratio_B) + log_ratio_B,
+    "k3": lambda log_ratio_B: torch.expm1((-log_ratio_B).clamp(max=_STEEPEST)) + log_ratio_B,
 }
 """Estimates of the reverse KL from log p(y) - log q(y) of one y drawn from p."""
 

@@ -231,6 +231,18 @@ def test_pinned_estimates() -> None:
         assert ours.values.tolist() == pytest.approx(values, abs=1e-10)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_a_forced_token_that_the_student_would_never_say_breaks_no_sum(estimator: str) -> None:
+    hidden, head = torch.ones(2, 1, requires_grad=True), torch.tensor([[0.0], [-200.0], [1.0]])
+    forced, log_q = torch.tensor([1, 0]), torch.tensor([-1.0, -0.5])
+    ours = linear_sampled_divergence(
+        hidden, head, forced, log_q, estimator=estimator, weights=torch.tensor([0.0, 1.0]), chunk_rows=1
+    )
+    (gradient,) = torch.autograd.grad(ours.total, hidden)
+    assert ours.total.isfinite() and ours.values.isfinite().all() and gradient.isfinite().all()
+    assert float(ours.total) == float(ours.values[1]) and gradient[0] == 0
+
+
 def test_topk_is_the_teacher_s_own() -> None:
     hidden, head = (x.detach() for x in make()[2:])
     log_q_NV = torch.log_softmax(hidden @ head.T, -1)
