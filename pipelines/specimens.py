@@ -27,6 +27,7 @@ from eval.samples import shown
 from pipelines.crew import Crew, Stage
 from pipelines.losses import feel
 from pipelines.meter import Meter
+from students.rescoring import measured
 
 NUM_PROMPTS = 4
 """Prompts that are asked, in each mode."""
@@ -66,7 +67,7 @@ class Specimens:
                     signals = crew.teachers.judge(rollouts, aside, stage.name)
                     examples = [Example(said, signal) for said, signal in zip(rollouts, signals, strict=True)]
                     loss = partial(feel, settings=settings.divergence, crew=crew)
-                    felt = student.felt(examples, loss)
+                    felt = measured(student, examples, loss)
             said = [example.rollout for example in examples]
             cost.tokens = sum(len(rollout.response_ids) for rollout in said)
             cost.flops = 2 * rollout_flops(crew.student_shape, said)

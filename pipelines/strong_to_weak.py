@@ -53,6 +53,7 @@ from pipelines.student_sampling import check_sampler, student_sampler
 from pipelines.tracker import TrackedRun, check_tracker, tracking
 from students.optimiser import eight_bit_adamw
 from students.ranks import ALONE, Ranks
+from students.rescoring import most_probable
 from students.shared_sampler import with_all_samplers
 from students.student import Student
 from teachers.store import made_store
@@ -228,7 +229,7 @@ class _Run:
 
     def _choose(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """The ids that the student asks its teacher about."""
-        return self.student.most_probable(rollouts, self.config.teacher.top_k)
+        return most_probable(self.student, rollouts, self.config.teacher.top_k)
 
     def finish(self) -> dict[str, Any]:
         """Everything that is still to do; the summary."""

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import interrupt
 from distill.adapters import check_adapters
 from distill.attention import PACKED
 from distill.costs import training_passes
@@ -28,7 +27,6 @@ from distill.family import Shape
 from distill.model_config import StudentSettings
 from distill.spans import Span
 from distill.stage_config import Optimiser
-from distill.topk import linear_topk
 from distill.types import Example, Rollout
 from students.adapter import adapter_layers, merged, with_lora, write_adapter
 from students.batch import Batch, collate, judged, micro_batches
@@ -170,34 +168,6 @@ class Student:
         hidden_ND = output.last_hidden_state[0].index_select(0, batch.row_N)
         router = load_balancing(output.router_logits, self.model.config) if is_moe else None
         return Rows(batch, hidden_ND, self.head_VD), router
-
-    @torch.no_grad()
-    def most_probable(self, rollouts: Sequence[Rollout], k: int) -> list[Tensor]:
-        """The k ids [R, k] that the student holds most probable at each response token; the stop ids are among them."""
-        found: dict[int, Tensor] = {}
-        places = {id(rollout): place for place, rollout in enumerate(rollouts)}
-        with self.whole(), self.evaluating():
-            for group in micro_batches([Example(rollout) for rollout in rollouts], self.settings.micro_batch_tokens):
-                interrupt.check()
-                rows, _ = self.rows(collate(group, self.model.device))
-                ids_NK, _, _ = linear_topk(rows.hidden_ND, rows.head_VD, k, always=self.stop_ids)
-                parts = ids_NK.split([len(example.rollout.response_ids) for example in group])
-                found |= {places[id(example.rollout)]: part for example, part in zip(group, parts, strict=True)}
-        return [found[place] for place in range(len(rollouts))]
-
-    @torch.no_grad()
-    def felt(self, examples: Sequence[Example], loss: Loss) -> list[dict[str, Tensor]]:
-        """What ``loss`` says of each example's response tokens, [R] a metric; nothing is learnt."""
-        found: dict[int, dict[str, Tensor]] = {}
-        with self.evaluating():
-            for group in micro_batches(examples, self.settings.micro_batch_tokens) if examples else []:
-                interrupt.check()
-                rows, _ = self.rows(collate(group, self.model.device))
-                lengths = [len(example.rollout.response_ids) for example in group]
-                parts = {name: value_N.split(lengths) for name, value_N in loss(rows).per_token_N.items()}
-                for place, example in enumerate(group):
-                    found[id(example)] = {name: split[place] for name, split in parts.items()}
-        return [found[id(example)] for example in examples]
 
     def read(self, rollouts: Sequence[Rollout]) -> Span | None:
         """Make the forward pass of the next ``step``'s first micro-batch while its responses are still being judged.

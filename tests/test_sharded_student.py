@@ -22,6 +22,7 @@ from students.batch import micro_batches
 from students.loss import Felt, Rows
 from students.parallel import full
 from students.ranks import ALONE, Ranks
+from students.rescoring import measured, most_probable
 from students.student import Student
 
 NUM_PROCESSES, NUM_STEPS = 2, 4
@@ -61,7 +62,7 @@ def curve(made: Student, ranks: Ranks) -> list[dict[str, float]]:
         if at == 1:
             # Passes that are no part of a step, between two.
             with made.whole():
-                values = [felt["sampled_logprob"] for felt in made.felt(EXAMPLES, cross_entropy)]
+                values = [said["sampled_logprob"] for said in measured(made, EXAMPLES, cross_entropy)]
             taken.append({"felt": float(torch.cat(values).mean())})
     return taken
 
@@ -117,7 +118,7 @@ def asked_at_its_own_pace(ranks: Ranks) -> dict[str, Any]:
             pass
         stays_whole = not any(isinstance(parameter, DTensor) for parameter in made.model.parameters())
         times = 2 - 2 * ranks.number if stays_whole else 0
-        said = [made.most_probable([example.rollout for example in EXAMPLES], 4) for _ in range(times)]
+        said = [most_probable(made, [example.rollout for example in EXAMPLES], 4) for _ in range(times)]
     return {"stays_whole": stays_whole, "in_slices": is_in_slices(made), "said": said, "curve": curve(made, ranks)}
 
 
@@ -210,7 +211,7 @@ def test_a_step_that_is_cut_short_leaves_slices(results: list[dict[str, Any]], e
 def test_a_process_may_ask_a_student_that_is_whole_as_often_as_it_likes(results: list[dict[str, Any]]) -> None:
     """As two teachers do who judge ids that the student chose: how many there are differs between the processes."""
     alone = learner(ALONE, tied=True, budget=None)
-    expected = alone.most_probable([example.rollout for example in EXAMPLES], 4)
+    expected = most_probable(alone, [example.rollout for example in EXAMPLES], 4)
     assert all(result["asked"]["stays_whole"] and result["asked"]["in_slices"] for result in results)
     main, other = (result["asked"]["said"] for result in results)
     assert len(main) == 2 and not other

@@ -30,6 +30,7 @@ from students import optimiser
 from students.batch import Batch, collate, micro_batches
 from students.loss import Felt, Rows
 from students.optimiser import MasterAdamW
+from students.rescoring import measured
 from students.router import RouterLoad
 from students.student import Student
 from teachers.local import LocalTeacher
@@ -281,7 +282,7 @@ def test_a_stage_ends_with_what_its_checkpoint_holds(tmp_path: Path) -> None:
 def test_what_is_learnt_nothing_from_is_read_without_dropout() -> None:
     learner = student(dense(), replace_settings(lora=LoraSettings(rank=4, alpha=64.0, dropout=0.5)))
     step(learner)
-    once, again = (learner.felt(EXAMPLES, cross_entropy) for _ in range(2))
+    once, again = (measured(learner, EXAMPLES, cross_entropy) for _ in range(2))
     for a, b in zip(once, again, strict=True):
         assert torch.equal(a["sampled_logprob"], b["sampled_logprob"])
     assert learner.model.training
