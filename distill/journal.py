@@ -38,6 +38,7 @@ from distill.run_folder import claim, refuse_other
 if TYPE_CHECKING:
     from torch import Tensor
 
+_OLDER = ".older"
 KEPT_CHECKPOINTS = 2
 """Newest checkpoints that stay beside those at the stages' ends."""
 
@@ -80,9 +81,28 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         _write_or_oserror(write, temporary)
         _sync(temporary)
-        if target.exists():
-            shutil.rmtree(target)
+        older = _aside(target)
         temporary.rename(target)
+        if older is not None:
+            shutil.rmtree(older)
+
+
+def _aside(target: Path) -> Path | None:
+    """The folder ``target`` under another name, if there is one: removing it takes time, in which it is not whole."""
+    older = target.with_name(f".{target.name}{_OLDER}")
+    _settle(older)
+    return target.rename(older) if target.exists() else None
+
+
+def _settle(older: Path) -> None:
+    """Put a folder that a killed process had put aside back, or remove it where another stands in its place."""
+    if not older.exists():
+        return
+    target = older.with_name(older.name.removeprefix(".").removesuffix(_OLDER))
+    if target.exists():
+        shutil.rmtree(older)
+    else:
+        older.rename(target)
 
 
 def read_json(path: Path) -> Any:
@@ -109,6 +129,8 @@ class Journal:
             except BaseException:
                 self.close()
                 raise
+        if writes:
+            self._tidy()
 
     @property
     def finished(self) -> bool:
@@ -242,10 +264,21 @@ class Journal:
         folders = (self.path / "checkpoints").glob("step_*/state.json")
         return sorted((state.parent for state in folders), key=lambda folder: int(folder.name.removeprefix("step_")))
 
+    def _tidy(self) -> None:
+        """Do what a process that was killed did not come to among the checkpoints."""
+        folder = self.path / "checkpoints"
+        with writing(folder):
+            for left in folder.glob(".step_*"):
+                if left.name.endswith(_OLDER):
+                    _settle(left)
+                else:
+                    shutil.rmtree(left)
+
     def _prune(self) -> None:
         for folder in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             if not read_json(folder / "state.json").get("stage_end"):
-                shutil.rmtree(folder)
+                # Under this name a half of it is nobody's checkpoint.
+                shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.gone")))
 
 
 def _is_whole(line: str) -> bool:
