@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from distill.settings import PositiveFloat, PositiveInt, Settings, Share
+from distill.settings import Distinct, PositiveFloat, PositiveInt, Settings, Share
 from distill.stage_config import ModeSampling, SamplingSettings
 from distill.types import Mode
 
@@ -21,7 +21,7 @@ class CurveSettings(Settings):
     task of ``evaluation.tasks`` asks."""
     num_questions: PositiveInt = 256
     samples: PositiveInt = 1
-    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("think",)
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1), Distinct] = ("think",)
     """The first one's score is what ``stop`` and ``keep_best`` look at."""
     keep_best: bool = False
     """A stage ends with the weights that scored best, the earliest of equals, instead of its last ones."""
@@ -41,7 +41,7 @@ class PassAtSettings(Settings):
     k: PositiveInt = 64
     samples: PositiveInt = 128
     num_questions: PositiveInt = 100
-    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("think",)
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1), Distinct] = ("think",)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -78,9 +78,9 @@ class TaskSettings(Settings):
     """The first questions that are asked; null takes the whole examination's number."""
     samples: PositiveInt | None = None
     """Responses to each question; null takes the whole examination's number."""
-    pass_at: tuple[PositiveInt, ...] = ()
+    pass_at: Annotated[tuple[PositiveInt, ...], Distinct] = ()
     """Each k for which pass@k is estimated; empty means k = the number of samples."""
-    modes: tuple[Mode, ...] | None = None
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1), Distinct] | None = None
     """The modes in which it is asked; null takes the whole examination's."""
     label: str | None = None
     """What results call it; null takes the name, or the file's. Two examinations on one task need two labels."""
@@ -111,7 +111,7 @@ class EvaluationSettings(Settings):
     """Names of tasks, or tasks with settings of their own. ``prompts`` is the held-out part of one's own prompts that
     have an answer, ``mode_switching`` whether the mode follows flags through a conversation. Null examines on the
     prompts' own kind: the embedded task, one's own answered prompts, or gsm8k where there are none."""
-    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("think", "no_think")
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1), Distinct] = ("think", "no_think")
     num_questions: PositiveInt | None = None
     """The first questions of a task; null takes all."""
     samples: PositiveInt | None = None
@@ -121,7 +121,7 @@ class EvaluationSettings(Settings):
     pass_at: PassAtSettings | None = None
     curve: CurveSettings | None = None
     """Null examines the checkpoints at the stages' ends only."""
-    budgets: tuple[PositiveInt, ...] = ()
+    budgets: Annotated[tuple[PositiveInt, ...], Distinct] = ()
     """Thinking budgets, in response tokens, at which every checkpoint is examined besides."""
     sampling: ModeSampling = ModeSampling(
         think=SamplingSettings(max_new_tokens=30720, temperature=0.6, top_p=0.95, top_k=20),

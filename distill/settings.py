@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -14,9 +15,32 @@ PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
+def _without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ValueError(f"{value} stands there twice; name it once")
+    return values
+
+
+Distinct = AfterValidator(_without_repeats)
+"""For a list of what is examined: everything that is named twice would be made, charged and reported twice."""
+
+
 class Settings(BaseModel):
     """Base of every block: frozen, strict, documented by the strings under its fields."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_bools(cls, given: Any) -> Any:
+        """Pydantic takes true for the number 1: of ``steps: true`` it would make a stage of one step."""
+        for name, field in cls.model_fields.items() if isinstance(given, Mapping) else ():
+            value = given.get(name)
+            held = value if isinstance(value, list | tuple) else (value,)
+            takes_bools = bool in (field.annotation, *get_args(field.annotation))
+            if not takes_bools and any(isinstance(one, bool) for one in held):
+                raise ValueError(f"{name} has true or false, and is no setting that is on or off")
+        return given

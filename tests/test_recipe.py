@@ -95,6 +95,15 @@ def test_yaml_is_read_as_yaml_1_2() -> None:
         ({"stages": {"start": {"kind": "on_policy"}}}, "may not be called 'start'"),
         ({"name": "../escape"}, "name: String should match pattern"),
         ({"stages": {"x": {"kind": "on_policy", "optimiser": {"learning_rate": float("nan")}}}}, "finite number"),
+        # Each would be taken for the number 1.
+        ({"stages": {"x": {"kind": "on_policy", "steps": True}}}, "stages.x: steps has true or false"),
+        ({"evaluation": {"budgets": [True]}}, "evaluation: budgets has true or false"),
+        ({"seed": False}, "seed has true or false"),
+        # Each would be examined, charged and reported twice.
+        ({"evaluation": {"modes": ["think", "think"]}}, "evaluation.modes: think stands there twice"),
+        ({"evaluation": {"budgets": [8, 16, 8]}}, "evaluation.budgets: 8 stands there twice"),
+        ({"evaluation": {"tasks": [{"name": "embedded", "modes": ["think", "think"]}]}}, "modes: think stands there"),
+        ({"evaluation": {"tasks": [{"name": "embedded", "modes": []}]}}, "modes: Tuple should have at least 1 item"),
     ],
 )
 def test_what_is_wrong_is_named(tree: dict[str, object], sentence: str) -> None:
