@@ -156,6 +156,16 @@ def _extended(tree: Mapping[str, Any], above: tuple[str, ...]) -> dict[str, Any]
     return own if base is None else merge(load_named(str(base), above), own)
 
 
+def _names_tasks(name: str) -> bool:
+    """Whether one's own recipe says what to examine on, itself or by one's own that it extends; shipped ones suit the
+    prompts that they come with. ``load_named`` has read it: what it extends is there, and not itself."""
+    if name in recipe_names():
+        return False
+    tree = recipe_tree(name)
+    evaluation, base = tree.get("evaluation"), tree.get("extends")
+    return (isinstance(evaluation, Mapping) and "tasks" in evaluation) or (base is not None and _names_tasks(str(base)))
+
+
 def resolve_recipe(tree: Mapping[str, Any], *, where: str) -> RunConfig:
     """The configuration that a recipe's keys and values mean. Raises UserError for anything that is wrong."""
     whole = _extended(tree, ())
@@ -194,8 +204,9 @@ def resolve_run(
         assign(flags, "seed", seed)
     if prompts is not None:
         assign(flags, "prompts", _prompt_settings(prompts))
-        # One's own questions are examined on themselves, unless an assignment says otherwise.
-        assign(tree, "evaluation.tasks", None)
+        # One's own questions are examined on themselves, unless an assignment or one's own recipe says otherwise.
+        if not _names_tasks(recipe):
+            assign(tree, "evaluation.tasks", None)
     # The flags lie below the assignments too: prompts.prompt_column is a key of the prompts that --prompts makes.
     tree = merge(assigned(merge(tree, flags), assignments), flags)
     return _checked(tree, f"the configuration (recipe {recipe})")

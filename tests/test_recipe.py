@@ -304,6 +304,15 @@ def test_own_prompts_are_examined_on_themselves_unless_told_otherwise(tmp_path: 
     # The same assignment as a block.
     assert resolve_run(prompts="my.jsonl", assignments=["evaluation={tasks: [gsm8k]}"]).evaluation.tasks == ("gsm8k",)
 
+    own, above = tmp_path / "own.yaml", tmp_path / "above.yaml"
+    own.write_text("extends: embedded\nevaluation: {tasks: [prompts, gsm8k]}\n")
+    above.write_text(f"extends: {own}\nseed: 3\n")
+    for recipe in (own, above):
+        found = resolve_run(recipe=str(recipe), prompts="my.jsonl")
+        assert found.evaluation.tasks == ("prompts", "gsm8k"), "a recipe of one's own means what it says"
+    own.write_text("extends: embedded\nevaluation: {samples: 2}\n")
+    assert resolve_run(recipe=str(above), prompts="my.jsonl").evaluation.tasks is None
+
 
 def test_assignments_reach_the_prompts_that_a_flag_names() -> None:
     """What the refusal of a file without a column 'prompt' tells its reader to do."""
