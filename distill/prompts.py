@@ -125,6 +125,8 @@ class TableSource:
         self.content_hash = digest.hexdigest()
         self._chunks = chunks
         held = set(sorted(answered)[: _num_held_out(len(answered), len(set(ids)))])
+        if answered and not held:
+            say("the prompts hold one question, which is trained on: none is held out for the examination")
         self._train = [row for row, id_ in enumerate(ids) if id_ not in held]
         # One row of each held-out question, in the order of the hashes.
         first_rows = {id_: row for row, id_ in reversed(list(enumerate(ids))) if id_ in held}

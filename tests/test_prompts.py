@@ -117,6 +117,15 @@ def test_how_many_are_held_out(tmp_path: Path, num: int, num_held: int) -> None:
     assert len({prompt.id for prompt in everything(source)}) == num - num_held
 
 
+def test_a_single_question_is_not_held_out_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt": "q", "answer": "a"}
+    assert load(jsonl(tmp_path / "p.jsonl", [row, row])).held_out() == []
+    assert "none is held out" in capsys.readouterr().err
+    assert load(jsonl(tmp_path / "p.jsonl", [row, {"prompt": "r", "answer": "a"}])).held_out() != []
+    assert load(jsonl(tmp_path / "p.jsonl", [{"prompt": "q"}])).held_out() == []
+    assert "held out" not in capsys.readouterr().err
+
+
 def test_prompts_without_answers_are_all_trained_on(tmp_path: Path) -> None:
     source = load(jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{number}"} for number in range(100)]))
     assert (source.num_train, source.held_out()) == (100, [])
@@ -145,7 +154,7 @@ def test_parquet_jsonl_and_folders_agree(tmp_path: Path) -> None:
 def test_columns_that_are_not_used_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(jsonl(tmp_path / "p.jsonl", [{"prompt": "q", "anwser": 1}]))
     assert "not used: anwser" in capsys.readouterr().err
-    load(jsonl(tmp_path / "p.jsonl", [{"prompt": "q", "answer": 1}]))
+    load(jsonl(tmp_path / "p.jsonl", [{"prompt": "q", "answer": 1}, {"prompt": "r", "answer": 1}]))
     assert capsys.readouterr().err == ""
 
 
