@@ -123,9 +123,8 @@ class OffPolicy:
     def _charge(self, answers: Answers, role: CostRole, shape: Shape) -> None:
         """Charge what this run generated, now or before it was interrupted, and mark what it found."""
         entry = self.crew.meter.account.entries.setdefault(role, {}).setdefault(self.name, Cost())
-        paid = [rollout for rollout, reused in zip(answers.rollouts, answers.reused, strict=True) if not reused]
         entry.tokens = answers.generated_tokens
-        entry.flops = rollout_flops(shape, paid)
+        entry.flops = rollout_flops(shape, answers.paid)
         entry.reused_tokens = answers.reused_tokens
 
     def spoken(self) -> Sequence[Rollout]:

@@ -31,26 +31,32 @@ class Answers:
     reused: tuple[bool, ...]
 
     @property
+    def paid(self) -> list[Rollout]:
+        """What this run generated. A request that is there twice is answered, and paid for, once."""
+        return self._different(reused=False)
+
+    @property
     def num_reused(self) -> int:
-        return sum(self.reused)
+        return len(self._different(reused=True))
 
     @property
     def num_generated(self) -> int:
-        return len(self.reused) - self.num_reused
+        return len(self.paid)
 
     @property
     def reused_tokens(self) -> int:
         """Response tokens that were there."""
-        return self._tokens(reused=True)
+        return sum(len(rollout.response_ids) for rollout in self._different(reused=True))
 
     @property
     def generated_tokens(self) -> int:
         """Response tokens that this run paid for."""
-        return self._tokens(reused=False)
+        return sum(len(rollout.response_ids) for rollout in self.paid)
 
-    def _tokens(self, *, reused: bool) -> int:
-        pairs = zip(self.rollouts, self.reused, strict=True)
-        return sum(len(rollout.response_ids) for rollout, was_reused in pairs if was_reused is reused)
+    def _different(self, *, reused: bool) -> list[Rollout]:
+        """Those that cost nothing, or those that did, each of them once."""
+        each = dict(zip(self.keys, zip(self.rollouts, self.reused, strict=True), strict=True))
+        return [rollout for rollout, was_reused in each.values() if was_reused is reused]
 
 
 def answer(

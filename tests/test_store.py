@@ -433,9 +433,13 @@ def test_only_what_is_missing_is_generated(tmp_path: Path) -> None:
     assert answers.rollouts == tuple(respond(one) for one in asked)
     assert answers.keys == tuple(response_key(TEACHER, one) for one in asked)
     assert answers.reused == (False, True, False, True, False)
-    assert (answers.num_reused, answers.num_generated) == (2, 3)
+    # The second 5 was not generated again, and is not paid for again.
+    assert (answers.num_reused, answers.num_generated) == (2, len(sampler.asked))
+    assert answers.paid == [respond(request(number)) for number in (5, 4)]
     assert answers.reused_tokens == sum(len(respond(request(number)).response_ids) for number in (0, 2))
-    assert answers.generated_tokens == sum(len(respond(request(number)).response_ids) for number in (5, 4, 5))
+    assert answers.generated_tokens == sum(len(respond(request(number)).response_ids) for number in (5, 4))
+    assert answer(asked, store, sampler, identity=TEACHER, run="mine", chunk=1) == answers
+    assert answer(asked, store, sampler, identity=TEACHER, run="another").num_reused == 4
 
 
 def test_an_interrupted_generation_goes_on_where_it_was(tmp_path: Path) -> None:
