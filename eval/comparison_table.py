@@ -14,7 +14,7 @@ Document = Mapping[str, Any]
 
 def print_comparison(document: Document) -> None:
     """The arms' scores and costs, paired differences and the two headline numbers, for each start."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for start, found in document.get("starts", {"": document}).items():
         if start:
             console.print(f"Start: {start}", style="bold")

@@ -18,18 +18,23 @@ Spent = Mapping[str, tuple[float, float, float]]
 def print_scores(scores: Sequence[Entry]) -> None:
     """A table for each task and metric of ``summary.json``'s scores."""
     for table in _tables(scores, {}):
-        Console().print(table)
+        _console().print(table)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The scores with what each checkpoint's making cost, the gap that was closed, and where the report lies."""
-    console = Console(highlight=False)
+    console = _console()
     for table in _tables(summary["scores"], _spent_by_stage(summary["costs"])):
         console.print(table)
     for mode, share in summary["gap_closed"].items():
         said = "no certain gap (the teacher's lead lies within its interval)" if share is None else f"{share:.0%}"
         console.print(f"Gap to the teacher that the last stage closed, {mode}: {said}", soft_wrap=True)
     console.print(f"Report: {summary['run']}/report.html", soft_wrap=True)
+
+
+def _console() -> Console:
+    """Folders, tasks and stages are called what their owner likes: a bracket in a name is no mark-up."""
+    return Console(highlight=False, markup=False)
 
 
 def _tables(scores: Sequence[Entry], spent: Spent) -> list[Table]:

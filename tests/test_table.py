@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from eval.table import print_summary
+from distill.progress import track
+from eval.table import print_scores, print_summary
 
 
 def test_summary_fits_and_says_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +42,27 @@ def test_summary_fits_and_says_everything(capsys: pytest.CaptureFixture[str], mo
     assert "2,000,000" in shown and "6.5e+12" in shown  # of the on-policy stage: two roles, no examination
     assert "think: 91%" in shown and "no_think: no certain gap" in shown
     assert "Report: runs/x/report.html" in shown
+
+
+def test_brackets_in_names_are_shown_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders and files may be called so, and rich reads [red] as a colour and [/b] as a mistake."""
+    entry = {
+        "checkpoint": "on[red]",
+        "task": "q[/b]",
+        "mode": "think",
+        "metric": "avg@1",
+        "mean": 1.0,
+        "ci95": [0.4, 1.0],
+        "num_questions": 5,
+        "num_samples": 5,
+    }
+    print_scores([entry])
+    print_summary({"run": "runs/[/x]", "scores": [entry], "gap_closed": {}, "costs": {}})
+    shown = capsys.readouterr().out
+    assert shown.count("q[/b], avg@1") == shown.count("on[red]") == 2 and "Report: runs/[/x]/report.html" in shown
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with track("on_policy, q[/b], think", 1, "responses") as bar:
+        bar.advance(note="loss [/i]")
+    assert "q[/b]" in capsys.readouterr().err
