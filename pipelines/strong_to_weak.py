@@ -76,7 +76,8 @@ def run(config: RunConfig, out: Path, *, command: Sequence[str], ranks: Ranks = 
         if journal.finished:
             if ranks.is_main and not (out / "report.html").exists():
                 write_report(out)
-            return dict(read_json(out / "summary.json"))
+            # It may have been moved since.
+            return {**read_json(out / "summary.json"), "run": str(out)}
         with ExitStack() as stack:
             return _Run(config, journal, command, stack, ranks).finish()
     finally:

@@ -113,8 +113,11 @@ def test_the_same_seed_gives_the_same_numbers_and_a_reused_store_the_same_respon
     # Responses that another run paid for cost nothing here, and are marked.
     assert again["costs"]["teacher_generate"]["tokens"] == 0
     assert again["costs"]["teacher_generate"]["reused_tokens"] == summary["costs"]["teacher_generate"]["tokens"] > 0
-    # Given again, a finished run is read back.
+    # Given again, a finished run is read back, where it lies now.
     assert finish(tmp_path / "run", out.parent / "store") == again
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = tmp_path / "moved"
+    assert finish(moved, out.parent / "store") == {**again, "run": str(moved)}
 
 
 def lines_at_least(out: Path, wanted: int) -> Callable[[], bool]:
