@@ -197,7 +197,22 @@ class Launch:
             defaults["VLLM_CPU_KVCACHE_SPACE"] = str(self._cpu_cache_gib())
         # What the user has set stays, except the key, on which client and server have to agree, and the devices, which
         # were chosen among those that the user allows.
-        return defaults | dict(os.environ) | self._device_variables() | self._key_variable() | dict(self.variables)
+        return (
+            defaults
+            | self.precision()
+            | dict(os.environ)
+            | self._device_variables()
+            | self._key_variable()
+            | dict(self.variables)
+        )
+
+    def precision(self) -> dict[str, str]:
+        """Variables without which float32 is less on a GPU; Triton reads them whenever it compiles a kernel."""
+        if not self.on_gpu or self.dtype != "float32":
+            return {}
+        # vLLM's attention in float32 is Triton's, whose products have TF32's ten bits of mantissa unless it is told
+        # otherwise. In attention alone they change log-probabilities of the embedded student by 1e-3.
+        return {"TRITON_F32_DEFAULT": "ieee"}
 
     def _device_variables(self) -> dict[str, str]:
         if not self.devices:
