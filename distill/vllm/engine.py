@@ -4,6 +4,10 @@ It is made from the very words that a server is started with, and starts when it
 for its own and changes what belongs to all: variables of the environment, random streams, ``torch.set_num_threads``,
 where its log goes. Here all of it is as it was when the engine has started. What stays is a process group of one
 process, until the engine is closed; so there is no engine beside another process group.
+
+On a GPU it has a stream of its own, which is the current one in its own calls alone. vLLM waits for the stream that it
+began on, whichever is current in the thread that asks; and it makes one current for good, while the trainer's other
+threads go on where they were, so that nothing would order what they hand to each other.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ class Engine:
     def __init__(self, launch: Launch, *, log: Path) -> None:
         self.launch, self.log = launch, log
         self._engine: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._handler: logging.Handler | None = None
         self._asked: dict[str, tuple[int, Question]] = {}
         self._num_asked = 0
@@ -97,12 +102,30 @@ class Engine:
         # Nothing is text here; a bar for a file that is loaded tells nothing.
         words = [*self.launch.model_flags(), "--skip-tokenizer-init", "--no-use-tqdm-on-load", "--disable-log-stats"]
         arguments = EngineArgs.from_cli_args(parser.parse_args(words))
+        if self.launch.on_gpu:
+            self._stream = torch.cuda.Stream()
         try:
-            return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
+            # Not before vLLM was imported: it watches which stream is made the current one.
+            with self._at_work():
+                return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
         except (ValueError, RuntimeError, OSError) as error:
             raise GoneError(
                 f"{_WHO} could not start for the {self.launch.whose}: {error}; {self.log} says more"
             ) from error
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """A block of vLLM's own, on its stream: behind what the caller's has been given, and before what comes next."""
+        if self._stream is None:
+            yield
+            return
+        ours = torch.cuda.current_stream()
+        self._stream.wait_stream(ours)
+        try:
+            with torch.cuda.stream(self._stream), _variables(self.launch.precision()):
+                yield
+        finally:
+            ours.wait_stream(self._stream)
 
     def close(self) -> None:
         """Give back all that it holds."""
@@ -133,7 +156,7 @@ class Engine:
     def step(self) -> list[tuple[int, Segment]]:
         """One pass of the model, and the answers that it ended. Raises DistillError for one that is none."""
         # Every question has a seed; vLLM draws from the process's random stream besides.
-        with torch.random.fork_rng(_devices(on_gpu=self.launch.on_gpu)):
+        with self._at_work(), torch.random.fork_rng(_devices(on_gpu=self.launch.on_gpu)):
             outputs = self._engine.step()
         return [self._answer(output) for output in outputs]
 
@@ -162,7 +185,8 @@ class Engine:
         The fingerprint of each as the layers hold it, by name; None on a GPU, where vLLM's own reload returns nothing.
         """
         if self.launch.on_gpu:
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            with self._at_work():
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
             return None
         # vLLM's own way leaves wrong weights on a CPU.
         tensors = dict(weights)
@@ -171,15 +195,19 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache. Raises DistillError where some of it is kept."""
-        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+        with self._at_work():
+            has_forgotten = self._engine.reset_prefix_cache(reset_running_requests=True)
+        if not has_forgotten:
             raise DistillError(f"{_WHO} cannot empty its prefix cache; {self.log} may say why")
 
     def sleep(self, level: Literal[1, 2]) -> None:
-        self._engine.sleep(level)
+        with self._at_work():
+            self._engine.sleep(level)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> bool:
         """Whether it is awake as a whole then."""
-        return bool(self._engine.wake_up([part]))
+        with self._at_work():
+            return bool(self._engine.wake_up([part]))
 
 
 def check_installed() -> None:
@@ -207,6 +235,18 @@ def _undisturbed(*, on_gpu: bool) -> Iterator[None]:
         for name in set(os.environ) - set(variables):
             del os.environ[name]
         os.environ.update(variables)
+
+
+@contextmanager
+def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
+    """A block in which the environment has those, where the user has not set them."""
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _devices(*, on_gpu: bool) -> list[int]:
