@@ -75,12 +75,22 @@ class SamplerLayout:
         settings, on_gpu = config.sampler, pool.device.kind == "gpu"
         if settings.backend == "transformers":
             return None
-        room = int(USABLE * pool.bytes) if on_gpu else pool.bytes
-        if not (on_gpu and settings.devices):
-            others = memory.stays if settings.sleep else memory.total - memory.parts["server"]
-            room = min(room, pool.bytes - others - (RESERVED_BYTES if on_gpu else 0))
+        if on_gpu:
+            room = int(USABLE * pool.bytes) if settings.devices else room_beside(config, memory, pool.bytes)
+        else:
+            room = pool.bytes - _others(config, memory)
         devices = own_devices(config, on_gpu=on_gpu)
         return cls(student_server(config, student, room=room, on_gpu=on_gpu), devices)
+
+
+def room_beside(config: RunConfig, memory: Memory, gpu_bytes: int) -> int:
+    """Bytes of a GPU that the student's own vLLM may take beside a process that needs ``memory`` there."""
+    return min(int(USABLE * gpu_bytes), gpu_bytes - _others(config, memory) - RESERVED_BYTES)
+
+
+def _others(config: RunConfig, memory: Memory) -> int:
+    """Bytes of the process itself while vLLM speaks: one that sleeps takes turns with what comes and goes."""
+    return memory.stays if config.sampler.sleep else memory.total - memory.parts["server"]
 
 
 def own_devices(config: RunConfig, *, on_gpu: bool) -> int:

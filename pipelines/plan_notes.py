@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 from distill.memory import student_memory
-from distill.server_memory import USABLE
 from pipelines.layouts import Layout
 from pipelines.pace import rows_together
 from pipelines.plan import Plan
@@ -92,8 +91,8 @@ def _sampler_notes(layout: Layout) -> Iterator[str]:
         most = sampler.memory.has / layout.student_pool.bytes
         meanwhile = "while it is awake" if settings.sleep else "while it trains too"
         yield (
-            f"vLLM takes {USABLE:.0%} of a GPU unless sampler.server_args says --gpu-memory-utilization; beside the "
-            f"trainer, {meanwhile}, {math.floor(100 * most) / 100:.2f} is the most, and is planned with"
+            f"vLLM takes {math.floor(100 * most) / 100:.2f} of the GPU beside the trainer, {meanwhile}, unless "
+            f"sampler.server_args says --gpu-memory-utilization"
         )
     if settings.staleness:
         kept = "the server does not sleep, so that what both hold is held at once; " if memory.parts["server"] else ""

@@ -106,7 +106,8 @@ class _Run:
                 announce(config, Pair(candidates[0].checkpoint.shape, student.shape), journal, ranks, hosts)
             _check_shared_servers(config, ranks)
             check_sampler(config, student, ranks)
-            self.engine = choose_engine(config, student.shape, ranks, candidates[0].checkpoint.shape)
+            self.teacher_shape = candidates[0].checkpoint.shape
+            self.engine = choose_engine(config, student.shape, ranks, self.teacher_shape)
             teachers = stack.enter_context(
                 hired_faculty(
                     config,
@@ -210,7 +211,15 @@ class _Run:
             teachers=teachers,
             student=self.student,
             student_sampler=self.stack.enter_context(
-                student_sampler(config, student, self.student, self.encoder, ranks, logs=self.journal.path / "servers")
+                student_sampler(
+                    config,
+                    student,
+                    self.student,
+                    self.encoder,
+                    ranks,
+                    teacher=self.teacher_shape,
+                    logs=self.journal.path / "servers",
+                )
             ),
             student_shape=student.shape,
             start_of=start_of,

@@ -7,15 +7,21 @@ server, which the main one starts.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from distill.checkpoint import Checkpoint
 from distill.config import RunConfig
 from distill.encode import Encoder
 from distill.errors import UserError
+from distill.family import Shape
+from distill.memory import student_memory
 from distill.sampler import StudentSampler, TransformersSampler
 from distill.vllm.client import Client
 from distill.vllm.engine import Engine, check_installed
@@ -24,6 +30,8 @@ from distill.vllm.launch import Launch
 from distill.vllm.remote_sampler import RemoteSampler
 from distill.vllm.service import Service
 from pipelines.hiring import devices_here
+from pipelines.layouts import room_beside
+from pipelines.processes import choose_engine
 from students.engine_sync import EngineSync
 from students.ranks import Ranks
 from students.sleep import Sleep, SleepingServer, check_sleep, level_for
@@ -35,11 +43,15 @@ from students.weight_sync import (
     MemorySync,
     Way,
     WeightSync,
+    check_handles,
     check_uncut,
     choose_way,
     flags_of,
     variables_of,
 )
+
+_SIZES = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
+"""vLLM's flags that say how much it takes."""
 
 _GONE_SECONDS = 20.0
 """How long a process that did not start the server waits for one that does not answer: it never comes back."""
@@ -47,9 +59,17 @@ _GONE_SECONDS = 20.0
 
 @contextmanager
 def student_sampler(
-    config: RunConfig, checkpoint: Checkpoint, student: Student, encoder: Encoder, ranks: Ranks, *, logs: Path
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    student: Student,
+    encoder: Encoder,
+    ranks: Ranks,
+    *,
+    teacher: Shape,
+    logs: Path,
 ) -> Iterator[StudentSampler]:
-    """The run's sampler of ``student``, which began as ``checkpoint``; what it starts ends with the block."""
+    """The run's sampler of ``student``, which began as ``checkpoint`` and has ``teacher`` for its largest one; what it
+    starts ends with the block."""
     settings = config.sampler
     if settings.backend == "transformers":
         yield TransformersSampler(
@@ -62,6 +82,7 @@ def student_sampler(
         return
     way = _way(config, checkpoint, ranks)
     launch, log = _launch(config, checkpoint, way, on_gpu=ranks.device.type == "cuda"), logs / "student.log"
+    launch = replace(launch, extra=(*share_flags(config, checkpoint.shape, teacher, ranks), *launch.extra))
     tolerance = settings.tolerance or TOLERANCE[config.student.dtype]
     if settings.place == "in_process":
         with Engine(launch, log=log) as engine:
@@ -88,6 +109,34 @@ def student_sampler(
             yield VllmSampler(student, remote, sync, tolerance=tolerance, sleep=sleep, ranks=ranks)
     finally:
         service.stop()
+
+
+def share_flags(config: RunConfig, student: Shape, teacher: Shape, ranks: Ranks) -> tuple[str, ...]:
+    """How much of the trainer's GPU vLLM takes, where nobody says it.
+
+    Left to itself it wants ``USABLE`` of the GPU: it does not start where the trainer has more than the rest, and
+    leaves no more to one that has less.
+    """
+    is_shared = ranks.device.type == "cuda" and not config.sampler.devices
+    if not is_shared or any(_names(word, flag) for word in config.sampler.server_args for flag in _SIZES):
+        return ()
+    engine = choose_engine(config, student, ranks, teacher)
+    memory = student_memory(config, student, teacher, processes=ranks.count, engine=engine)
+    has = torch.cuda.get_device_properties(ranks.device).total_memory
+    share = math.floor(100 * room_beside(config, memory, has) / has) / 100
+    if share <= 0:
+        raise UserError(
+            f"sampler.backend=vllm on the trainer's GPU: of its {has / 1e9:.1f} GB the trainer needs "
+            f"{memory.total / 1e9:.1f}, and nothing is left for vLLM; set sampler.sleep=true, name another GPU in "
+            f"sampler.devices, or say in sampler.server_args how much it may take (--gpu-memory-utilization)"
+        )
+    return ("--gpu-memory-utilization", f"{share:.2f}")
+
+
+def _names(word: str, flag: str) -> bool:
+    """Whether vLLM's parser takes ``word`` for ``flag``: underscores are dashes to it, a flag's beginning the flag."""
+    name = word.partition("=")[0].replace("_", "-")
+    return len(name) > 2 and flag.startswith(name)
 
 
 def _nothing() -> None:
@@ -138,14 +187,18 @@ def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
     on_gpu, own_devices = ranks.device.type == "cuda", bool(config.sampler.devices)
     if config.sampler.sleep:
         check_sleep(on_gpu=on_gpu, own_devices=own_devices)
-    return choose_way(
+    way = choose_way(
         config.sampler.sync,
         on_gpu=on_gpu,
         own_devices=own_devices,
         num_experts=checkpoint.shape.num_experts,
+        dtype=config.student.dtype,
         lora=config.student.lora,
         in_process=config.sampler.place == "in_process",
     )
+    if way == "ipc":
+        check_handles(os.environ)
+    return way
 
 
 def _sync(way: Way, student: Student, client: Client, service: Service) -> WeightSync:

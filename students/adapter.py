@@ -41,10 +41,12 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings) -> Any:
     )
 
 
-def why_not_served(lora: LoraSettings | None, num_experts: int) -> str | None:
+def why_not_served(lora: LoraSettings | None, num_experts: int, *, dtype: str, on_gpu: bool) -> str | None:
     """Why vLLM cannot be given such a student's adapters by themselves; None where it can."""
     if lora is None:
         return "the student has none (student.lora is null)"
+    if on_gpu and dtype == "float32":
+        return "vLLM's kernels for adapters on a GPU take 16 bits and student.dtype is float32"
     if num_experts:
         return "the student is a mixture of experts"
     if lora.rank > RANKS[-1]:

@@ -167,6 +167,9 @@ class VllmSampler(Keeping):
         return facts
 
     def _bring_up_to_date(self) -> None:
+        if self._gap is None:
+            # What the trainer holds in reserve is not free to a vLLM that starts on its GPU.
+            torch.cuda.empty_cache()
         self.vllm.ready()  # its start is not the transfer's time
         started = time.perf_counter()
         if self.sleep is not None:

@@ -128,13 +128,14 @@ def choose_way(
     on_gpu: bool,
     own_devices: bool,
     num_experts: int,
+    dtype: str,
     lora: LoraSettings | None,
     in_process: bool = False,
 ) -> Way:
     """The way that fits. Raises UserError where ``wanted`` cannot be gone on this machine, or with this student."""
     if in_process:
         return _to_this_process(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=num_experts)
-    reason = why_not_served(lora, num_experts)
+    reason = why_not_served(lora, num_experts, dtype=dtype, on_gpu=on_gpu)
     # On a CPU vLLM gathers a copy of the adapters for every token; merged weights cost it nothing.
     if wanted == "adapter" or (wanted == "auto" and on_gpu and reason is None):
         if reason is not None:
@@ -188,6 +189,23 @@ def check_uncut(server_args: Sequence[str]) -> None:
                 f"sampler.server_args has {word}, and the weights are sent to a server that is whole in one process; "
                 f"leave it out, and name one GPU in sampler.devices if the server is to have its own"
             )
+
+
+def check_handles(variables: Mapping[str, str]) -> None:
+    """Raise UserError where ``variables`` of the environment have the trainer's memory in expandable segments.
+
+    Another process opens a handle of such memory by reaching into this one (pidfd_getfd), which a container, and a
+    system that restricts ptrace, refuses.
+    """
+    # torch goes by the first of them that is set.
+    name = next((name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if variables.get(name)), None)
+    options = "" if name is None else variables[name].replace(" ", "").lower()
+    if any(option in ("expandable_segments:true", "expandable_segments:1") for option in options.split(",")):
+        raise UserError(
+            f"sampler.sync=ipc hands the server handles of the trainer's memory, and {name} has expandable_segments, "
+            f"whose handles most systems let no other process open; leave it out of {name}, set "
+            f"sampler.place=in_process, or give the server a GPU of its own in sampler.devices"
+        )
 
 
 def flags_of(way: Way, lora: LoraSettings | None = None) -> tuple[str, ...]:

@@ -187,7 +187,7 @@ def test_a_server_gets_what_the_trainer_leaves() -> None:
     memory = found.best.layout.student.memory
     held = sampler.memory.has
     assert held == min(int(0.92 * pool.bytes), pool.bytes - RESERVED_BYTES - (memory.total - memory.parts["server"]))
-    (said,) = (re.search(r"(0\.\d\d) is the most", note) for note in notes(found) if "is the most" in note)
+    (said,) = (re.search(r"vLLM takes (0\.\d\d) of the GPU", note) for note in notes(found) if "vLLM takes" in note)
     assert said is not None and float(said[1]) <= held / pool.bytes < float(said[1]) + 0.01
     assert memory_by_phase(found.best.layout)["student, training"]["server"] == memory.parts["server"]
     assert "takes at least half of sampling, scoring and training together" in "\n".join(lines(found))

@@ -24,17 +24,20 @@ from standin_gpu import install_device
 from distill.checkpoint import load_model, open_checkpoint
 from distill.config import RunConfig
 from distill.errors import DistillError, GoneError, StoppedError, UserError
-from distill.family import resolve
+from distill.family import Shape, resolve, shape_of
 from distill.interrupt import deferred_signals
+from distill.memory import RESERVED_BYTES, student_memory
 from distill.model_config import LoraSettings, SamplerSettings, StudentSettings
 from distill.recipe import validate
+from distill.server_memory import USABLE
 from distill.types import MODES
 from distill.vllm.launch import Launch
-from pipelines.student_sampling import check_sampler, student_sampler
+from pipelines.student_sampling import check_sampler, share_flags, student_sampler
 from students.adapter import MODULES, RANKS
 from students.engine_sync import EngineSync
 from students.handover import private_folder
 from students.ranks import ALONE, Ranks
+from students.rescoring import rescore
 from students.sleep import check_sleep
 from students.student import Student
 from students.vllm_sampler import PROBE_TOKENS, VllmSampler
@@ -43,6 +46,7 @@ from students.weight_sync import (
     FileSync,
     WeightsError,
     WeightSync,
+    check_handles,
     choose_way,
     flags_of,
     variables_of,
@@ -63,7 +67,7 @@ LORA = LoraSettings(rank=4, alpha=8.0)
     ],
 )
 def test_the_way_that_fits(wanted: Any, on_gpu: bool, own_devices: bool, way: str) -> None:
-    assert choose_way(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=0, lora=None) == way
+    assert choose_way(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=0, dtype="bfloat16", lora=None) == way
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,10 @@ def test_the_way_that_fits(wanted: Any, on_gpu: bool, own_devices: bool, way: st
 def test_auto_sends_adapters_by_themselves_where_vllm_serves_them_well(
     lora: LoraSettings, num_experts: int, on_gpu: bool, way: str
 ) -> None:
-    assert choose_way("auto", on_gpu=on_gpu, own_devices=False, num_experts=num_experts, lora=lora) == way
+    assert (
+        choose_way("auto", on_gpu=on_gpu, own_devices=False, num_experts=num_experts, dtype="bfloat16", lora=lora)
+        == way
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,12 +105,25 @@ def test_adapters_that_cannot_be_served_are_refused_where_they_were_asked_for(
     lora: LoraSettings | None, num_experts: int, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        choose_way("adapter", on_gpu=False, own_devices=False, num_experts=num_experts, lora=lora)
+        choose_way("adapter", on_gpu=False, own_devices=False, num_experts=num_experts, dtype="bfloat16", lora=lora)
+
+
+def test_adapters_in_float32_are_merged_on_a_gpu() -> None:
+    """vLLM's kernel for them there asserts 16 bits: a server would end in its first pass."""
+    given: Any = {"own_devices": False, "num_experts": 0, "dtype": "float32", "lora": LORA}
+    assert choose_way("auto", on_gpu=True, **given) == "ipc"
+    with pytest.raises(
+        UserError, match=r"on a GPU take 16 bits and student\.dtype is float32; set sampler\.sync to auto"
+    ):
+        choose_way("adapter", on_gpu=True, **given)
+    assert choose_way("adapter", on_gpu=False, **given) == "adapter"
 
 
 def test_a_lora_students_way_can_be_asked_for() -> None:
-    assert choose_way("adapter", on_gpu=False, own_devices=False, num_experts=0, lora=LORA) == "adapter"
-    assert choose_way("ipc", on_gpu=True, own_devices=False, num_experts=0, lora=LORA) == "ipc"
+    assert (
+        choose_way("adapter", on_gpu=False, own_devices=False, num_experts=0, dtype="bfloat16", lora=LORA) == "adapter"
+    )
+    assert choose_way("ipc", on_gpu=True, own_devices=False, num_experts=0, dtype="bfloat16", lora=LORA) == "ipc"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +141,7 @@ def test_ways_that_cannot_be_gone_are_refused_by_name(
     wanted: Any, on_gpu: bool, own_devices: bool, num_experts: int, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        choose_way(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=num_experts, lora=None)
+        choose_way(wanted, on_gpu=on_gpu, own_devices=own_devices, num_experts=num_experts, dtype="bfloat16", lora=None)
 
 
 def test_a_run_is_refused_before_anything_starts() -> None:
@@ -166,10 +186,12 @@ def test_one_process_does_not_speak_and_train_at_once() -> None:
 
 def test_the_way_within_a_process() -> None:
     for on_gpu in (False, True):
-        way = choose_way("auto", on_gpu=on_gpu, own_devices=False, num_experts=0, lora=LORA, in_process=True)
+        way = choose_way(
+            "auto", on_gpu=on_gpu, own_devices=False, num_experts=0, dtype="bfloat16", lora=LORA, in_process=True
+        )
         assert (way, flags_of(way), variables_of(way, None)) == ("memory", (), ())
     with pytest.raises(UserError, match="cannot take over a mixture of experts on a CPU"):
-        choose_way("auto", on_gpu=False, own_devices=False, num_experts=8, lora=None, in_process=True)
+        choose_way("auto", on_gpu=False, own_devices=False, num_experts=8, dtype="bfloat16", lora=None, in_process=True)
 
 
 def with_devices(*devices: str) -> RunConfig:
@@ -201,6 +223,98 @@ def test_gpus_that_are_not_here_are_refused_before_anything_starts(monkeypatch: 
     check_sampler(with_devices("7"), NANO, ALONE)
     with pytest.raises(UserError, match=r"the GPUs that this run may use are 6; give each GPU"):
         check_sampler(with_devices("cuda:7"), NANO, ALONE)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 80 GB, as far as torch tells of it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9, uuid="a GPU")
+    )
+
+
+def shape(name: str) -> Shape:
+    found = shape_of(name)
+    assert found is not None
+    return found
+
+
+SMALL, LARGE = shape("0.6B"), shape("4B")
+
+
+def sampled_by(**settings: Any) -> RunConfig:
+    teacher = {"backend": "vllm"}
+    return validate({"teacher": {"model": "4B", **teacher}, "student": {"model": "0.6B"}, "sampler": settings})
+
+
+def test_a_shared_gpu_is_shared_without_a_word_of_the_users(a_gpu: None) -> None:
+    """What the plan says of it is what vLLM is started with: left to itself it would want 92 % of the GPU."""
+
+    def share(**settings: Any) -> float:
+        flag, value = share_flags(sampled_by(backend="vllm", **settings), SMALL, LARGE, ALONE)
+        assert flag == "--gpu-memory-utilization"
+        return float(value)
+
+    config = sampled_by(backend="vllm")
+    memory = student_memory(config, SMALL, LARGE)
+    trainer = memory.total - memory.parts["server"] + RESERVED_BYTES
+    assert trainer > 0.08 * 80e9  # so vLLM's own 92 % would not be free
+    assert 80e9 * share() <= 80e9 - trainer < 80e9 * (share() + 0.01)
+    # One that sleeps has what comes and goes in a training step too.
+    assert share() < share(sleep=True) <= USABLE
+    assert share(sleep=True, place="in_process") == share(sleep=True)
+
+
+def test_whoever_says_how_much_vllm_takes_is_heard(a_gpu: None) -> None:
+    for words in (("--gpu-memory-utilization", "0.3"), ("--gpu_memory_util=0.3",), ("--kv-cache-memory-bytes=1G",)):
+        assert share_flags(sampled_by(backend="vllm", server_args=words), SMALL, LARGE, ALONE) == ()
+    assert share_flags(sampled_by(backend="vllm", server_args=("--max-num-seqs", "8")), SMALL, LARGE, ALONE)
+    # A server with a GPU of its own has all of it, and a CPU has no such share.
+    assert share_flags(sampled_by(backend="vllm", devices=("1",)), SMALL, LARGE, ALONE) == ()
+
+
+def test_a_gpu_that_the_trainer_fills_is_a_sentence(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=10 * 10**9))
+    with pytest.raises(UserError, match=r"of its 10\.0 GB the trainer needs [0-9.]+, and nothing is left for vLLM"):
+        share_flags(sampled_by(backend="vllm"), SMALL, LARGE, ALONE)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_whose_handles_nobody_can_open_is_refused(
+    name: str, a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(other, raising=False)
+    whole = RunConfig(student=StudentSettings(model="nano"), sampler=SamplerSettings(backend="vllm"))
+    for value in ("expandable_segments:True", "max_split_size_mb:64, expandable_segments : true"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"sampler\.sync=ipc hands .* {name} has expandable_segments"):
+            check_sampler(whole, NANO, ALONE)
+    # Adapters go through files, and NCCL sends copies.
+    check_sampler(with_devices("0"), NANO, ALONE)
+    student = StudentSettings(model="nano", dtype="bfloat16", lora=LORA)
+    lora = RunConfig(student=student, sampler=SamplerSettings(backend="vllm"))
+    check_sampler(lora, NANO, ALONE)
+    monkeypatch.setenv(name, "expandable_segments:False")
+    check_sampler(whole, NANO, ALONE)
+    check_handles({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_what_the_trainer_holds_in_reserve_is_free_when_vllm_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Student(load_model(NANO, torch.float32, "cpu"), StudentSettings(dtype="float32"), stop_ids=[0])
+    done: list[str] = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("empty"))
+    remote: Any = SimpleNamespace(vocabulary=100, ready=lambda: done.append("ready"), model=None)
+    remote.forget_prefixes = lambda: None
+    remote.read = lambda sequences: [one.token_R.tolist() for one in rescore(learner, sampler.probes)]
+    sampler = VllmSampler(learner, remote, SimpleNamespace(send=lambda: None), tolerance=1e-4)
+    for _ in range(2):
+        sampler.take_weights()
+        learner.num_changes += 1
+    assert done == ["empty", "ready", "ready"]
 
 
 @pytest.mark.parametrize("settings", [{"staleness": 1}, {"sleep": True}, {"place": "in_process"}])
@@ -265,7 +379,13 @@ def test_the_probes_fit_a_run_of_short_sequences(
     whoever: Any = None
     for prompt in (14, PROBE_TOKENS):
         sampled = student_sampler(
-            validate({**tree, "max_prompt_tokens": prompt}), NANO, whoever, whoever, ALONE, logs=tmp_path
+            validate({**tree, "max_prompt_tokens": prompt}),
+            NANO,
+            whoever,
+            whoever,
+            ALONE,
+            teacher=NANO.shape,
+            logs=tmp_path,
         )
         with pytest.raises(StartedError), sampled:
             pass
