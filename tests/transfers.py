@@ -19,8 +19,8 @@ def train(student: Student, seed: int) -> None:
         for parameter in student.model.parameters():
             if parameter.requires_grad:
                 # Adapters begin as ones that change nothing.
-                scale = 0.02 * parameter.std() if parameter.any() else 0.1
-                parameter += scale * torch.randn(parameter.shape, generator=draw)
+                scale = 0.02 * float(parameter.float().std()) if parameter.any() else 0.1
+                parameter += (scale * torch.randn(parameter.shape, generator=draw)).to(parameter)
     student.num_changes += 1
 
 
