@@ -54,7 +54,8 @@ class Encoder:
             text = self._render(messages)
         else:
             text = self._render(prompt.messages, enable_thinking=mode == "think")
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        # How long a prompt may be is max_prompt_tokens' affair; the tokenizer would warn of a limit of its own.
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation that waits for an answer, in the mode whose prompt is the longer one."""

@@ -30,6 +30,15 @@ def test_modes_differ_only_where_they_should(encoder: Encoder) -> None:
     assert soft == think.replace("3+4=", "3+4= /no_think")  # the model writes the block itself: response
 
 
+def test_a_long_prompt_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded tokenizer says 2,048 and its models take 4,096; transformers warned of indexing errors."""
+    warned = list[str]()
+    logger = "transformers.tokenization_utils_base.logger"
+    monkeypatch.setattr(f"{logger}.warning", lambda text, *rest, **more: warned.append(text))
+    fresh = Encoder(AutoTokenizer.from_pretrained(checkpoint_dir("tiny")))
+    assert fresh.count_tokens([{"role": "user", "content": "3+" * 1200 + "4="}]) > 2048 and not warned
+
+
 def test_a_flag_in_the_prompt_is_left_alone(encoder: Encoder) -> None:
     flagged = Prompt(({"role": "user", "content": "3+4= /no_think"},))
     assert "/no_think /no_think" not in encoder.decode(encoder.encode(flagged, mode="no_think", switch="soft"))
