@@ -232,8 +232,9 @@ def check_context(pair: Pair) -> str:
             raise UserError(
                 f"the {who} {checkpoint.name} takes {checkpoint.max_positions} tokens (max_position_embeddings), and "
                 f"max_prompt_tokens {pair.max_prompt_tokens} + max_new_tokens {pair.max_new_tokens}"
-                f"{' + 1' * beyond} = {needed + beyond}{why * beyond}; lower max_prompt_tokens or a stage's "
-                f"sampling.*.max_new_tokens"
+                f"{' + 1' * beyond} = {needed + beyond}{why * beyond}; lower max_prompt_tokens, or those of "
+                f"stages.*.sampling.*.max_new_tokens and evaluation.sampling.*.max_new_tokens that are "
+                f"{pair.max_new_tokens}"
             )
     least = min(pair.teacher.max_positions, pair.student.max_positions)
     return f"{needed} tokens at most, within {least}"

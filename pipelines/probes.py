@@ -130,8 +130,8 @@ def check_servers(probe: Probe) -> str:
         if longest is not None and longest < probe.needed:
             raise UserError(
                 f"{url} takes {longest} tokens, and this run's longest prompt and response together are "
-                f"{probe.needed}; start it with --max-model-len {probe.needed}, or lower max_prompt_tokens or a "
-                f"stage's sampling.*.max_new_tokens"
+                f"{probe.needed}; start it with --max-model-len {probe.needed}, or lower max_prompt_tokens or "
+                f"the longest of stages.*.sampling.*.max_new_tokens and evaluation.sampling.*.max_new_tokens"
             )
     known = [longest for longest in limits.values() if longest is not None]
     if not limits:

@@ -203,6 +203,8 @@ def test_lengths_beyond_the_context_are_refused(pair: tuple[Path, Path]) -> None
     assert name == "context"
     assert "128 tokens" in text
     assert "29 + max_new_tokens 100 = 129" in text
+    # The examination speaks as well, and its limit may be the longest.
+    assert "stages.*.sampling.*.max_new_tokens and evaluation.sampling.*.max_new_tokens that are 100" in text
 
 
 def test_a_token_behind_the_longest_sequence_needs_a_position_too(pair: tuple[Path, Path]) -> None:
