@@ -196,7 +196,8 @@ def _download(name: str, published: Published, subset: str | None) -> list[Row]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the task {name} needs the data set {published.id} at {published.revision[:7]}, which could not be had "
-            f"({first}); run once where the hub can be reached, or give a local copy of its columns (--data PATH)"
+            f"({first}); run once where the hub can be reached, give a local copy of its columns (distill eval --data "
+            f"PATH, for a run --set 'evaluation.tasks=[{{name: {name}, path: PATH}}]'), or name another task"
         ) from None
 
 

@@ -181,7 +181,7 @@ def test_every_hub_task_is_pinned_licensed_and_graded() -> None:
 
 def test_a_set_that_cannot_be_had_is_a_sentence_with_the_way_out() -> None:
     # The tests' environment keeps the hub out; nothing is in the cache.
-    with pytest.raises(UserError, match=r"openai/gsm8k at e53f048.*--data PATH"):
+    with pytest.raises(UserError, match=r"e53f048.*--data PATH, for a run .*\{name: gsm8k, path: PATH\}"):
         load_task("gsm8k")
 
 
