@@ -64,6 +64,9 @@ class PromptSource(Protocol):
     def held_out(self) -> list[Prompt]:
         """Prompts with an answer that are never trained on."""
 
+    def num_trained(self, prompts: Sequence[Prompt]) -> int:
+        """How many of ``prompts``, which somebody is examined on, are trained on."""
+
 
 class EmbeddedSource:
     """Fresh train questions of the embedded task; its test questions are the evaluation's own affair."""
@@ -91,6 +94,10 @@ class EmbeddedSource:
     def held_out(self) -> list[Prompt]:
         return []
 
+    def num_trained(self, prompts: Sequence[Prompt]) -> int:
+        """None that is known: what is drawn is of the train split, and the task's own questions of the other."""
+        return 0
+
 
 class TableSource:
     """Checked prompts in columns of text, shuffled anew by the seed in every epoch."""
@@ -98,6 +105,7 @@ class TableSource:
     grader = None
 
     def __init__(self, prompts: Iterator[Prompt], *, seed: int) -> None:
+        import numpy as np
         import pyarrow as pa
 
         self._seed = seed
@@ -128,6 +136,7 @@ class TableSource:
         if answered and not held:
             say("the prompts hold one question, which is trained on: none is held out for the examination")
         self._train = [row for row, id_ in enumerate(ids) if id_ not in held]
+        self._train_hashes = np.array([_short(ids[row]) for row in self._train], dtype=np.uint64)
         # One row of each held-out question, in the order of the hashes.
         first_rows = {id_: row for row, id_ in reversed(list(enumerate(ids))) if id_ in held}
         self._held_out = [first_rows[id_] for id_ in sorted(held)]
@@ -147,6 +156,12 @@ class TableSource:
     def held_out(self) -> list[Prompt]:
         return [self._row(row) for row in self._held_out]
 
+    def num_trained(self, prompts: Sequence[Prompt]) -> int:
+        import numpy as np
+
+        asked = np.array([_short(prompt.id) for prompt in prompts], dtype=np.uint64)
+        return int(np.isin(asked, self._train_hashes).sum())
+
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(self._train)
         random.Random(derive(self._seed, "prompts", epoch)).shuffle(order)
@@ -156,6 +171,11 @@ class TableSource:
         chunk, place = divmod(row, _CHUNK_ROWS)
         found = self._chunks[chunk].slice(place, 1).to_pylist()[0]
         return Prompt(messages=tuple(json.loads(found.pop("messages"))), **found)
+
+
+def _short(id_: str) -> int:
+    """The first 64 bits of a prompt's id: millions of them take little room."""
+    return int(id_[:16], 16)
 
 
 def load_prompts(

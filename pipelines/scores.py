@@ -11,6 +11,8 @@ from distill.config import RunConfig
 from distill.costs import Cost
 from distill.errors import UserError
 from distill.family import EMBEDDED_NAMES
+from distill.progress import say
+from distill.prompts import PromptSource
 from distill.sampler import Sampler
 from distill.types import Mode, Prompt
 from eval.budget import budget_curves
@@ -49,6 +51,17 @@ class Scores:
         refuse_namesakes([*(task.name for task in self.tasks), *passing, *switching])
         self._evaluations: list[Evaluation] = []
         self._switching: list[ModeSwitching] = []
+
+    def say_trained(self, source: PromptSource) -> None:
+        """Say of a task whose questions the student is trained on that its score is none of new questions."""
+        for task in self.tasks:
+            num = source.num_trained(task.prompts)
+            if num:
+                say(
+                    f"warning: {num} of the {len(task.prompts)} questions of the task {task.name} are among the "
+                    "prompts that are trained on, and its scores are of questions that the student has seen; what is "
+                    "held out of the prompts is the task prompts"
+                )
 
     def examine(self, checkpoint: str, sampler: Sampler, crew: Crew, out: Path) -> None:
         """Every evaluation of one checkpoint, into the folder ``out``; what is there already is not made again."""

@@ -160,6 +160,7 @@ class _Run:
         )
         check_domains(candidates, self.prompts.domains)
         self.scores = Scores(config, self.prompts.held_out())
+        self.scores.say_trained(self.prompts)
         return candidates, student
 
     def _write_manifest(self, candidates: Sequence[Candidate], student: Checkpoint, command: Sequence[str]) -> None:

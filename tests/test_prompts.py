@@ -117,6 +117,14 @@ def test_how_many_are_held_out(tmp_path: Path, num: int, num_held: int) -> None:
     assert len({prompt.id for prompt in everything(source)}) == num - num_held
 
 
+def test_what_is_trained_on_is_known_of_a_question(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{number}", "answer": "a"} for number in range(40)]
+    source = load(jsonl(tmp_path / "p.jsonl", rows))
+    others = [Prompt((user("new"),)), Prompt((user("q3 "),))]
+    assert source.num_trained([*everything(source), *others]) == source.num_train == 38
+    assert source.num_trained(source.held_out()) == source.num_trained(others) == source.num_trained([]) == 0
+
+
 def test_a_single_question_is_not_held_out_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"prompt": "q", "answer": "a"}
     assert load(jsonl(tmp_path / "p.jsonl", [row, row])).held_out() == []

@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distill.errors import UserError
+from distill.prompts import load_prompts
+from distill.recipe import dump_yaml
 from pipelines.phases import reproducible
 from pipelines.resolution import resolve_run
+from pipelines.scores import Scores
 from pipelines.strong_to_weak import run
 
 SMALL = (
@@ -122,6 +125,27 @@ def test_ones_own_prompts_and_models_from_folders(tmp_path: Path, undistilled: t
     assert {entry["task"] for entry in summary["scores"]} == {"prompts"}
     assert all(entry["num_questions"] == 4 for entry in summary["scores"])
     assert len(metrics) == 4
+
+
+def test_a_task_whose_questions_are_trained_on_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "my.jsonl"
+    rows = [{"prompt": f"{a}+{b}=", "answer": str((a + b) % 10)} for a in range(10) for b in range(10)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = f"evaluation.tasks=[prompts, embedded, {{path: {prompts}, num_questions: 100}}]"
+    config = resolve_run(assignments=[*SMALL, tasks], prompts=str(prompts))
+    source = load_prompts(config.prompts, seed=0, max_prompt_tokens=100, count_tokens=len)
+    Scores(config, source.held_out()).say_trained(source)
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "trained on" in line]
+    assert "95 of the 100 questions of the task my are" in said  # all but the five that are held out
+
+
+def test_a_finished_run_that_was_moved_says_where_it_is(tmp_path: Path) -> None:
+    config, moved = resolve_run(), tmp_path / "moved"
+    moved.mkdir()
+    (moved / "config.yaml").write_text(dump_yaml(config))
+    (moved / "summary.json").write_text(json.dumps({"run": "runs/first", "scores": []}))
+    (moved / "report.html").touch()
+    assert run(config, moved, command=["a test"]) == {"run": str(moved), "scores": []}
 
 
 def test_every_prompt_of_a_small_file_is_asked_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
