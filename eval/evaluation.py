@@ -36,7 +36,8 @@ class Leakage:
 class Evaluation:
     """What an examination found. Shares and lengths are over samples; lengths and counts are in response tokens.
 
-    ``closure``: no thinking block is left open at the response's end. ``truncation``: the token limit was reached.
+    ``closure``: a thinking block was closed, by the response or by its prompt, and none opened again.
+    ``truncation``: the token limit was reached.
     ``nonempty_thinking``: something is thought. ``num_unclosed`` responses ended while they were thinking, and
     ``num_broken`` could not be had, decoded or graded; both count as wrong. ``flops`` are those of one forward pass
     over prompts and responses, None where the model's shape was not given. ``metrics`` holds ``avg@K`` and, for K > 1

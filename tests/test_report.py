@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from distill.embedded.task import ask, solution
@@ -19,10 +20,11 @@ from distill.errors import UserError
 from distill.family import Shape
 from distill.sampler import OnFinished
 from distill.types import MODES, Prompt, Request, Rollout, Sampling
+from eval import report
 from eval.curve_charts import Places, score_charts
 from eval.figure import Series, line_chart, short
 from eval.gantt import LEFT, RIGHT, WIDTH, gantt_charts, strips
-from eval.page import count, duration
+from eval.page import MODE_NAMES, count, duration
 from eval.report import render, verdict, write_report
 from eval.run_files import RunFiles
 from eval.runner import evaluate
@@ -303,6 +305,28 @@ def test_curves_costs_and_samples_are_there(page: str) -> None:
     assert page.count('class="badge">last student wrong') >= 1 and page.count('class="badge">learned') >= 1
     assert "transformers 5.19.0" in page
     assert "key0007" in page and "key0008" not in page and "and 1,992 more" in page
+
+
+@pytest.mark.parametrize(
+    ("closed", "thinking", "finish_reason", "sentence"),
+    [
+        (False, "3+4", "length", "still thinking at the token limit"),
+        (False, "3+4", "stop", "ended while still thinking"),
+        # A base model that ends at once was said to be at the token limit.
+        (False, "", "stop", "nothing was said"),
+        (True, "3+4=7", "stop", "nothing was said"),
+    ],
+)
+def test_a_response_without_an_answer_is_said_to_be_what_it_is(
+    closed: bool, thinking: str, finish_reason: str, sentence: str
+) -> None:
+    row = {"closed": closed, "thinking": thinking, "finish_reason": finish_reason, "answer": "", "correct": False}
+    folder = Path(report.__file__).parent / "templates"
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True)
+    environment.filters |= dict.fromkeys(("percent", "interval", "count", "short", "seconds", "bytes", "named"), str)
+    macros: Any = environment.get_template("macros.html.jinja").module
+    shown = macros.said({"num_tokens": 1, **row}, "think", MODE_NAMES, 100)
+    assert sentence in shown and shown.count('class="note"') == 1
 
 
 def phased(step: int, begin: float, *, stage: str = "on_policy", **timeline: list[list[float]]) -> dict[str, Any]:
