@@ -29,13 +29,18 @@ def with_all_samplers(ranks: Ranks, sampler: Sampler, work: Callable[[Sampler], 
     result: Result | None = None
     with ranks.together():
         if ranks.is_main:
+            # Another error than these may have met the others in the middle of something else than to be asked: who
+            # would talk to them then waits for ever, as they do. They hear of this process's end.
             try:
                 result = work(shared)
             except PeerError as error:
+                shared.ask(None)
                 # What another met alone; it does not know whether the work outlives it, and says nothing.
                 raise DistillError(str(error)) from error
-            finally:
+            except DistillError:
                 shared.ask(None)
+                raise
+            shared.ask(None)
         else:
             shared.serve()
     return result

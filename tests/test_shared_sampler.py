@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +16,13 @@ import torch.distributed as dist
 from distill.errors import DistillError, GoneError, PeerError, StoppedError, UserError
 from distill.sampler import OnFinished, Sampler
 from distill.types import Prompt, Request, Rollout, Sampling
+from distill.vllm.service import free_port
 from eval.runner import speak
-from students.ranks import Ranks
+from students.ranks import Ranks, joined_ranks
 from students.shared_sampler import with_all_samplers
 
 SPOILT, STOP, GONE, UNFIT = 5, 99, 77, 88
+PATIENCE_SECONDS = 60.0
 
 
 def request(seed: int) -> Request:
@@ -102,3 +107,41 @@ def test_all_stop_where_one_is_asked_to(tmp_path: Path) -> None:
 
 def test_what_another_process_met_alone_is_said_by_the_main_one(tmp_path: Path) -> None:
     assert run(tmp_path, [1, UNFIT, 3]) == ["DistillError: cannot be asked so", PeerError.__name__]
+
+
+class Full:
+    """A process whose memory is."""
+
+    def __init__(self, *, is_full: bool) -> None:
+        self.is_full = is_full
+
+    def generate(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Rollout]:
+        if self.is_full:
+            raise torch.OutOfMemoryError
+        return []
+
+
+def meet(rank: int, full: int, port: int, folder: str) -> None:
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ.update({**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    try:
+        with joined_ranks() as ranks:
+            with_all_samplers(ranks, Full(is_full=rank == full), lambda sampler: sampler.generate([request(1)]))
+    except (torch.OutOfMemoryError, PeerError) as error:
+        Path(folder, str(rank)).write_text(type(error).__name__)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_nobody_waits_for_a_process_that_failed_in_a_way_of_its_own(tmp_path: Path, full: int) -> None:
+    """The main process, on its way out, must not talk to others who wait for something else."""
+    port = free_port("127.0.0.1")
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=meet, args=(rank, full, port, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+    said = {int(path.name): path.read_text() for path in tmp_path.iterdir()}
+    assert said == {full: "OutOfMemoryError", 1 - full: PeerError.__name__}
