@@ -75,6 +75,8 @@ def write_json(path: Path, document: object) -> None:
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a folder that appears as ``target``, in the place of an older one, when it is whole."""
+    if target.is_symlink():
+        target = target.resolve()  # what it points to is replaced, and not the link
     temporary = target.with_name(f".{target.name}.tmp")
     with writing(target):
         shutil.rmtree(temporary, ignore_errors=True)

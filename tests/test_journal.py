@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.journal import Journal
+from distill.journal import Journal, write_folder
 from pipelines.resolution import resolve_run
 
 NUM_STEPS = 3
@@ -94,3 +94,13 @@ def test_a_killed_process_leaves_whole_checkpoints(
     assert [path.name for path in there] == [f"step_{step}", f"step_{step + 1}"]
     assert all((path / "training.safetensors").exists() for path in there)
     resumed.close()
+
+
+def test_a_link_to_a_folder_on_another_disk_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "student").mkdir(parents=True)
+    link = tmp_path / "student"
+    link.symlink_to(tmp_path / "disk" / "student")
+    for text in ("once", "again"):
+        write_folder(link, lambda folder, text=text: (folder / "x").write_text(text) and None)  # type: ignore[misc]
+    assert link.is_symlink() and (tmp_path / "disk" / "student" / "x").read_text() == "again"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["student"]
