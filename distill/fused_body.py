@@ -1,15 +1,15 @@
 """A dense Qwen3 in fewer operations, for decoding on a CPU.
 
 A pass over one new token of each row asks for a hundred operations a layer in transformers' modules, views included.
-In a small model that asking is most of the pass, and with 0.6 billion parameters it is still a tenth. Here are half as
-many or fewer, in one of two ways (``distill.fused_layers``):
+In a small model that asking is most of the pass, and with 0.6 billion parameters it is still a tenth. Here there are
+fewer, in one of two ways (``distill.fused_layers``):
 
-- *Folded*, a small model in float32: products that read the same states are one product with their matrices beside
-  each other, and a norm's weight is part of the product behind it. It is the same arithmetic up to rounding in float32,
-  and for nothing else: in 16 bits transformers rounds at places of its own, which are the trainer's. The matrices are
-  copies, made for one call of the sampler, so that larger models have the other way.
+- *Folded*, a small model in float32, half as many: products that read the same states are one product with their
+  matrices beside each other, and a norm's weight is part of the product behind it. It is the same arithmetic up to
+  rounding in float32, and for nothing else: in 16 bits transformers rounds at places of its own, which are the
+  trainer's. The matrices are copies, made for one call of the sampler, so that larger models have the other way.
 - *Faithful*, a larger one whose weights are put in order for the call (``distill.packed_linears``), in float32 and
-  bfloat16: the products stay apart and each operation rounds where transformers' does.
+  bfloat16, three quarters as many: the products stay apart and each operation rounds where transformers' does.
 
 In both queries and keys are normalised and rotated together. A model with a module that is not plain Qwen3 (adapters,
 experts, shards) or that somebody watches by a hook is left to its modules.
