@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_processes
 from test_student import EXAMPLES, PLAIN, cross_entropy, dense
 
 from distill.model_config import LoraSettings
@@ -60,7 +61,7 @@ def train(number: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, tuple[Curve, set[str]]]]:
     folder = tmp_path_factory.mktemp("bfloat16")
-    torch.multiprocessing.spawn(train, (str(folder), free_port("127.0.0.1")), nprocs=NUM_PROCESSES)
+    run_processes(train, (str(folder), free_port("127.0.0.1")), NUM_PROCESSES)
     return [torch.load(folder / f"{number}.pt") for number in range(NUM_PROCESSES)]
 
 

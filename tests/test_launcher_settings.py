@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_processes
 from test_student import EXAMPLES, PLAIN, cross_entropy, dense
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def train(rank: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("launched")
-    torch.multiprocessing.spawn(train, (str(folder), free_port("127.0.0.1")), nprocs=NUM_PROCESSES)
+    run_processes(train, (str(folder), free_port("127.0.0.1")), NUM_PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]
 
 

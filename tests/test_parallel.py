@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
+from forked import run_processes
 from safetensors.torch import load_file
 
 from distill.errors import DistillError, NonFiniteError, PeerError, StoppedError, UserError
@@ -228,7 +228,7 @@ def meet(rank: int, folder: str) -> None:
 
 
 def test_an_error_that_a_checkpoint_follows_is_everyones_and_another_is_said_once(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(meet, (str(tmp_path),), nprocs=2)
+    run_processes(meet, (str(tmp_path),), 2)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     expected = {
         (met, depth): tuple(kind.__name__ if kind else "" for kind in kinds)

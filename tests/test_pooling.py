@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from forked import run_processes
 from test_overlap import NANO, Rewarded, real_crew
 
 from benchmarks.loop import crew_of, encoder, metrics_of
@@ -95,7 +96,7 @@ def work(number: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("pooling")
-    torch.multiprocessing.spawn(work, (str(folder), free_port("127.0.0.1")), nprocs=NUM_PROCESSES)
+    run_processes(work, (str(folder), free_port("127.0.0.1")), NUM_PROCESSES)
     return [torch.load(folder / f"{number}.pt") for number in range(NUM_PROCESSES)]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import run_processes
 from test_divergence import V, assert_close, gradients, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -60,7 +61,7 @@ def train_on_a_shard(rank: int, folder: str) -> None:
 
 
 def test_a_sharded_head_is_gathered_once_and_never_by_the_tile(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_on_a_shard, (str(tmp_path),), nprocs=NUM_PROCESSES)
+    run_processes(train_on_a_shard, (str(tmp_path),), NUM_PROCESSES)
     inputs = make(rows=ROWS)
     grad_hidden, grad_head = gradients(linear_divergence(*inputs, kind="jsd").total, inputs)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(NUM_PROCESSES)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked import run_processes
 from test_student import PLAIN, cross_entropy, dense, rollout
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -157,7 +158,7 @@ def train_in_slices(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("slices")
-    torch.multiprocessing.spawn(train_in_slices, (str(folder),), nprocs=NUM_PROCESSES)
+    run_processes(train_in_slices, (str(folder),), NUM_PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]
 
 

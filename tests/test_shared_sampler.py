@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
+from forked import run_processes
 
 from distill.errors import DistillError, GoneError, PeerError, StoppedError, UserError
 from distill.sampler import OnFinished, Sampler
@@ -72,7 +72,7 @@ def work(rank: int, folder: str, seeds: list[int]) -> None:
 
 
 def run(tmp_path: Path, seeds: list[int]) -> list[object]:
-    torch.multiprocessing.spawn(work, (str(tmp_path), seeds), nprocs=2)  # type: ignore[attr-defined]
+    run_processes(work, (str(tmp_path), seeds), 2)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [together for _, together in found] == [[0, 1], [0, 1]]
     return [one for one, _ in found]

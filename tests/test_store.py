@@ -1,7 +1,6 @@
 """The response store: nothing is lost, nothing is doubled, whatever happens to its files and writers."""
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from forked import FORKED
 from pyarrow import parquet
 
 import teachers.answers
@@ -25,7 +25,6 @@ from teachers.store import ResponseStore, TeacherIdentity, default_root, respons
 
 TEACHER = TeacherIdentity("r1", "t1", "k1", name="owner/teacher")
 SAMPLING = Sampling(max_new_tokens=64, temperature=0.6, top_p=0.95)
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def request(number: int, *, sampling: Sampling = SAMPLING) -> Request:
@@ -258,7 +257,7 @@ def test_what_a_killed_reader_did_not_save_the_next_one_saves(tmp_path: Path) ->
     filled(tmp_path, 3)
     (shard,) = shards(tmp_path)
     exchange(shard)
-    reader = SPAWN.Process(target=set_aside_and_die, args=(tmp_path,))
+    reader = FORKED.Process(target=set_aside_and_die, args=(tmp_path,))
     reader.start()
     reader.join()
     assert reader.exitcode == -signal.SIGKILL and not shards(tmp_path)
@@ -274,7 +273,7 @@ def write_many(root: Path, start: int, num: int) -> None:
 
 
 def test_concurrent_writers_store_each_key_once(tmp_path: Path) -> None:
-    writers = [SPAWN.Process(target=write_many, args=(tmp_path, start, 40)) for start in (0, 20, 20)]
+    writers = [FORKED.Process(target=write_many, args=(tmp_path, start, 40)) for start in (0, 20, 20)]
     for writer in writers:
         writer.start()
     seen = 0
@@ -299,8 +298,8 @@ def write_until_killed(root: Path, start: int, done: Connection) -> None:
 
 def test_kill_9_loses_nothing_that_was_stored(tmp_path: Path) -> None:
     for round_ in range(3):
-        ours, theirs = SPAWN.Pipe(duplex=False)
-        writer = SPAWN.Process(target=write_until_killed, args=(tmp_path, round_ * 10_000, theirs))
+        ours, theirs = FORKED.Pipe(duplex=False)
+        writer = FORKED.Process(target=write_until_killed, args=(tmp_path, round_ * 10_000, theirs))
         writer.start()
         theirs.close()
         numbers = [ours.recv() for _ in range(5)]
@@ -333,7 +332,7 @@ def die_half_way(root: Path, at: str) -> None:
 @pytest.mark.parametrize("at", ["half", "before the rename"])
 def test_kill_9_in_the_middle_of_a_shard_leaves_no_trace(tmp_path: Path, at: str) -> None:
     filled(tmp_path, 1)
-    writer = SPAWN.Process(target=die_half_way, args=(tmp_path, at))
+    writer = FORKED.Process(target=die_half_way, args=(tmp_path, at))
     writer.start()
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
@@ -375,8 +374,8 @@ def fill_the_disk(root: Path, result: Connection) -> None:
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path: Path) -> None:
-    ours, theirs = SPAWN.Pipe(duplex=False)
-    writer = SPAWN.Process(target=fill_the_disk, args=(tmp_path, theirs))
+    ours, theirs = FORKED.Pipe(duplex=False)
+    writer = FORKED.Process(target=fill_the_disk, args=(tmp_path, theirs))
     writer.start()
     writer.join()
     assert ours.poll(), "the write did not fail"
@@ -475,7 +474,7 @@ def die_while_speaking(root: Path, seconds: float) -> None:
 def test_kill_9_in_the_middle_of_a_chunk_loses_what_was_finished_lately(
     tmp_path: Path, seconds: float, num_kept: int
 ) -> None:
-    process = SPAWN.Process(target=die_while_speaking, args=(tmp_path, seconds))
+    process = FORKED.Process(target=die_while_speaking, args=(tmp_path, seconds))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
