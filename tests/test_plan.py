@@ -983,7 +983,7 @@ def test_a_dry_run_is_on_as_many_machines_as_the_run(arguments: list[str], model
     words = ["--teacher", models[0], "--student", models[1], "--node-address", "gpu-1", *arguments]
     began = time.perf_counter()
     code, out, _ = typed("run", "--dry-run", "--json", *words)
-    assert time.perf_counter() - began < 10
+    assert time.perf_counter() - began < 60  # a run waits for the others for minutes
     found = json.loads(out)
     assert code == 0 and found["no_estimate"] is None, found["no_estimate"]
     processes = found["estimate"]["layout"]["student"]["processes"]

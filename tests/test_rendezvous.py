@@ -67,7 +67,7 @@ def ended_by(process: subprocess.Popen[str], number: signal.Signals) -> tuple[in
     """Its exit code, what it said, and how many seconds it took to end."""
     asked = time.monotonic()
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=8)
+    _, stderr = process.communicate(timeout=20)
     return process.returncode, stderr, time.monotonic() - asked
 
 
@@ -99,7 +99,7 @@ def test_the_first_process_is_stopped_while_it_waits(
     returned, said, seconds = ended_by(process, number)
     assert returned == code, said
     assert f"stopped by {number.name}" in said and "Traceback" not in said
-    assert seconds < 2
+    assert seconds < 5
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,7 +113,7 @@ def test_another_process_is_stopped_while_the_first_says_nothing(start: Start) -
             returned, said, seconds = ended_by(process, signal.SIGTERM)
     assert returned == 75, said
     assert "stopped by SIGTERM" in said and "Traceback" not in said
-    assert seconds < 2
+    assert seconds < 5
 
 
 @pytest.mark.parametrize("rank", [0, 1])
