@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +105,10 @@ def test_the_student_loads_with_plain_transformers(undisturbed: tuple[Path, dict
 
 
 def test_the_same_seed_gives_the_same_numbers_and_a_reused_store_the_same_responses(
-    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+    undisturbed: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, summary = undisturbed
     again = finish(tmp_path / "run", out.parent / "store")
@@ -113,11 +117,10 @@ def test_the_same_seed_gives_the_same_numbers_and_a_reused_store_the_same_respon
     # Responses that another run paid for cost nothing here, and are marked.
     assert again["costs"]["teacher_generate"]["tokens"] == 0
     assert again["costs"]["teacher_generate"]["reused_tokens"] == summary["costs"]["teacher_generate"]["tokens"] > 0
-    # Given again, a finished run is read back, where it lies now.
-    assert finish(tmp_path / "run", out.parent / "store") == again
-    (tmp_path / "run").rename(tmp_path / "moved")
-    moved = tmp_path / "moved"
-    assert finish(moved, out.parent / "store") == {**again, "run": str(moved)}
+    # Given again, a finished run is read back.
+    monkeypatch.setenv("DISTILL_STORE", str(out.parent / "store"))
+    assert call(monkeypatch, "run", "--json", "--out", str(tmp_path / "run"), *SMALL) == 0
+    assert json.loads(capsys.readouterr().out) == again
 
 
 def lines_at_least(out: Path, wanted: int) -> Callable[[], bool]:
@@ -152,13 +155,29 @@ def test_sigkill_anywhere_ends_in_the_same_numbers(undisturbed: tuple[Path, dict
     assert all((out / "student" / name).read_bytes() == (reference / "student" / name).read_bytes() for name in names)
 
 
+@pytest.fixture(scope="module")
+def terminated(undisturbed: tuple[Path, dict[str, Any]]) -> tuple[Path, int, str]:
+    """A run that was asked to stop, for its readers to copy; exit code and standard error."""
+    root = undisturbed[0].parent
+    out = root / "terminated"
+    return out, *interrupt(out, root / "store", lines_at_least(out, 8), signal.SIGTERM)
+
+
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_clean_stop_checkpoints_and_resumes(
-    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, number: signal.Signals, expected: int
+    undisturbed: tuple[Path, dict[str, Any]],
+    terminated: tuple[Path, int, str],
+    tmp_path: Path,
+    number: signal.Signals,
+    expected: int,
 ) -> None:
     reference, _ = undisturbed
     out = tmp_path / "run"
-    code, stderr = interrupt(out, reference.parent / "store", lines_at_least(out, 8), number)
+    if number == signal.SIGTERM:
+        stopped, code, stderr = terminated
+        shutil.copytree(stopped, out)
+    else:
+        code, stderr = interrupt(out, reference.parent / "store", lines_at_least(out, 8), number)
     assert code == expected, stderr
     assert "the same command resumes it" in stderr and "Traceback" not in stderr
     done = max(int(path.name.removeprefix("step_")) for path in (out / "checkpoints").glob("step_*"))
@@ -182,13 +201,12 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(
-    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+    undisturbed: tuple[Path, dict[str, Any]], terminated: tuple[Path, int, str], tmp_path: Path
 ) -> None:
     """The kernel's own ENOSPC, from /dev/full."""
     reference, _ = undisturbed
     out, store = tmp_path / "run", reference.parent / "store"
-    code, _ = interrupt(out, store, lines_at_least(out, 8), signal.SIGTERM)
-    assert code == 75
+    shutil.copytree(terminated[0], out)
     (out / ".costs.json.tmp").symlink_to("/dev/full")
     process = start(out, store)
     _, stderr = process.communicate(timeout=200)
