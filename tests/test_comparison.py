@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -144,17 +145,19 @@ def distill(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["compare", "."], "two run directories or more"),
     ],
 )
-def test_usage(arguments: list[str], said: str) -> None:
-    result = distill(*arguments)
-    assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
+def test_usage(typed: Callable[..., tuple[int, str, str]], arguments: list[str], said: str) -> None:
+    code, _, stderr = typed(*arguments)
+    assert code == 2 and said in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.timeout(900)  # nine runs in turn
-def test_a_whole_comparison_stopped_and_resumed(tmp_path: Path) -> None:
+def test_a_whole_comparison_stopped_and_resumed(typed: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(TINY))
     command = [sys.executable, "-m", "distill.cli", "run", "--recipe", str(recipe), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    devnull, environment = subprocess.DEVNULL, {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet: dict[str, Any] = {"stdout": devnull, "stderr": devnull, "env": environment}
+    process = subprocess.Popen(command, **quiet)
     metrics = out / "low" / "on_policy-seed0" / "metrics.jsonl"
     while process.poll() is None and not metrics.exists():
         time.sleep(0.05)
@@ -162,9 +165,10 @@ def test_a_whole_comparison_stopped_and_resumed(tmp_path: Path) -> None:
     assert process.wait(60) == 75 and not (metrics.parent / "summary.json").exists()
 
     # Killed, it takes the member that is at work along; that one has a checkpoint to go on from.
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not (out / "low" / "rl-seed0" / "metrics.jsonl").exists():
+    process = subprocess.Popen(command, **quiet)
+    while process.poll() is None and not any(out.glob("low/off_policy_more-seed0/checkpoints/step_*")):
         time.sleep(0.05)
+    assert process.poll() is None, "it has come to its end"
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
@@ -197,7 +201,7 @@ def test_a_whole_comparison_stopped_and_resumed(tmp_path: Path) -> None:
     assert set(document["score_at_equal_compute"]["arms"]) == set(ARMS)
     assert json.loads((out / "comparison.json").read_text()) == document
     # The door shows the same, from the folder and from its members.
-    assert assert_document("compare", distill("compare", str(out), "--json").stdout) == document
+    assert assert_document("compare", typed("compare", str(out), "--json")[1]) == document
     pair = compare_folders([runs["on_policy"], runs["rl"]])
     assert pair["compute_at_equal_score"] == {
         **document["compute_at_equal_score"],
