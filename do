@@ -12,7 +12,8 @@ LEFT_OUT=(torchvision torchaudio torchcodec)
 usage() {
     cat <<'END'
 ./do run [ARGS]        distill run ARGS
-./do test [ARGS]       the tests that need neither a vLLM server nor minutes of training; ARGS go to pytest
+./do test [ARGS]       the tests that need neither a vLLM server nor minutes of training, as many at once as there are
+                       cores (at most 4); ARGS go to pytest, -n 0 for one after the other
 ./do test-server       the tests against real vLLM servers
 ./do check             ruff and mypy
 ./do setup             .venv with the toolkit and its tools; torch is a CPU build where there is no NVIDIA GPU
@@ -137,7 +138,10 @@ run)
     ;;
 test)
     setup
-    exec "$VENV/bin/python" -m pytest -m "not slow and not server" "$@"
+    # Each test computes with one thread, and some start two or three processes. With worksteal neighbours stay
+    # together, for the fixtures that a file's tests share, until a worker has nothing left to do.
+    exec "$VENV/bin/python" -m pytest -m "not slow and not server" \
+        -n logical --maxprocesses 4 --dist worksteal "$@"
     ;;
 test-server)
     setup_server
