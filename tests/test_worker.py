@@ -275,8 +275,9 @@ def test_gpus_are_not_named_where_there_are_none(monkeypatch: pytest.MonkeyPatch
 
 def test_two_workers_never_take_one_job(queue: Queue, mark: str, tmp_path: Path) -> None:
     """Twenty-four jobs, three real workers: each job is begun once."""
-    # They wait before there is a job, and a job takes longer than to look for one: else one of them may do them all.
-    processes = [start(queue, slots="0,1") for _ in range(3)]
+    # They wait before there is a job, and a job takes longer than to look for one. Each has a slot that the one before
+    # it has not: whoever finds a slot free takes the next job at once, and would do them all.
+    processes = [start(queue, slots=f"{number},{number + 1}") for number in range(3)]
     jobs = [add(queue, "slow") for _ in range(24)]
     try:
         wait_for(lambda: not queue.jobs(states=ACTIVE), 120)
