@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from forked import run_processes
+from forked import FORKED, run_processes
 
 from distill.errors import DistillError, GoneError, PeerError, StoppedError, UserError
 from distill.sampler import OnFinished, Sampler
@@ -135,8 +135,7 @@ def meet(rank: int, full: int, port: int, folder: str) -> None:
 def test_nobody_waits_for_a_process_that_failed_in_a_way_of_its_own(tmp_path: Path, full: int) -> None:
     """The main process, on its way out, must not talk to others who wait for something else."""
     port = free_port("127.0.0.1")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=meet, args=(rank, full, port, str(tmp_path))) for rank in range(2)]
+    processes = [FORKED.Process(target=meet, args=(rank, full, port, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + PATIENCE_SECONDS
