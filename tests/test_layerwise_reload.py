@@ -22,7 +22,7 @@ from students.student import Student
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
-SIZE = {**SHAPE, "num_hidden_layers": 2, "vocab_size": 96}
+SIZE: dict[str, Any] = {**SHAPE, "num_hidden_layers": 2, "vocab_size": 96}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def transfer(model: nn.Module, config: Any, weights: Iterator[tuple[str, Tensor]
 def student(kind: str, dtype: torch.dtype, lora: LoraSettings | None) -> Student:
     torch.manual_seed(0)
     if kind == "moe":
-        made: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SIZE, **MOE}))
+        made: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZE, **MOE))
     else:
         made = Qwen3ForCausalLM(Qwen3Config(**{**SIZE, "tie_word_embeddings": kind == "tied"}))
     name: Any = str(dtype).partition(".")[2]

@@ -39,11 +39,13 @@ ON_GPU = torch.cuda.is_available()
 TINY = open_checkpoint(resolve("tiny", role="teacher"))
 """One that thinks; as a student too."""
 ENCODER = Encoder(load_tokenizer(TINY))
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     **{"vocab_size": 151_936, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 512},
 }
-MIXED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
+MIXED: dict[str, Any] = {
+    **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
+}
 
 
 @dataclass(frozen=True, slots=True)
