@@ -207,7 +207,8 @@ def _sync(way: Way, student: Student, client: Client, service: Service) -> Weigh
     if way == "file":
         return FileSync(client, student.merged_weights)
     assert way != "memory", "a server shares no memory with this process"
-    return EngineSync(way, client, student.merged_weights, receiving=service.receiving)
+    are_made = student.adapted is not None
+    return EngineSync(way, client, student.merged_weights, are_made=are_made, receiving=service.receiving)
 
 
 def _launch(config: RunConfig, checkpoint: Checkpoint, way: Way, *, on_gpu: bool) -> Launch:

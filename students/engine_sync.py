@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Literal
 
 import httpx
@@ -29,6 +30,8 @@ from distill.vllm.service import free_port
 from students.weight_sync import Weights
 
 _POLL_SECONDS = 0.1
+_BUFFER_BYTES = 2**30
+"""Of merged weights on their way to a server on the trainer's GPU; the largest tensor fits whatever it takes."""
 _LAST_WORDS_SECONDS = 5.0
 """How long a server that broke off a transfer gets to end, so that the sentence has the last lines of its log."""
 
@@ -39,7 +42,9 @@ class EngineSync:
     Between start and finish the server's layers hold no weights, and whatever it read would end its engine (the
     supervisor's own question too). So it is paused meanwhile: requests are taken in and wait. One that sleeps is paused
     already, and stays so until its cache is awake. ``receiving`` is a block within which whoever watches the server
-    knows that it cannot answer.
+    knows that it cannot answer. By ``ipc`` a server reads the trainer's own tensors, all of them together; where
+    ``are_made``, ``weights`` makes new ones as it goes, they are copied through a buffer, so that no second model is
+    held.
     """
 
     def __init__(
@@ -48,9 +53,10 @@ class EngineSync:
         client: Client,
         weights: Weights,
         *,
+        are_made: bool = False,
         receiving: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.way, self.client, self.weights, self.receiving = way, client, weights, receiving
+        self.way, self.client, self.weights, self.are_made, self.receiving = way, client, weights, are_made, receiving
         self._routes = _Routes(client.replicas[0].url)
         self._engine: Any = None
 
@@ -115,21 +121,11 @@ class EngineSync:
             engine.shutdown()
 
     def _begin(self) -> Any:
-        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        weights = self.weights
-
-        class Source(WeightSource):  # type: ignore[misc]
-            """The weights as they are whenever it is gone through."""
-
-            def metadata(self) -> list[Any]:
-                return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
-
-            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-                return iter(weights())
+        source = _source(self.weights)
 
         class OneSender(IPCTrainerWeightTransferEngine):  # type: ignore[misc]
             """vLLM's own gathers the handles of all processes of a run; here the main one alone sends."""
@@ -142,10 +138,48 @@ class EngineSync:
                 torch.cuda.ipc_collect()
 
         if self.way == "ipc":
-            return OneSender.trainer_init(IPCTrainerInitInfo(rank=0), client=self._routes, source=Source())
+            info = IPCTrainerInitInfo(rank=0)
+            if self.are_made:
+                largest = max(weight.nbytes for _, weight in self.weights())
+                info = IPCTrainerInitInfo(True, max(_BUFFER_BYTES, largest), rank=0)
+            return OneSender.trainer_init(info, client=self._routes, source=source)
         host = "127.0.0.1"
-        info = NCCLTrainerInitInfo(host, free_port(host), 2, rank=0)
-        return WeightTransferTrainerFactory.trainer_init(info, client=self._routes, source=Source())
+        # Packed, 0.32's worker takes buffers in on two streams in turn, and a layer whose parts came in two of them is
+        # put together on the second without waiting for the first. One tensor after the other is on one stream.
+        info = NCCLTrainerInitInfo(host, free_port(host), 2, packed=False, rank=0)
+        return WeightTransferTrainerFactory.trainer_init(info, client=self._routes, source=source)
+
+
+def _source(weights: Weights) -> Any:
+    """The weights as they are whenever it is gone through, as vLLM's engines ask for them.
+
+    0.32 calls ``metadata`` and iterates; from 0.33 on it is a property, read once, and there are ways to iterate.
+    """
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    def described() -> list[Any]:
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
+
+    if not isinstance(WeightSource.__dict__["metadata"], property):
+
+        class Called(WeightSource):  # type: ignore[misc]
+            def metadata(self) -> list[Any]:
+                return described()
+
+            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+                return iter(weights())
+
+        return Called()
+
+    class Read(WeightSource):  # type: ignore[misc]
+        @cached_property
+        def metadata(self) -> list[Any]:
+            return described()
+
+        def iter_full(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(weights())
+
+    return Read()
 
 
 class _Routes:

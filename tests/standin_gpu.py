@@ -28,7 +28,7 @@ from torch import Tensor
 from distill.vllm.worker import set_weights
 
 _CPU = torch.device("cpu")
-_ITEM_BYTES = {1: 1, 7: 4}  # NCCL's numbers of uint8 and float32
+_ITEM_BYTES = {1: 1, 7: 4, 9: 2}  # NCCL's numbers of uint8, float32 and bfloat16
 _ACK = b"+"
 
 
@@ -125,14 +125,45 @@ class Stream:
 
 def reduce_tensor(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
     """As torch's for a tensor of a GPU: the handle, and where in the arguments the device stands."""
-    data = tensor.view(-1).view(torch.uint8)
+    path = _buffers.get(tensor.data_ptr())
+    if path is None:
+        data = tensor.view(-1).view(torch.uint8)
+        shared, path = _mapped(data.numel())
+        shared.copy_(data)
+        weakref.finalize(tensor, _let_go, shared, path)
+    place = (type(tensor), tuple(tensor.shape), tensor.stride(), 0)
+    return rebuild, (*place, torch.UntypedStorage, tensor.dtype, 0, path, tensor.nbytes, 0, False, b"", 0, b"", True)
+
+
+def _mapped(size: int) -> tuple[Tensor, str]:
     handle, path = tempfile.mkstemp(prefix="standin-")
     os.close(handle)
-    shared = torch.from_file(path, shared=True, size=data.numel(), dtype=torch.uint8)
-    shared.copy_(data)
-    weakref.finalize(tensor, _let_go, shared, path)
-    place = (type(tensor), tuple(tensor.shape), tensor.stride(), 0)
-    return rebuild, (*place, torch.UntypedStorage, tensor.dtype, 0, path, data.numel(), 0, False, b"", 0, b"", True)
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8), path
+
+
+_buffers: dict[int, str] = {}
+"""What was made on the GPU to be shared as it is, by address: a file that is mapped."""
+
+
+class _Torch:
+    """torch, on a machine whose GPU is mapped files."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, size: int, *, dtype: torch.dtype, device: object) -> Tensor:
+        if device != "cuda":
+            return torch.empty(size, dtype=dtype)
+        assert dtype == torch.uint8
+        made, path = _mapped(size)
+        _buffers[made.data_ptr()] = path
+        weakref.finalize(made, _forget_buffer, made.data_ptr(), path)
+        return made
+
+
+def _forget_buffer(address: int, path: str) -> None:
+    del _buffers[address]
+    os.unlink(path)
 
 
 def _let_go(shared: Tensor, path: str) -> None:
@@ -160,9 +191,12 @@ def install_device(put: Put) -> None:
 def install(put: Put) -> None:
     """What both processes lack."""
     from vllm.distributed.device_communicators import pynccl
-    from vllm.distributed.weight_transfer import ipc_engine
+    from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
 
     install_device(put)
+    put(packed_tensor, "torch", _Torch())
+    put(packed_tensor, "reduce_tensor", reduce_tensor)
+    put(torch.multiprocessing.reductions, "rebuild_cuda_tensor", rebuild)
     put(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="the GPU"))
     put(pynccl, "NCCLLibrary", Nccl)
     put(pynccl, "current_stream", Stream)
@@ -220,8 +254,11 @@ def _end(model: Any, config: Any) -> None:
 
 def _install_in_server() -> None:
     from vllm.model_executor.model_loader import reload
+    from vllm.v1.worker.cpu.shm import _StreamPlaceholder
 
     install(setattr)
+    # What vLLM has for a stream on a CPU.
+    _StreamPlaceholder.cuda_stream = 0
     vars(reload).update(initialize_layerwise_reload=_begin, finalize_layerwise_reload=_end)
 
 
