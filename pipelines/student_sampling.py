@@ -44,6 +44,7 @@ from students.weight_sync import (
     Way,
     WeightSync,
     check_handles,
+    check_release,
     check_uncut,
     choose_way,
     flags_of,
@@ -196,6 +197,8 @@ def _way(config: RunConfig, checkpoint: Checkpoint, ranks: Ranks) -> Way:
         lora=config.student.lora,
         in_process=config.sampler.place == "in_process",
     )
+    if way in ("nccl", "ipc"):
+        check_release(way)
     if way == "ipc":
         check_handles(os.environ)
     return way

