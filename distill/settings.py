@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -38,9 +38,15 @@ class Settings(BaseModel):
     def _check_bools(cls, given: Any) -> Any:
         """Pydantic takes true for the number 1: of ``steps: true`` it would make a stage of one step."""
         for name, field in cls.model_fields.items() if isinstance(given, Mapping) else ():
-            value = given.get(name)
+            value, types = given.get(name), [*_types(field.annotation)]
             held = value if isinstance(value, list | tuple) else (value,)
-            takes_bools = bool in (field.annotation, *get_args(field.annotation))
-            if not takes_bools and any(isinstance(one, bool) for one in held):
+            takes_numbers = (int in types or float in types) and bool not in types
+            if takes_numbers and any(isinstance(one, bool) for one in held):
                 raise ValueError(f"{name} has true or false, and is no setting that is on or off")
         return given
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of."""
+    parts = get_args(annotation)
+    yield from (one for part in parts for one in _types(part)) if parts else (annotation,)
