@@ -3,8 +3,8 @@
 Two students: the embedded one, and the published 0.6B shape with random weights (few tokens there). Four samplers: a
 vLLM server and a vLLM engine in this process (null where vLLM is not installed, and on a GPU), transformers' own
 ``generate``, and ours. Two workloads without stop tokens, whose lengths are the requests' limits: ``mixed``, a long
-tail (half end by 16 tokens, a tenth run to 256), and ``equal`` (64); for the 0.6B shape on a CPU a quarter of that, or
-what ``--shorter`` says. Prompts have 10 to 30 tokens.
+tail (half end by 16 tokens, a tenth run to 256; a quarter of that for the 0.6B shape on a CPU), and ``equal``. Prompts
+have 10 to 30 tokens.
 
 ``generate`` decodes a batch until its longest row has ended; tokens beyond a row's limit do not count. In process the
 samplers take turns, ``--repeats`` times, and the fastest pass counts. ``cpu_tokens_per_second`` are by processor time,
@@ -67,7 +67,7 @@ class Size:
 
     num_requests: int
     batch: int
-    shorter: int
+    scale: int
     """Lengths are the workload's, divided by this."""
 
 
@@ -75,16 +75,16 @@ SIZE = {"embedded": Size(256, 64, 1), "0.6B": Size(16, 16, 4)}
 GPU_SIZE = {"embedded": Size(256, 64, 1), "0.6B": Size(128, 64, 1)}
 
 
-def limits(workload: str, num: int, shorter: int) -> list[int]:
+def limits(workload: str, num: int, scale: int) -> list[int]:
     """Tokens of each response."""
     if workload == "equal":
-        return [64 // shorter] * num
+        return [64 // scale] * num
     draw = random.Random(0)
     found = []
     for place in range(num):
         part = place % 10
         length = draw.randint(4, 16) if part < 5 else draw.randint(17, 128) if part < 9 else 256
-        found.append(max(1, length // shorter))
+        found.append(max(1, length // scale))
     return found
 
 
@@ -99,7 +99,7 @@ def requests(vocabulary: int, workload: str, size: Size) -> list[Request]:
             Sampling(max_new_tokens=limit),
             place,
         )
-        for place, limit in enumerate(limits(workload, size.num_requests, size.shorter))
+        for place, limit in enumerate(limits(workload, size.num_requests, size.scale))
     ]
 
 
@@ -274,8 +274,6 @@ def checkpoint_of(name: str, dtype: torch.dtype, device: str) -> Iterator[Checkp
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     device, dtype, repeats = arguments.device, getattr(torch, arguments.dtype), arguments.repeats
     size = (SIZE if device == "cpu" else GPU_SIZE)[name]
-    if arguments.shorter is not None:
-        size = replace(size, shorter=arguments.shorter)
     with checkpoint_of(name, dtype, device) as checkpoint:
         settings = StudentSettings(dtype=arguments.dtype, gradient_checkpointing=False, micro_batch_tokens=2048)
         student = Student(load_model(checkpoint, dtype, device), settings, stop_ids=[0])
@@ -291,7 +289,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampler", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--student", choices=list(SIZE), action="append", help="default: all of them")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--shorter", type=int, choices=range(1, 17), metavar="1-16", help="divides the lengths")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -92,19 +92,21 @@ class FusedBody:
 def fused_body(model: PreTrainedModel, packed: PackedLinears | None) -> FusedBody | None:
     """For a dense Qwen3 on a CPU that is nothing but its own modules, and is small or has ``packed`` products."""
     body: Any = model.get_decoder()
-    if model.device.type != "cpu" or not _is_plain(body):
+    if model.device.type != "cpu" or not _is_plain(body, model.dtype):
         return None
     if model.dtype == torch.float32 and sum(part.numel() for part in body.layers.parameters()) <= FOLDED_PARAMETERS:
         return FusedBody.folded(body)
     return None if packed is None else FusedBody.faithful(body, packed)
 
 
-def _is_plain(body: Any) -> bool:
+def _is_plain(body: Any, dtype: torch.dtype) -> bool:
+    """Whether the modules are Qwen3's own, nobody watches or replaces what they do, and all of it is in ``dtype``."""
     modules = list(body.modules())
-    return not (
-        any(type(module) not in KNOWN for module in modules)
-        or any(
+    return (
+        all(type(module) in KNOWN and "forward" not in module.__dict__ for module in modules)
+        and not any(
             module._forward_hooks or module._forward_pre_hooks for module in modules if module is not body.embed_tokens
         )
-        or any(isinstance(module, nn.Linear) and module.bias is not None for module in modules)
+        and not any(isinstance(module, nn.Linear) and module.bias is not None for module in modules)
+        and all(parameter.dtype == dtype for parameter in body.parameters())
     )

@@ -21,7 +21,10 @@ from distill.packed_linears import Product
 class Layer(Protocol):
     """What a layer does before its attention and after it."""
 
-    attention: Any
+    @property
+    def attention(self) -> Any:
+        """transformers' module, which knows its place and its scaling."""
+        ...
 
     def heads(self, state_TD: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [T, heads, d], the first two rotated.
@@ -53,7 +56,7 @@ def head_norm(attention: Any) -> Tensor:
     return torch.cat((attention.q_norm.weight.expand(num_queries, -1), attention.k_norm.weight.expand(num_keys, -1)))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class FoldedLayer:
     """A layer whose norms' weights are part of the products behind them, and whose products that read the same are one.
 
@@ -124,7 +127,7 @@ def unit(x: Tensor, floor: Tensor) -> Tensor:
     return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class FaithfulLayer:
     """A layer whose operations round where transformers' round: to the bit that of the modules with these products."""
 

@@ -157,6 +157,17 @@ def test_with_ordered_weights_its_bits_are_those_of_the_modules(options: dict[st
     assert found.dtype == dtype and found.isfinite().all() and torch.equal(found, modules)
 
 
+@pytest.mark.usefixtures("every_size")
+def test_a_model_of_two_precisions_is_left_to_its_modules() -> None:
+    """Such a norm's product is in the wider one, and such a product is not put in order."""
+    for part in ("input_layernorm", "mlp.up_proj"):
+        model = random_model()
+        packed = packed_linears(model)
+        assert fused_body(model, packed) is not None
+        model.get_decoder().layers[1].get_submodule(part).bfloat16()
+        assert fused_body(model, packed_linears(model)) is None
+
+
 def test_any_other_model_is_left_to_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_body(random_model(), None) is not None
     assert fused_body(random_model().bfloat16(), None) is None
@@ -168,6 +179,10 @@ def test_any_other_model_is_left_to_its_modules(monkeypatch: pytest.MonkeyPatch)
     watched = random_model()
     watched.get_decoder().layers[1].mlp.register_forward_hook(lambda *_: None)
     assert fused_body(watched, None) is None
+
+    replaced = random_model()
+    replaced.get_decoder().layers[1].mlp.up_proj.forward = lambda x: x
+    assert fused_body(replaced, None) is None
 
     adapted = random_model()
     get_peft_model(adapted, LoraConfig(target_modules=["q_proj"]))
