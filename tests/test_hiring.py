@@ -58,7 +58,11 @@ def test_a_key_that_no_request_can_carry_is_refused_and_not_shown(key: str, monk
     assert api_key() is None
 
 
-def test_a_dry_run_waits_for_no_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_waits_for_no_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where one stands may be a run already, by the README's first command
+
     def post(path: str, body: dict[str, object]) -> Answer:
         return pooled(body)
 
